@@ -1,0 +1,175 @@
+"""The knobs of the engine, each declared once: type, range, default, unit, how it is applied.
+
+Validation, Optuna distributions, command-line keys, the README's table and the dashboard's labels all
+derive from the fields of `EngineConfig`. A configuration assigns every knob and is known by its
+`config_id`, a hash of its content and of KNOB_SCHEMA_VERSION.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import StrEnum
+from typing import Any, Literal
+
+from runtime.errors import InvalidKnob
+
+KNOB_SCHEMA_VERSION = 1  # raise it when a knob changes meaning: old config_ids then never match new ones
+
+KnobValue = int | float | str | bool
+
+
+class ApplyMode(StrEnum):
+    LIVE = "live"  # at the next step
+    WARM = "warm"  # prepared beside, then swapped at a step
+    COLD = "cold"  # a new worker, overlapped
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One declared knob. `low`/`high` bound int and float knobs, `choices` lists those of a choice knob."""
+
+    name: str
+    kind: Literal["int", "float", "choice"]
+    default: KnobValue
+    unit: str
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] | None = None
+    log: bool = False
+    apply: ApplyMode = ApplyMode.LIVE
+    changes_outputs: bool = False
+    searched: bool = True  # False: never moved by the search unless the settings allow it by name
+
+    def check(self, value: Any) -> KnobValue:
+        """Returns the value in the knob's own type.
+
+        Raises:
+            InvalidKnob: wrong type, out of range, or not one of the choices.
+        """
+        if self.choices is not None:
+            if value not in self.choices:
+                raise InvalidKnob(f"`{self.name}` must be one of {', '.join(self.choices)}, but got {value!r}.")
+            return str(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidKnob(f"`{self.name}` must be a number ({self.kind}), but got {value!r}.")
+        if self.kind == "int" and not float(value).is_integer():
+            raise InvalidKnob(f"`{self.name}` must be a whole number of {self.unit}, but got {value!r}.")
+        if not self.low <= value <= self.high:  # NaN fails too
+            raise InvalidKnob(f"`{self.name}` must be in [{self.low:g}, {self.high:g}] {self.unit}, but got {value!r}.")
+        return int(value) if self.kind == "int" else float(value)
+
+
+def knob(default: KnobValue, *, unit: str, help: str, **declared: Any) -> Any:
+    return field(default=default, metadata={"default": default, "unit": unit, "help": help, **declared})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """A full assignment of every knob. Built with `EngineConfig.of`, changed with `patched`; both validate."""
+
+    max_num_seqs: int = knob(
+        16, kind="int", low=1, high=1024, log=True, unit="requests",
+        help="Requests that are in prefill or decode at the same time.",
+    )
+    max_batched_tokens: int = knob(
+        512, kind="int", low=16, high=32768, log=True, unit="tokens",
+        help="Tokens computed in one step, decode and prefill together.",
+    )
+    prefill_chunk: int = knob(
+        256, kind="int", low=16, high=16384, log=True, unit="tokens",
+        help="Longest piece of one prompt computed in one step.",
+    )
+    policy: str = knob(
+        "fcfs", kind="choice", choices=("fcfs", "shortest_prefill"), unit="",
+        help="Which waiting request is admitted first.",
+    )
+    batch_wait_ms: float = knob(
+        0.0, kind="float", low=0.0, high=200.0, unit="ms",
+        help="How long a waiting request may be held so that others join its batch.",
+    )
+    threads_decode: int = knob(
+        1, kind="int", low=1, high=256, log=True, unit="threads",
+        help="CPU threads of a step that only decodes.",
+    )
+    threads_prefill: int = knob(
+        1, kind="int", low=1, high=256, log=True, unit="threads",
+        help="CPU threads of a step that computes a piece of a prompt.",
+    )
+    max_queued_requests: int = knob(
+        1024, kind="int", low=1, high=65536, log=True, unit="requests", searched=False,
+        help="Requests waiting for their first token beyond which new ones are answered 429.",
+    )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "EngineConfig":
+        """Every knob not named keeps its declared default.
+
+        Raises:
+            InvalidKnob: unknown name or bad value.
+        """
+        return cls().patched(values)
+
+    def patched(self, patch: Mapping[str, Any]) -> "EngineConfig":
+        return replace(self, **{name: knob_named(name).check(value) for name, value in patch.items()})
+
+    def values(self) -> dict[str, KnobValue]:
+        return asdict(self)
+
+    @property
+    def config_id(self) -> str:
+        text = json.dumps([KNOB_SCHEMA_VERSION, self.values()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def changes_from(self, other: "EngineConfig") -> dict[str, tuple[KnobValue, KnobValue]]:
+        """Knobs that differ, as name -> (value in `other`, value here)."""
+        before, after = other.values(), self.values()
+        return {name: (before[name], after[name]) for name in after if before[name] != after[name]}
+
+
+KNOBS: tuple[Knob, ...] = tuple(Knob(name=f.name, **f.metadata) for f in fields(EngineConfig))
+_BY_NAME = {knob.name: knob for knob in KNOBS}
+
+
+def knob_named(name: str) -> Knob:
+    """Raises InvalidKnob for an unknown name, with the nearest known one."""
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    near = difflib.get_close_matches(name, _BY_NAME, n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    raise InvalidKnob(f"Unknown knob `{name}`.{hint} The knobs are: {', '.join(_BY_NAME)}.")
+
+
+def default_config(device: Literal["cpu", "cuda"], num_cores: int) -> EngineConfig:
+    """The shipped default: one core is left to the front end, GPUs get larger batches."""
+    spare = max(1, num_cores - 1)
+    if device == "cuda":
+        return EngineConfig.of({"max_num_seqs": 256, "max_batched_tokens": 8192, "prefill_chunk": 2048})
+    return EngineConfig.of({"threads_decode": spare, "threads_prefill": spare})
+
+
+def presets(device: Literal["cpu", "cuda"], num_cores: int) -> dict[str, EngineConfig]:
+    """Points worth a probe before any model of the space exists. Named; the default is among them."""
+    default = default_config(device, num_cores)
+    wide = {"max_num_seqs": 2 * default.max_num_seqs, "max_batched_tokens": 2 * default.max_batched_tokens}
+    smooth = {"prefill_chunk": max(16, default.prefill_chunk // 4)}
+    return {
+        "default": default,
+        "throughput": default.patched(wide),
+        "smooth decode": default.patched(smooth),
+        "short prompts first": default.patched({"policy": "shortest_prefill"}),
+    }
+
+
+def knob_reports(num_cores: int, max_num_seqs: int) -> list[dict[str, Any]]:
+    """What the engine tells of its knobs: the declaration, with `high` lowered to what this machine can do."""
+    ceilings = {"threads_decode": num_cores, "threads_prefill": num_cores, "max_num_seqs": max_num_seqs}
+    reports = []
+    for declared in KNOBS:
+        report = asdict(declared)
+        if declared.name in ceilings:
+            report["high"] = min(declared.high, ceilings[declared.name])
+        reports.append(report)
+    return reports
