@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Literal
 
 from runtime.errors import InvalidKnob
@@ -118,7 +119,7 @@ class EngineConfig:
     def values(self) -> dict[str, KnobValue]:
         return asdict(self)
 
-    @property
+    @cached_property
     def config_id(self) -> str:
         text = json.dumps([KNOB_SCHEMA_VERSION, self.values()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,260 @@
+"""The routes that clients use: the OpenAI API, health, and metrics."""
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from runtime import __version__
+from runtime.answers import ErrorAnswer, Kind, error_answer, error_body
+from runtime.body import parse_object, read_parsed
+from runtime.envelope import Envelope
+from runtime.errors import InvalidRequest, RequestFailed, RuntimeFault, UnknownModel
+from runtime.exchange import Exchange, Sampling, error_kind
+from runtime.exposition import MAX_LABELS, Scrape, render
+from runtime.front_end import FrontEnd
+from runtime.generation import Answer, Choice
+from runtime.model_folder import ModelFolder
+from runtime.prompts import Prompts
+from runtime.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    parse_request,
+    unknown_fields,
+)
+
+log = logging.getLogger(__name__)
+
+INTERNAL_ERROR = "The server failed on this request."
+
+AnyRequest = CompletionRequest | ChatRequest
+
+
+@dataclass
+class Service:
+    """What the routes share. `prompts` is there once the tokenizer is loaded; requests wait for it."""
+
+    front: FrontEnd
+    folder: ModelFolder
+    served_name: str
+    context_cap: int | None  # the operator's; the engine may lower it further
+    prompts: "asyncio.Future[Prompts]"
+    tokenising: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tokenise"))
+
+    @property
+    def max_model_len(self) -> int:
+        told = self.front.engine.identity.get("model", {}).get("max_model_len")
+        return min(cap for cap in (self.folder.context_tokens, self.context_cap, told) if cap is not None)
+
+
+def create_api(service: Service) -> ASGIApp:
+    app = FastAPI(title="Tuner runtime", version=__version__, redoc_url=None)
+    front = service.front
+
+    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await _answer(service, request, "completion", CompletionRequest)
+
+    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        return await _answer(service, request, "chat", ChatRequest)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model_card(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        _check_model(service, name)
+        return _model_card(service)
+
+    @app.get("/health")
+    @app.get("/ready")
+    @app.get("/ping")
+    async def health() -> Response:
+        phase = "draining" if front.draining else front.engine.phase
+        return JSONResponse({"status": phase}, 200 if front.is_ready else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        return {"server_load": len(front.live), "num_queued": front.num_queued}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(render(_scrape(service)), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    _handle_errors(app)
+    return Envelope(app, error_body(INTERNAL_ERROR, "server_error", None, "internal_error"))
+
+
+async def _answer(service: Service, request: Request, kind: Kind, form: type[AnyRequest]) -> Response:
+    """Reads, admits, tokenises and submits one call; the answer then sends itself."""
+    front = service.front
+    arrived_at = front.clock.now()
+    try:
+        asked = await _read(service, request, form)
+    except RuntimeFault as error:
+        front.meter.errors_by_kind[error_kind(error)] += 1
+        raise
+    num_prompts = len(asked.prompt) if isinstance(asked, CompletionRequest) else 1
+    wake = asyncio.Event()
+    exchanges = front.open(num_prompts, arrived_at, bool(asked.stream), wake)
+    try:
+        prompts = await asyncio.shield(service.prompts)
+        await _submit_all(service, prompts, asked, exchanges)
+    except BaseException as error:
+        refusal = (
+            error if isinstance(error, RuntimeFault) else RequestFailed(INTERNAL_ERROR, "internal_error")
+        )
+        for exchange in exchanges:
+            front.refuse(exchange, refusal)
+        raise
+    return Answer(
+        front=front, kind=kind, request_id=exchanges[0].id, created=int(arrived_at), model=service.served_name,
+        choices=[Choice(index, one, prompts.decode, asked.stop, front.stop) for index, one in enumerate(exchanges)],
+        wake=wake, streamed=bool(asked.stream), include_usage=asked.include_usage,
+    )  # fmt: skip
+
+
+async def _read(service: Service, request: Request, form: type[AnyRequest]) -> AnyRequest:
+    def parse(body: bytes) -> tuple[AnyRequest, list[str]]:
+        fields = parse_object(body)
+        asked: AnyRequest = parse_request(form, fields)
+        return asked, unknown_fields(asked, fields)
+
+    asked, unknown = await read_parsed(request, parse)
+    if asked.model is not None:
+        _check_model(service, asked.model)
+    _count_unknown(service, unknown)
+    return asked
+
+
+async def _submit_all(
+    service: Service, prompts: Prompts, asked: AnyRequest, exchanges: list[Exchange]
+) -> None:
+    """All prompts are checked before the first is submitted."""
+    context = service.max_model_len
+    loop = asyncio.get_running_loop()
+    prompt_ids = await loop.run_in_executor(service.tokenising, _tokenise, prompts, asked, context)
+    for ids in prompt_ids:
+        _check_context(asked, len(ids), context)
+    for exchange, ids in zip(exchanges, prompt_ids, strict=True):
+        service.front.submit(exchange, ids, _sampling(asked, prompts, len(ids), context))
+
+
+def _tokenise(prompts: Prompts, asked: AnyRequest, context: int) -> list[list[int]]:
+    if isinstance(asked, ChatRequest):
+        return [prompts.encode_chat([message.for_template() for message in asked.messages], context)]
+    prompt_ids = []
+    for prompt in asked.prompt:
+        if isinstance(prompt, str):
+            prompt_ids.append(prompts.encode(prompt, context))
+        else:
+            prompts.check_ids(prompt)
+            prompt_ids.append(prompt)
+    return prompt_ids
+
+
+def _check_context(asked: AnyRequest, prompt_tokens: int, context: int) -> None:
+    param = "messages" if isinstance(asked, ChatRequest) else "prompt"
+    if prompt_tokens == 0:
+        raise InvalidRequest("The prompt must have at least 1 token, but got 0.", param)
+    if prompt_tokens >= context:
+        raise InvalidRequest(
+            f"The context of this model is {context} tokens, of which at least 1 is for the answer, "
+            f"but the prompt has {prompt_tokens}. Shorten the prompt.", param,
+        )  # fmt: skip
+    if asked.asked_tokens is not None and prompt_tokens + asked.asked_tokens > context:
+        raise InvalidRequest(
+            f"The context of this model is {context} tokens, but {prompt_tokens} of the prompt and "
+            f"{asked.asked_tokens} of the answer are {prompt_tokens + asked.asked_tokens}. "
+            f"Shorten the prompt or ask for at most {context - prompt_tokens}.", "max_tokens",
+        )  # fmt: skip
+
+
+def _sampling(asked: AnyRequest, prompts: Prompts, prompt_tokens: int, context: int) -> Sampling:
+    room = context - prompt_tokens
+    default = room if isinstance(asked, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS)
+    ends = () if asked.ignore_eos else prompts.end_token_ids
+    return Sampling(
+        max_tokens=asked.asked_tokens if asked.asked_tokens is not None else default,
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+        seed=asked.seed,
+        stop_token_ids=(*ends, *(asked.stop_token_ids or ())),
+        ignore_eos=bool(asked.ignore_eos),
+    )
+
+
+def _check_model(service: Service, name: str) -> None:
+    if name != service.served_name:
+        shown = name if name.isprintable() and len(name) <= 100 else "(unprintable)"
+        raise UnknownModel(f"The model `{shown}` is not served here; `{service.served_name}` is.")
+
+
+def _count_unknown(service: Service, names: list[str]) -> None:
+    for name in names[:MAX_LABELS]:
+        if service.front.meter.unknown_field(name):
+            shown = name if name.isidentifier() and len(name) <= 64 else "(other)"
+            log.warning("request field %s is not known and was ignored; further ones are counted only", shown)
+
+
+def _model_card(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.served_name, "object": "model", "created": service.folder.created_at, "owned_by": "tuner",
+        "root": service.folder.name, "parent": None, "max_model_len": service.max_model_len,
+    }  # fmt: skip
+
+
+def _scrape(service: Service) -> Scrape:
+    front, gauges = service.front, service.front.engine.gauges
+    used, total = gauges.get("kv_used_tokens"), gauges.get("kv_total_tokens")
+    return Scrape(
+        model_name=service.served_name, meter=front.meter, num_running=gauges.get("num_running", 0),
+        num_waiting=max(0, len(front.live) - gauges.get("num_running", 0)),
+        kv_used_ratio=used / total if used is not None and total else None,
+        engine_ready=front.engine.phase == "ready", num_restarts=front.engine.num_restarts,
+        version=front.engine.version, config_id=front.engine.config_id,
+        num_preemptions=gauges.get("num_preemptions_total"), records_dropped=front.records.dropped,
+    )  # fmt: skip
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(RuntimeFault)
+    async def fault(request: Request, error: RuntimeFault) -> Response:
+        return _response(error_answer(error))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message = {404: "There is no such route.", 405: "This route does not take that method."}.get(
+            error.status_code, "The request cannot be served."
+        )
+        body = error_body(
+            message, "invalid_request_error", None, "not_found" if error.status_code == 404 else None
+        )
+        return _response(ErrorAnswer(error.status_code, body, dict(error.headers or {})))
+
+    @app.exception_handler(Exception)  # logged by the envelope
+    async def our_own(request: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(INTERNAL_ERROR, "server_error", None, "internal_error"), 500)
+
+
+def _response(answer: ErrorAnswer) -> Response:
+    return JSONResponse(answer.body, answer.status, answer.headers)
+
+
+def _body_schema(form: type[AnyRequest]) -> dict[str, Any]:
+    """The body is read by hand (caps, depth); the documentation page still shows its fields."""
+    schema = form.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,0 +1,307 @@
+"""The engine process: python -m runtime.engine --socket PATH --model FOLDER ...
+
+It connects to the front end's socket, waits for `hello`, loads the model, answers `ready`, and then loops:
+
+    frames in ──▶ plan tick ──▶ schedule ──▶ forward and sample ──▶ finish ──▶ frames out
+
+Requests and configurations change only between two steps. It ends when it is told to stop or the link closes.
+"""
+
+import argparse
+import gc
+import logging
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from runtime.clock import Clock
+from runtime.errors import InvalidKnob, InvalidRequest, LinkBroken, ModelError, RuntimeFault
+from runtime.knobs import EngineConfig, default_config, knob_reports
+from runtime.link import Frame, FrameReader, encode
+from runtime.plan import PlanRunner, PlanTick, SlicePlan
+from runtime.request import Request, SamplingParams
+from runtime.scheduler import Batch, Scheduler
+
+if TYPE_CHECKING:
+    from runtime.executor import Executed, Executor
+
+log = logging.getLogger(__name__)
+
+GAUGE_EVERY_S = 0.25
+MODEL_ERROR_EXIT_CODE = 66  # EX_NOINPUT: the folder is missing or damaged; starting again cannot help
+# Set before torch is loaded: idle OpenMP threads must sleep, not spin on the cores of the front end.
+THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+
+
+class Engine:
+    """Advances requests one step at a time under the configuration in force, and tells `send` what happened."""
+
+    def __init__(self, executor: "Executor", runner: PlanRunner, clock: Clock, send: Callable[[Frame], None]) -> None:
+        self._executor = executor
+        self._runner = runner
+        self._clock = clock
+        self._send = send
+        self._gauge_due_at = 0.0
+        self.scheduler = Scheduler(executor.pool, runner.champion, executor.max_model_len)
+        self.tick = PlanTick(runner.champion, None, [])
+
+    def step(self) -> bool:
+        """Computes one step. False if there was nothing to compute."""
+        started = time.perf_counter()
+        self._apply_plan()
+        batch = self.scheduler.schedule(self._clock.now())
+        if batch is None:
+            return False
+        executed = self._executor.execute(batch, self.scheduler.pack(batch), self.tick.config)
+        self._finish(batch, executed)
+        self._send({"op": "step", "record": self._record(batch, executed, time.perf_counter() - started)})
+        return True
+
+    def idle_s(self) -> float:
+        """How long nothing will happen unless a frame arrives: 0 if there is work now."""
+        now = self._clock.now()
+        wakes = (self._gauge_due_at, self.scheduler.next_wake(now), self._runner.next_change_at(now))
+        return max(0.0, min(wake for wake in wakes if wake is not None) - now)
+
+    def send_gauge_if_due(self) -> None:
+        now = self._clock.now()
+        if now < self._gauge_due_at:
+            return
+        self._gauge_due_at = now + GAUGE_EVERY_S
+        plan = self._runner.plan
+        self._send({
+            "op": "gauge", "at": now, **self._load(),
+            "kv_total_tokens": self.scheduler.pool.num_tokens,
+            "num_preemptions_total": self.scheduler.num_preemptions,
+            "slice_id": self.tick.slice_id,
+            "plan_id": plan.plan_id if plan is not None else None,
+            "lease_expires_at": self._runner.lease_expires_at,
+            "version": self._runner.version,
+            "config_id": self.tick.config.config_id,
+            **self._executor.memory(),
+        })  # fmt: skip
+
+    # -- frames of the front end -------------------------------------------------------------------------------
+
+    def submit(self, frame: Frame) -> None:
+        seed = frame.get("seed")
+        sampling = SamplingParams(
+            float(frame.get("temperature") or 0.0), float(frame.get("top_p", 1.0)),
+            seed=secrets.randbits(64) if seed is None else int(seed),
+        )  # fmt: skip
+        stops = set(frame.get("stop_token_ids") or ())
+        if not frame.get("ignore_eos"):
+            stops |= self._executor.eos_token_ids
+        try:
+            self._check_tokens(frame["token_ids"])
+            max_tokens, arrived_at = int(frame["max_tokens"]), float(frame["arrived_at"])
+            self.scheduler.add(
+                Request.of_tokens(frame["id"], frame["token_ids"], max_tokens, arrived_at, sampling, stops)
+            )
+        except InvalidRequest as error:
+            self._send({"op": "failed", "id": frame["id"], "kind": "invalid_request", "message": str(error)})
+
+    def control(self, frame: Frame) -> None:
+        """Answers a control call. Its effect begins with the next step."""
+        reply: Frame = {"op": "reply", "call": frame["call"]}
+        try:
+            reply["value"] = self._controls()[frame["name"]](frame.get("args") or {})
+        except RuntimeFault as error:
+            reply["error"] = {"kind": error_kind(error), "message": str(error)}
+        except (KeyError, TypeError, ValueError) as error:
+            reply["error"] = {"kind": "invalid_call", "message": f"{frame['name']}: {error!r}."}
+        self._send(reply)
+        self._apply_plan()
+
+    def _controls(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        return {"reconfigure": self._reconfigure, "plan": self._plan, "lease": self._lease, "abort": self._abort}
+
+    def _reconfigure(self, args: dict[str, Any]) -> dict[str, Any]:
+        done = self._runner.commit(args["patch"], args.get("expected_version"), self._clock.now())
+        return {
+            "version": done.version, "config_id": done.config.config_id, "config": done.config.values(),
+            "prepare_s": done.prepare_s, "commit_us": done.commit_us,
+        }  # fmt: skip
+
+    def _plan(self, args: dict[str, Any]) -> dict[str, Any]:
+        plan = SlicePlan.from_dict(args)
+        self._runner.accept(plan, self._clock.now())
+        return {"plan_id": plan.plan_id, "accepted": True}
+
+    def _lease(self, args: dict[str, Any]) -> dict[str, Any]:
+        expires_at = self._runner.renew(args["plan_id"], float(args["lease_s"]), self._clock.now())
+        return {"plan_id": args["plan_id"], "lease_expires_at": expires_at, "slice_id": self.tick.slice_id}
+
+    def _abort(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._runner.abort(args["plan_id"], str(args.get("reason", "")), self._clock.now())
+        return {"version": self._runner.version, "config_id": self._runner.champion.config_id}
+
+    def _check_tokens(self, token_ids: list[int]) -> None:
+        last = self._executor.vocab_size - 1
+        lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
+        if lowest < 0 or highest > last:
+            raise InvalidRequest(f"Token ids must be in [0, {last}], but got {lowest} to {highest}.")
+
+    # -- the parts of a step -----------------------------------------------------------------------------------
+
+    def _apply_plan(self) -> None:
+        self.tick = self._runner.tick(self._clock.now())
+        self.scheduler.config = self.tick.config
+        for event in self.tick.events:
+            self._send({"op": "event", **event})
+
+    def _finish(self, batch: Batch, executed: "Executed") -> None:
+        """Records the tokens and sends them in one frame. A row without a token fails its request alone."""
+        now, requests = self._clock.now(), batch.sampled_requests()
+        for request, token in zip(requests, executed.tokens, strict=True):
+            if token is None:
+                self.scheduler.cancel(request.id)
+                message = "The model's output was not a number (NaN or infinite) for this request."
+                self._send({"op": "failed", "id": request.id, "kind": "nan_logits", "message": message})
+        self.scheduler.finish_step(batch, [token or 0 for token in executed.tokens], now)
+        items = [
+            [
+                request.id, token, request.finish_reason,
+                request.admitted_at if request.num_output_tokens == 1 else None, request.num_preemptions,
+            ]
+            for request, token in zip(requests, executed.tokens, strict=True)
+            if token is not None
+        ]  # fmt: skip
+        if items:
+            self._send({
+                "op": "tokens", "at": now, "config_id": self.tick.config.config_id,
+                "slice_id": self.tick.slice_id, "items": items,
+            })  # fmt: skip
+
+    def _record(self, batch: Batch, executed: "Executed", step_s: float) -> dict[str, Any]:
+        return {
+            "at": self._clock.now(), "step_s": step_s, "forward_s": executed.forward_s,
+            "num_decode": batch.num_decode, "num_prefill_rows": batch.num_prefill_rows,
+            "num_prefill_tokens": batch.num_prefill_tokens, "context_tokens": batch.context_tokens,
+            "attention_pairs": batch.attention_pairs, **self._load(),
+            "config_id": self.tick.config.config_id, "slice_id": self.tick.slice_id, "threads": executed.threads,
+        }  # fmt: skip
+
+    def _load(self) -> dict[str, int]:
+        scheduler = self.scheduler
+        return {
+            "num_running": len(scheduler.running), "num_waiting": len(scheduler.waiting),
+            "kv_used_tokens": scheduler.used_tokens,
+        }  # fmt: skip
+
+
+def error_kind(error: RuntimeFault) -> str:
+    """InvalidKnob -> "invalid_knob"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
+
+
+def serve(link: socket.socket, options: argparse.Namespace) -> None:
+    """One life of an engine on a connected link."""
+    reader = FrameReader(link)
+
+    def send(frame: Frame) -> None:
+        link.sendall(encode(frame))
+
+    hello, rest = _first_frame(reader)
+    clock = Clock(hello["boot_epoch"], hello["boot_monotonic"])
+    executor, runner, reports = _prepare(options, hello)
+    engine = Engine(executor, runner, clock, send)
+    send({
+        "op": "ready", "identity": executor.identity(), "knobs": reports, "version": runner.version,
+        "config": runner.champion.values(),
+    })  # fmt: skip
+    handlers: dict[str, Callable[[Frame], object]] = {
+        "submit": engine.submit,
+        "cancel": lambda frame: engine.scheduler.cancel(frame["id"]),
+        "control": engine.control,
+    }
+    while True:
+        for frame in rest or reader.poll(engine.idle_s()):
+            if frame["op"] == "stop":
+                return
+            if frame["op"] not in handlers:
+                raise LinkBroken(f"A frame must be one of {', '.join(handlers)} or stop, but got {frame['op']!r}.")
+            handlers[frame["op"]](frame)
+        rest = []
+        engine.step()
+        engine.send_gauge_if_due()
+
+
+def _first_frame(reader: FrameReader) -> tuple[Frame, list[Frame]]:
+    frames: list[Frame] = []
+    while not frames:
+        frames = reader.poll(None)
+    if frames[0]["op"] != "hello":
+        raise LinkBroken(f"The first frame must be hello, but got {frames[0]['op']!r}.")
+    return frames[0], frames[1:]
+
+
+def _prepare(options: argparse.Namespace, hello: Frame) -> "tuple[Executor, PlanRunner, list[dict[str, Any]]]":
+    """Loads the model and decides the first configuration: our default, then what the front end insists on."""
+    for name, value in THREAD_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from runtime.executor import Executor, num_cores
+    from runtime.loader import load_model, resolve_device, resolve_dtype
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_interop_threads(1)
+    device = resolve_device(options.device)
+    cores = num_cores()
+    config = default_config("cuda" if device.type == "cuda" else "cpu", cores).patched(hello.get("config") or {})
+    loaded = load_model(options.model, device, resolve_dtype(options.dtype, device), options.max_model_len)
+    executor = Executor(loaded, options.kv_tokens, config)
+    gc.collect()
+    gc.freeze()  # a collection that walks all of transformers would pause every stream
+    reports = knob_reports(cores, min(1024, executor.pool.num_blocks))
+    limits = {report["name"]: report["high"] for report in reports if report["high"] is not None}
+    if too_high := {name: int(high) for name, high in limits.items() if config.values()[name] > high}:
+        log.warning("lowered to what this machine can do: %s", too_high)
+        config = config.patched(too_high)
+
+    def fits(config: EngineConfig) -> None:
+        for name, high in limits.items():
+            if (value := config.values()[name]) > high:
+                raise InvalidKnob(f"`{name}` must be at most {high:g} on this machine, but got {value!r}.")
+
+    return executor, PlanRunner(config, int(hello.get("version") or 0), fits), reports
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m runtime.engine", description=__doc__.splitlines()[0])
+    parser.add_argument("--socket", required=True, help="Unix socket of the front end")
+    parser.add_argument("--model", required=True, help="folder with config.json and safetensors")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
+    parser.add_argument("--kv-tokens", type=int, help="tokens of the KV pool (default: by free memory)")
+    parser.add_argument("--max-model-len", type=int, help="tokens of prompt and output (default: the model's)")
+    parser.add_argument("--log-level", default="info")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s")
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+            link.connect(options.socket)
+            serve(link, options)
+    except (LinkBroken, ConnectionError) as error:
+        log.info("the link is closed: %s", error)
+    except (ModelError, InvalidKnob) as error:
+        log.error("%s", error)
+        return MODEL_ERROR_EXIT_CODE
+    return 0
+
+
+def _exit() -> NoReturn:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    _exit()

@@ -1,0 +1,139 @@
+"""One client's request as the front end sees it: what was asked, what came so far, how it ended."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from runtime.errors import RuntimeFault
+from runtime.slice_stats import SliceStats
+from runtime.timings import FinishReason, RequestTiming, summarise_gaps
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn and when to stop; the part of a submission that is no prompt."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class Finish(NamedTuple):
+    reason: FinishReason
+    error: RuntimeFault | None = None
+
+
+class Progress(NamedTuple):
+    tokens: list[int]
+    finish: Finish | None
+
+
+@dataclass(eq=False, slots=True)
+class SliceGaps:
+    """Tokens that one slice made for one request, and the gaps before them, seconds."""
+
+    num_tokens: int = 0
+    num_gaps: int = 0
+    sum_gap_s: float = 0.0
+    max_gap_s: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
+class Exchange:
+    """Live from admission to its last token. `wake` is set whenever there is something to take."""
+
+    id: str
+    arrived_at: float
+    streamed: bool
+    wake: asyncio.Event
+    config_id: str  # in force at arrival, then of the first token
+    arrival_slice: str | None
+    stats: SliceStats | None
+    prompt_ids: list[int] | None = None  # None until tokenised
+    sampling: Sampling | None = None
+    deadline: asyncio.TimerHandle | None = None
+
+    num_tokens: int = 0
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    first_token_slice: str | None = None
+    last_token_at: float | None = None
+    num_preemptions: int = 0
+    gaps_s: list[float] = field(default_factory=list)
+    slices: dict[str, SliceGaps] = field(default_factory=dict)
+    finish: Finish | None = None
+    _untaken: list[int] = field(default_factory=list)
+
+    def submission(self) -> dict[str, Any]:
+        """The frame that asks the engine for this request, with the original arrival however often it is sent."""
+        assert self.sampling is not None, "submitted before it was tokenised"
+        return {
+            "op": "submit", "id": self.id, "token_ids": self.prompt_ids, "arrived_at": self.arrived_at,
+            "max_tokens": self.sampling.max_tokens, "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p, "seed": self.sampling.seed,
+            "stop_token_ids": list(self.sampling.stop_token_ids), "ignore_eos": self.sampling.ignore_eos,
+        }  # fmt: skip
+
+    def add_token(self, token: int, at: float, config_id: str, slice_id: str | None) -> float | None:
+        """Records one token made at `at`; returns the gap before it in seconds, None for the first."""
+        gap_s = None
+        if self.first_token_at is None:
+            self.first_token_at, self.first_token_slice, self.config_id = at, slice_id, config_id
+        else:
+            gap_s = at - self.last_token_at  # type: ignore[operator]  # set with the first token
+            self.gaps_s.append(gap_s)
+        if slice_id is not None:
+            part = self.slices.get(slice_id)
+            if part is None:
+                part = self.slices[slice_id] = SliceGaps()
+            part.num_tokens += 1
+            if gap_s is not None:
+                part.num_gaps += 1
+                part.sum_gap_s += gap_s
+                part.max_gap_s = max(part.max_gap_s, gap_s)
+        self.last_token_at = at
+        self.num_tokens += 1
+        self._untaken.append(token)
+        return gap_s
+
+    def take(self) -> Progress:
+        """Returns the tokens that came since the last call and, once it is over, how it ended."""
+        tokens, self._untaken = self._untaken, []
+        return Progress(tokens, self.finish)
+
+    def timing(self, finished_at: float) -> RequestTiming:
+        assert self.finish is not None
+        return RequestTiming(
+            request_id=self.id,
+            arrived_at=self.arrived_at,
+            prompt_tokens=len(self.prompt_ids or ()),
+            output_tokens=self.num_tokens,
+            max_tokens=self.sampling.max_tokens if self.sampling is not None else 0,
+            admitted_at=self.admitted_at,
+            first_token_at=self.first_token_at,
+            finished_at=finished_at,
+            finish_reason=self.finish.reason,
+            error_kind=None if self.finish.error is None else error_kind(self.finish.error),
+            config_id=self.config_id,
+            arrival_slice=self.arrival_slice,
+            first_token_slice=self.first_token_slice,
+            slices={
+                slice_id: [part.num_tokens, part.num_gaps, part.sum_gap_s, part.max_gap_s]
+                for slice_id, part in self.slices.items()
+            },
+            gaps=summarise_gaps(self.gaps_s),
+            num_preemptions=self.num_preemptions,
+            streamed=self.streamed,
+        )
+
+
+def error_kind(error: RuntimeFault) -> str:
+    """One word a kind, as counters and records name it: the engine's own word, or the class in snake case."""
+    kind = getattr(error, "kind", None)
+    if kind is not None:
+        return str(kind)
+    name = type(error).__name__
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")

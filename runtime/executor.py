@@ -1,0 +1,199 @@
+"""Computes the scheduler's batches with a model in memory: threads, KV pool, forward pass, sampling."""
+
+import contextlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import transformers
+
+import runtime
+from runtime.errors import ModelError
+from runtime.hf_model import HFModel
+from runtime.knobs import EngineConfig
+from runtime.kv_cache import BLOCK_TOKENS, BlockPool
+from runtime.linear import pack_linears
+from runtime.loader import LoadedModel
+from runtime.request import Request, SamplingParams
+from runtime.sampling import sample
+from runtime.scheduler import Batch, PackedBatch, Scheduler
+
+log = logging.getLogger(__name__)
+
+CPU_KV_SHARE = 0.25  # of free memory, by default
+CPU_KV_LIMIT = 0.8  # of free memory, when asked for more
+CUDA_KV_SHARE = 0.8
+PACKED_WEIGHTS_SHARE = 0.2  # of free memory, for copies that a CPU multiplies faster
+CPU_KV_SEQUENCES = 64
+CUDA_KV_SEQUENCES = 1024
+WARM_UP_ROWS = (1, 2, 4, 8, 16)
+
+
+class Executed(NamedTuple):
+    """`tokens`: one for each sampled row, None where the logits were not numbers."""
+
+    tokens: list[int | None]
+    forward_s: float
+    threads: int
+
+
+class Executor:
+    """A model with its KV pool, ready to compute."""
+
+    def __init__(self, loaded: LoadedModel, kv_tokens: int | None, config: EngineConfig) -> None:
+        """Sizes the pool last, after a warm-up has shown what the steps need. Too large a wish is answered
+        by a smaller pool and a warning.
+
+        Raises:
+            ModelError: the model cannot be served, or there is no memory for even one sequence.
+        """
+        self._loaded = loaded
+        self._model = HFModel(loaded.model)
+        self._device = self._model.device
+        pack_linears(loaded.model, int(PACKED_WEIGHTS_SHARE * free_memory_bytes()))
+        self._threads = 0
+        activation_bytes = self._warm_up(config)
+        num_blocks = self._pool_blocks(kv_tokens, activation_bytes)
+        self.pool = self._allocate(num_blocks)
+        self.max_model_len = min(loaded.max_model_len, self.pool.num_tokens)
+        self.eos_token_ids = loaded.eos_token_ids
+        self.vocab_size: int = loaded.identity["vocab_size"]
+        self._process = psutil.Process()
+
+    def execute(self, batch: Batch, packed: PackedBatch, config: EngineConfig) -> Executed:
+        threads = config.threads_prefill if batch.num_prefill_rows else config.threads_decode
+        self._use_threads(threads)
+        started = time.perf_counter()
+        logits = self._model.forward(packed)
+        tokens = sample(logits, batch.sampled_requests()) if batch.sampled.any() else []
+        return Executed(tokens, time.perf_counter() - started, threads)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held by this process, and on the device where there is one."""
+        held = {"rss_bytes": self._process.memory_info().rss}
+        if self._device.type == "cuda":
+            held["device_memory_bytes"] = torch.cuda.memory_reserved(self._device)
+        return held
+
+    def identity(self) -> dict[str, Any]:
+        """What was loaded and on what: the engine's part of the runtime's identity."""
+        on_cuda = self._device.type == "cuda"
+        return {
+            "model": {**self._loaded.identity, "max_model_len": self.max_model_len},
+            "hardware": {
+                "device": self._device.type,
+                "device_name": torch.cuda.get_device_name(self._device) if on_cuda else cpu_model(),
+                "cpu_model": cpu_model(),
+                "num_cores": num_cores(),
+                "memory_bytes": psutil.virtual_memory().total,
+            },
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "runtime": runtime.__version__,
+            },
+            "tier": self._model.tier,
+            "kv_total_tokens": self.pool.num_tokens,
+            "kv_block_tokens": self.pool.block_tokens,
+            "kv_bytes_per_token": self._model.kv_bytes_per_token,
+        }
+
+    def _use_threads(self, threads: int) -> None:
+        if threads != self._threads:
+            torch.set_num_threads(threads)
+            self._threads = threads
+
+    # -- before the first request ----------------------------------------------------------------------------
+
+    def _warm_up(self, config: EngineConfig) -> int:
+        """Computes a few steps of several shapes with both thread settings, on a small pool of its own.
+
+        Returns the bytes that the largest step took on the device beside weights and pool (0 on a CPU).
+        """
+        prompt_tokens = min(config.max_batched_tokens, self._loaded.max_model_len - 2)
+        pool = BlockPool(-(-(prompt_tokens + 2 * max(WARM_UP_ROWS)) // BLOCK_TOKENS) + 3 * max(WARM_UP_ROWS))
+        self._model.allocate(pool.num_blocks)
+        before = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
+        for threads, rows in product({config.threads_prefill, config.threads_decode}, WARM_UP_ROWS):
+            tried = config.patched({"threads_prefill": threads, "threads_decode": threads, "max_num_seqs": rows})
+            scheduler = Scheduler(pool, tried, self._loaded.max_model_len)
+            for request in _warm_up_requests(rows, prompt_tokens):
+                scheduler.add(request)
+            while (batch := scheduler.schedule(0.0)) is not None:
+                tokens = self.execute(batch, scheduler.pack(batch), tried).tokens
+                scheduler.finish_step(batch, [token or 0 for token in tokens], 0.0)
+        if self._device.type != "cuda":
+            return 0
+        activation_bytes = torch.cuda.max_memory_allocated(self._device) - before
+        self._model.release()
+        torch.cuda.empty_cache()
+        return activation_bytes
+
+    def _pool_blocks(self, kv_tokens: int | None, activation_bytes: int) -> int:
+        per_token, length = self._model.kv_bytes_per_token, self._loaded.max_model_len
+        if self._device.type == "cuda":
+            free_bytes = torch.cuda.mem_get_info(self._device)[0]
+            limit = int((CUDA_KV_SHARE * free_bytes - activation_bytes) / per_token)
+            default = min(limit, CUDA_KV_SEQUENCES * length)
+        else:
+            free_bytes = free_memory_bytes()
+            limit = int(CPU_KV_LIMIT * free_bytes / per_token)
+            default = min(int(CPU_KV_SHARE * free_bytes / per_token), CPU_KV_SEQUENCES * length)
+        wished = default if kv_tokens is None else kv_tokens
+        if wished > limit:
+            log.warning("a KV pool of %d tokens was asked for, %d fit in memory: using those", wished, limit)
+        num_blocks = min(wished, limit) // BLOCK_TOKENS
+        if num_blocks < 2:
+            raise ModelError(
+                f"The KV pool must hold at least {2 * BLOCK_TOKENS} tokens, but got {min(wished, limit)} "
+                f"({per_token} bytes a token, {free_bytes} bytes free). Raise --kv-tokens or free memory."
+            )
+        return num_blocks
+
+    def _allocate(self, num_blocks: int) -> BlockPool:
+        while True:
+            try:
+                self._model.allocate(num_blocks)
+                return BlockPool(num_blocks)
+            except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on a CPU
+                if "memory" not in str(error).lower() or num_blocks < 4:
+                    raise
+                log.warning("a KV pool of %d tokens did not fit, trying half: %s", num_blocks * BLOCK_TOKENS, error)
+                num_blocks //= 2
+
+
+def _warm_up_requests(rows: int, prompt_tokens: int) -> Iterator[Request]:
+    """One long prompt when alone, else short ones; one request in two is drawn rather than greedy."""
+    for row in range(rows):
+        length = prompt_tokens if rows == 1 else min(8 + row, prompt_tokens)
+        yield Request.of_tokens(str(row), [0] * length, 2, 0.0, SamplingParams(float(row % 2), 0.9, seed=row))
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    if (info := Path("/proc/cpuinfo")).is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def free_memory_bytes() -> int:
+    """Memory that can still be taken here: what the system has, or the control group's limit allows."""
+    free: int = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or its limit is "max"
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(0, free)

@@ -1,0 +1,201 @@
+"""One answer on its way to one client: tokens become text, text becomes a body or a stream of events."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from runtime.answers import DONE, ChunkWriter, Kind, Usage, choice, error_answer, whole
+from runtime.detokenize import Decode, Detokenizer, StopMatcher
+from runtime.errors import RuntimeFault
+from runtime.exchange import Exchange
+from runtime.front_end import FrontEnd
+
+SLOW_READER_S = 30.0  # a client that takes no byte for so long is taken to be gone
+
+
+class Delta(NamedTuple):
+    choice_index: int
+    text: str
+    finish_reason: str | None
+
+
+class Choice:
+    """One exchange's text. `stopped` is called when a stop string ends it before the engine does."""
+
+    def __init__(
+        self,
+        index: int,
+        exchange: Exchange,
+        decode: Decode,
+        stops: list[str],
+        stopped: Callable[[Exchange], None],
+    ) -> None:
+        self.index, self.exchange = index, exchange
+        self.finish_reason: str | None = None
+        self._detokenizer, self._matcher, self._stopped = Detokenizer(decode), StopMatcher(stops), stopped
+
+    def advance(self) -> Delta | None:
+        """Returns what is new, or None.
+
+        Raises:
+            RuntimeFault: the exchange ended with this error.
+        """
+        tokens, finish = self.exchange.take()
+        text = ""
+        last = len(tokens) - 1 if finish is not None and finish.reason == "stop" else None
+        for position, token in enumerate(tokens):
+            ends_it = position == last and self._is_stop_token(token)
+            matched = self._matcher.push("" if ends_it else self._detokenizer.push(token))
+            text += matched.text
+            if matched.stopped:
+                self._stopped(self.exchange)
+                self.finish_reason = "stop"
+                return Delta(self.index, text, "stop")
+        if finish is None:
+            return Delta(self.index, text, None) if text else None
+        if finish.error is not None:
+            raise finish.error
+        return self._last(text, finish.reason)
+
+    def _last(self, text: str, reason: str) -> Delta:
+        matched = self._matcher.push(self._detokenizer.flush())
+        text += matched.text + ("" if matched.stopped else self._matcher.flush())
+        self.finish_reason = "stop" if matched.stopped else reason
+        return Delta(self.index, text, self.finish_reason)
+
+    def _is_stop_token(self, token: int) -> bool:
+        return self.exchange.sampling is not None and token in self.exchange.sampling.stop_token_ids
+
+
+@dataclass
+class Answer(Response):
+    """Sends the answer of one call (one choice a prompt) and frees its requests however that ends.
+
+    Headers wait for the first text, so that an error before it has its own status code.
+    """
+
+    front: FrontEnd
+    kind: Kind
+    request_id: str
+    created: int
+    model: str
+    choices: list[Choice]
+    wake: asyncio.Event
+    streamed: bool
+    include_usage: bool
+
+    background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(
+            self._stream(send) if self.streamed else self._whole(scope, receive, send)
+        )
+        gone = asyncio.ensure_future(self._watch(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            self._leave()
+            if not work.done():
+                work.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        with contextlib.suppress(asyncio.CancelledError):  # the client left in the middle of the answer
+            await work
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    def _leave(self) -> None:
+        for told in self.choices:
+            self.front.leave(told.exchange)
+
+    async def _deltas(self) -> AsyncIterator[list[Delta]]:
+        """What is new in any choice, until all have ended."""
+        unfinished = list(self.choices)
+        while unfinished:
+            await self.wake.wait()
+            self.wake.clear()
+            news = [delta for told in unfinished if (delta := told.advance()) is not None]
+            unfinished = [told for told in unfinished if told.finish_reason is None]
+            if news:
+                yield news
+
+    def _usage(self) -> Usage:
+        exchanges = [told.exchange for told in self.choices]
+        return Usage(
+            sum(len(one.prompt_ids or ()) for one in exchanges), sum(one.num_tokens for one in exchanges)
+        )
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        texts: dict[int, list[str]] = {told.index: [] for told in self.choices}
+        try:
+            async for news in self._deltas():
+                for delta in news:
+                    texts[delta.choice_index].append(delta.text)
+        except RuntimeFault as error:
+            status, body, headers = error_answer(error)
+            await JSONResponse(body, status, headers)(scope, receive, send)
+            return
+        choices = [
+            choice(self.kind, told.index, "".join(texts[told.index]), told.finish_reason or "stop")
+            for told in self.choices
+        ]
+        body = whole(self.kind, self.request_id, self.created, self.model, choices, self._usage())
+        await JSONResponse(body)(scope, receive, send)
+
+    async def _stream(self, send: Send) -> None:
+        begun: set[int] = set()
+        try:
+            await self._stream_events(send, begun)
+        except RuntimeFault as error:
+            await self._fail(send, error, bool(begun))
+        except TimeoutError:
+            pass  # a slow reader: returning without an end closes the connection
+
+    async def _stream_events(self, send: Send, begun: set[int]) -> None:
+        """Adds to `begun` the choices whose first event is out."""
+        writer = ChunkWriter(self.kind, self.request_id, self.created, self.model, self.include_usage)
+        async for news in self._deltas():
+            if not begun:
+                await _start_stream(send)
+            events = b""
+            for delta in news:
+                if delta.choice_index not in begun:
+                    begun.add(delta.choice_index)
+                    events += writer.role(delta.choice_index)
+                events += writer.text(*delta)
+            await _send_body(send, events)
+        await _send_body(
+            send, (writer.usage(self._usage()) if self.include_usage else b"") + DONE, more=False
+        )
+
+    async def _fail(self, send: Send, error: RuntimeFault, begun: bool) -> None:
+        answer = error_answer(error)
+        if begun:
+            await _send_body(send, answer.event() + DONE, more=False)
+            return
+        headers = [(b"content-type", b"application/json")]
+        headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await _send_body(send, json.dumps(answer.body).encode(), more=False)
+
+
+async def _start_stream(send: Send) -> None:
+    headers = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def _send_body(send: Send, body: bytes, more: bool = True) -> None:
+    async with asyncio.timeout(SLOW_READER_S):
+        await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -1,0 +1,176 @@
+"""Any Hugging Face causal LM over the paged pool: rows packed as one sequence, attention replaced by ours.
+
+transformers calls the attention function that we register; because its name has no mask function, no mask
+is built. The cache is ours, so `use_cache` is off. Whether a model can be served so is found by trying.
+"""
+
+import inspect
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from runtime.attention import (
+    PagedAttention,
+    StepTensors,
+    allowed_positions,
+    attend_plain,
+    registered_attention,
+)
+from runtime.errors import ModelError
+from runtime.knobs import EngineConfig
+from runtime.kv_cache import BLOCK_TOKENS, BlockPool
+from runtime.request import Request
+from runtime.scheduler import PackedBatch, Scheduler
+
+ATTENTION_NAME = "tuner_paged"
+PROBE_TOKENS = 24
+
+AttentionInterface.register(ATTENTION_NAME, registered_attention)
+
+
+class KVShape(NamedTuple):
+    """What one layer caches for one token."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class ShapeProbe:
+    """Stands in for `PagedAttention` during one forward pass without a pool, and notes what each layer caches."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, KVShape] = {}
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None,
+        sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    ) -> Tensor:
+        _, kv_heads, num_tokens, dim = key.shape
+        self.shapes[module.layer_idx] = KVShape(kv_heads, dim, value.shape[-1], key.dtype)
+        grouped = query[0].unflatten(0, (kv_heads, -1))
+        allowed = allowed_positions(num_tokens, num_tokens, sliding_window, query.device)
+        out = attend_plain(grouped, key[0], value[0], allowed, scaling or dim**-0.5, softcap, s_aux)
+        return out.permute(2, 0, 1, 3).flatten(1, 2)[None]
+
+
+class HFModel:
+    """A causal LM ready for packed steps. `allocate` must come before the first `forward`."""
+
+    tier = "B"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises ModelError if the architecture cannot be served this way."""
+        self.model = model.eval().requires_grad_(False)
+        self.device = model.device
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._attention = PagedAttention()
+        self.kv_shapes = self._probe()
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return sum(shape.bytes_per_token for shape in self.kv_shapes.values())
+
+    def allocate(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
+        """Makes the pools of all layers, `[kv_heads, slots, D]` each, in place of earlier ones.
+
+        They start uninitialised, so that memory is taken as it is used: no slot is read before it is written.
+        """
+        slots = num_blocks * block_tokens
+        self.release()
+        for layer, shape in self.kv_shapes.items():
+            self._attention.pools[layer] = (
+                torch.empty(shape.kv_heads, slots, shape.key_dim, dtype=shape.dtype, device=self.device),
+                torch.empty(shape.kv_heads, slots, shape.value_dim, dtype=shape.dtype, device=self.device),
+            )
+
+    def release(self) -> None:
+        """Gives the pools' memory back."""
+        self._attention.pools.clear()
+
+    @torch.inference_mode()
+    def forward(self, packed: PackedBatch) -> Tensor:
+        """Computes the step and caches its keys and values. Returns logits [sampled rows, vocab]."""
+        step = StepTensors.of(packed, self.device)
+        self._attention.step = step
+        try:
+            return self._call(step.token_ids, step.positions, step.last_tokens)
+        finally:
+            self._attention.step = None
+
+    def _call(self, token_ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        if self._keeps_logits:
+            out = self.model(input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
+            return out.logits[0]
+        return self.model(input_ids=token_ids, position_ids=positions, use_cache=False).logits[0, keep]
+
+    # -- finding out whether the model can be served ---------------------------------------------------------
+
+    @torch.inference_mode()
+    def _probe(self) -> dict[int, KVShape]:
+        """Runs a short prompt as transformers would and as we do; returns what each layer caches."""
+        positions = torch.arange(PROBE_TOKENS, device=self.device)[None]
+        token_ids = positions % self.model.config.get_text_config().vocab_size
+        self.model.set_attn_implementation("eager")  # complete; "sdpa" leaves out soft caps and sinks
+        expected = self.model(input_ids=token_ids, use_cache=False).logits[0]
+        probe = ShapeProbe()
+        try:
+            self.model.set_attn_implementation(ATTENTION_NAME)
+            self._attach(probe)
+            self._call(token_ids, positions, positions[0, -1:])
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise self._unsupported(f"{type(error).__name__}: {error}") from error
+        if not probe.shapes:
+            raise self._unsupported("no layer calls the registered attention function")
+        self.kv_shapes = probe.shapes
+        self._attach(self._attention)
+        self._check_against(expected, token_ids[0].tolist())
+        return probe.shapes
+
+    def _attach(self, attention: PagedAttention | ShapeProbe) -> None:
+        for module in self.model.modules():
+            if hasattr(module, "layer_idx"):
+                object.__setattr__(module, "paged_attention", attention)
+
+    def _check_against(self, expected: Tensor, token_ids: list[int]) -> None:
+        """Computes the probe prompt in two chunks beside another prompt; the logits must be those expected.
+
+        expected: [PROBE_TOKENS, vocab].
+        """
+        pool = BlockPool(2 * PROBE_TOKENS // BLOCK_TOKENS + 2)
+        self.allocate(pool.num_blocks)
+        scheduler = Scheduler(pool, EngineConfig.of({"prefill_chunk": 16}), PROBE_TOKENS + 2)
+        for name, prompt in (("whole", token_ids), ("half", token_ids[: PROBE_TOKENS // 2])):
+            scheduler.add(Request.of_tokens(name, prompt, 1, arrived_at=0.0))
+        logits: dict[str, Tensor] = {}
+        while (batch := scheduler.schedule(0.0)) is not None:
+            out = self.forward(scheduler.pack(batch))
+            logits |= {request.id: row for request, row in zip(batch.sampled_requests(), out, strict=True)}
+            scheduler.finish_step(batch, [0] * len(out), 0.0)
+        self.release()
+        limit = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.15
+        for name, at in (("whole", -1), ("half", PROBE_TOKENS // 2 - 1)):
+            error = relative_error(logits[name], expected[at])
+            if not error <= limit:
+                raise self._unsupported(f"its logits differ from those of transformers by {error:.2g} > {limit:g}")
+
+    def _unsupported(self, reason: str) -> ModelError:
+        name = (self.model.config.architectures or [type(self.model).__name__])[0]
+        return ModelError(
+            f"{name} cannot be served with a paged cache: {reason}. Use a causal language model whose attention "
+            "goes through transformers' AttentionInterface (Llama, Qwen, Mistral, DeepSeek and most others)."
+        )
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of `expected` about its mean."""
+    actual, expected = actual.double(), expected.double()
+    spread = (expected - expected.mean()).square().mean()
+    return float(((actual - expected).square().mean() / spread).sqrt())

@@ -1,0 +1,182 @@
+"""The requests of the OpenAI API that are understood here, field by field, and the rules they must keep."""
+
+from typing import Annotated, Any, Literal, LiteralString, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from runtime.errors import InvalidRequest
+
+MAX_STOPS = 8
+MAX_STOP_CHARS = 64
+MAX_PROMPTS = 64
+MAX_MESSAGES = 256
+DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
+INT64 = 2**63
+
+# Fields that would change the answer and are not served, with the values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "logprobs": (None, False), "top_logprobs": (None, 0), "prompt_logprobs": (None, False), "echo": (None, False),
+    "best_of": (None, 1), "suffix": (None, ""), "tools": (None, []), "functions": (None, []),
+    "response_format": (None, {"type": "text"}), "chat_template": (None,), "chat_template_kwargs": (None, {}),
+    "guided_json": (None,), "guided_regex": (None,), "structured_outputs": (None,), "prompt_embeds": (None,),
+}  # fmt: skip
+
+
+def _stops(value: Any) -> list[str]:
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    fits = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not fits or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise _rule(
+            f"must be a string or a list of at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters"
+        )
+    return list(stops)
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """One entry a prompt: text, or token ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(type(item) is int for item in value):
+            return [value]
+        if len(value) > MAX_PROMPTS:
+            raise _rule(f"must hold at most {MAX_PROMPTS} prompts")
+        texts = all(isinstance(item, str) for item in value)
+        ids = all(
+            isinstance(item, list) and item and all(type(token) is int for token in item) for item in value
+        )
+        if texts or ids:
+            return list(value)
+    raise _rule(
+        "must be a string, a list of strings, a list of token ids, or a list of lists of token ids; none empty"
+    )
+
+
+def _content(value: Any) -> str:
+    """A message's text: given as a string, or as parts of type text."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(map(_is_text_part, value)):
+        raise _rule("must be a string or a list of parts of type text; other parts are not served")
+    return "".join(part["text"] for part in value)
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _rule(text: LiteralString) -> PydanticCustomError:
+    return PydanticCustomError("rule", text)
+
+
+def _only_one(value: int | None) -> int | None:
+    if value not in (None, 1):
+        raise _rule("must be 1: send the request again for another answer")
+    return value
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, hide_input_in_errors=True)
+
+
+class StreamOptions(_Fields):
+    include_usage: bool | None = None
+
+
+class Message(_Fields):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(_content)] = ""
+
+    def for_template(self) -> dict[str, str]:
+        """Templates know `system`, which `developer` replaced in OpenAI's API."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class _Generation(_Fields):
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int | None, AfterValidator(_only_one)] = None
+    user: str | None = None
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(_Generation):
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+
+
+class ChatRequest(_Generation):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+Kind = TypeVar("Kind", bound=_Generation)
+
+
+def parse_request(kind: type[Kind], body: dict[str, Any]) -> Kind:
+    """Returns the request; fields that nobody knows are left out.
+
+    Raises:
+        InvalidRequest: names the first field that breaks its rule, the rule, and what was got.
+    """
+    for name, neutral in UNSUPPORTED.items():
+        if name in body and not any(body[name] is value or body[name] == value for value in neutral):
+            raise InvalidRequest(f"`{name}` is not served by this server. Leave it out.", name)
+    try:
+        request = kind.model_validate(body)
+    except ValidationError as error:
+        raise _first_rule_broken(error) from None
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("`stream_options` needs `stream` to be true.", "stream_options")
+    return request
+
+
+def unknown_fields(request: _Generation, body: dict[str, Any]) -> list[str]:
+    """Names in the body that have no meaning here, those inside stream_options included."""
+    known = type(request).model_fields.keys() | UNSUPPORTED.keys()
+    names = [name for name in body if name not in known]
+    inside = body.get("stream_options") or {}
+    return names + [f"stream_options.{name}" for name in inside if name not in StreamOptions.model_fields]
+
+
+def _first_rule_broken(error: ValidationError) -> InvalidRequest:
+    first = error.errors(include_url=False, include_input=True)[0]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if first["type"] == "missing":
+        return InvalidRequest(f"`{name}` must be given.", name)
+    rule = first["msg"].replace("Input should be", "must be", 1)
+    if not rule.startswith("must"):  # "List should have at most 256 items after validation, not 300"
+        rule = f"breaks a rule: {rule}"
+    return InvalidRequest(f"`{name}` {rule}, but got {_shown(first['input'])}.", name)
+
+
+def _shown(value: Any) -> str:
+    """Numbers and short words as they are, nothing that may hold a prompt."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return (
+            repr(value)
+            if isinstance(value, float) or abs(value) < 10**24
+            else "a number of more than 24 digits"
+        )
+    if isinstance(value, str):
+        return f"text of {len(value)} characters"
+    return f"a list of {len(value)}" if isinstance(value, list) else "an object"

@@ -1,0 +1,379 @@
+"""Continuous batching: which tokens of which requests the next step computes.
+
+    waiting --admit--> running (prefill, then decode) --finish_step--> finished
+       ^                  |
+       +----preempt-------+   the pool is full: the newest gives its blocks back and is computed again later
+
+A step holds decode rows first (one token each), then pieces of prompts, under `max_batched_tokens`. The
+knobs are read from `config` at every step; swapping it between steps never ends a request. What is needed
+per running request and step lies in arrays indexed by the request's seat. No torch, no clock, no I/O.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import InvalidRequest
+from runtime.knobs import EngineConfig
+from runtime.kv_cache import BlockPool
+from runtime.request import Request
+
+IntArray = NDArray[np.int64]
+
+# Under `shortest_prefill` a request that has waited this long is no longer overtaken.
+MAX_OVERTAKEN_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one step, one a request; those of a single token come first.
+
+    `new_tokens`, `starts`: [rows] tokens computed by this step, and tokens of the row cached before it.
+    `sampled`: [rows] whether the row reaches its request's last known token, so that a next one is drawn.
+    """
+
+    requests: list[Request]
+    seats: IntArray
+    new_tokens: IntArray
+    starts: IntArray
+    sampled: NDArray[np.bool_]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.new_tokens.sum())
+
+    @property
+    def num_decode(self) -> int:
+        """Rows of a single token."""
+        return int((self.new_tokens == 1).sum())
+
+    @property
+    def num_prefill_rows(self) -> int:
+        return len(self.requests) - self.num_decode
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return self.num_tokens - self.num_decode
+
+    @property
+    def contexts(self) -> IntArray:
+        """[rows] cached tokens that the row's last token attends to, itself included."""
+        return self.starts + self.new_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        return int(self.contexts.sum())
+
+    @property
+    def attention_pairs(self) -> int:
+        return int((self.new_tokens * self.contexts).sum())
+
+    def sampled_requests(self) -> list[Request]:
+        return [self.requests[row] for row in np.flatnonzero(self.sampled)]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """The tokens of one step, row after row: what a model's forward pass needs.
+
+    `token_ids`, `positions`, `slots` (where keys and values are written): [tokens]. `row_starts`: [rows + 1]
+    offsets into them. `contexts`: [rows]. `block_tables`: [rows, blocks], valid up to each row's context.
+    `last_tokens`: [sampled rows] offsets of the tokens whose logits are needed.
+    """
+
+    token_ids: IntArray
+    positions: IntArray
+    slots: IntArray
+    row_starts: IntArray
+    contexts: IntArray
+    block_tables: NDArray[np.int32]
+    last_tokens: IntArray
+    block_tokens: int
+
+
+class Seats:
+    """The numbers of the running requests, as arrays indexed by seat."""
+
+    def __init__(self, max_blocks: int) -> None:
+        self.known: IntArray = np.zeros(0, np.int64)  # tokens whose ids are known
+        self.computed: IntArray = np.zeros(0, np.int64)  # tokens whose keys and values are cached
+        self.last_token: IntArray = np.zeros(0, np.int64)
+        self.turn: IntArray = np.zeros(0, np.int64)  # rises with every row served: the lowest has gone without longest
+        self.num_blocks: IntArray = np.zeros(0, np.int64)
+        self.blocks: NDArray[np.int32] = np.zeros((0, max_blocks), np.int32)
+        self._empty: list[int] = []
+
+    def take(self) -> int:
+        if not self._empty:
+            size = len(self.known)
+            grown = max(16, 2 * size)
+            for name in ("known", "computed", "last_token", "turn", "num_blocks", "blocks"):
+                old = getattr(self, name)
+                new = np.zeros((grown, *old.shape[1:]), old.dtype)
+                new[:size] = old
+                setattr(self, name, new)
+            self._empty = list(range(grown - 1, size - 1, -1))
+        return self._empty.pop()
+
+    def leave(self, seat: int) -> None:
+        self._empty.append(seat)
+
+    def blocks_of(self, seat: int) -> NDArray[np.int32]:
+        return self.blocks[seat, : self.num_blocks[seat]]
+
+
+class Scheduler:
+    """Owns the queue, the running requests and their blocks. Not thread-safe: one engine steps it."""
+
+    def __init__(self, pool: BlockPool, config: EngineConfig, max_model_len: int) -> None:
+        self.pool = pool
+        self.config = config
+        self.max_model_len = min(max_model_len, pool.num_tokens)
+        self.waiting: deque[Request] = deque()  # preempted ones in front, then in order of arrival
+        self.running: list[Request] = []  # in order of admission
+        self.num_preemptions = 0
+        self._requests: dict[str, Request] = {}
+        self._seats = Seats(pool.blocks_for(self.max_model_len))
+        self._running_seats: IntArray = np.zeros(0, np.int64)
+        self._in_seat: dict[int, Request] = {}
+        self._num_turns = 0
+
+    # -- requests come and go ------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queues the request.
+
+        Raises:
+            InvalidRequest: it could never be served, even alone.
+        """
+        if request.id in self._requests:
+            raise InvalidRequest(f"Request id {request.id!r} is in use; ids must be unique.")
+        if request.prompt_tokens < 1 or request.max_tokens < 1:
+            raise InvalidRequest(
+                "A request must have at least 1 prompt token and 1 output token, "
+                f"but got {request.prompt_tokens} and {request.max_tokens}."
+            )
+        total = request.prompt_tokens + request.max_tokens
+        if total > self.max_model_len:
+            raise InvalidRequest(
+                f"Prompt and output must fit in {self.max_model_len} tokens, but got {request.prompt_tokens} + "
+                f"{request.max_tokens} = {total}. Shorten the prompt or lower max_tokens.",
+                param="max_tokens",
+            )
+        self._requests[request.id] = request
+        self.waiting.append(request)
+
+    def cancel(self, id: str) -> bool:
+        """Forgets the request and frees its blocks. False if it is not here (any more)."""
+        request = self._requests.pop(id, None)
+        if request is None:
+            return False
+        if request.seat is None:
+            self.waiting.remove(request)
+        else:
+            self._stand_up([request])
+        return True
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens' worth of blocks that are held."""
+        return self.pool.num_held * self.pool.block_tokens
+
+    def next_wake(self, now: float) -> float | None:
+        """When `schedule` may have work although nothing arrives: None if never, `now` if at once."""
+        if self.running:
+            return now
+        if not self.waiting:
+            return None
+        return self._held_until() if self._is_held(now) else now
+
+    # -- one step ------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> Batch | None:
+        """The next step's rows, with blocks for every token; None if there is nothing to compute now."""
+        seats, new_tokens = self._pick_running()
+        if self._grow(seats):
+            still_here = np.isin(seats, self._running_seats)
+            seats, new_tokens = seats[still_here], new_tokens[still_here]
+        else:
+            admitted = self._admit(self.config.max_batched_tokens - int(new_tokens.sum()), now)
+            if admitted:
+                seats = np.concatenate((seats, [seat for seat, _ in admitted]))
+                new_tokens = np.concatenate((new_tokens, [tokens for _, tokens in admitted]))
+        if not len(seats):
+            return None
+        order = np.argsort(new_tokens > 1, kind="stable")  # rows of one token first
+        return self._batch(seats[order], new_tokens[order])
+
+    def finish_step(self, batch: Batch, tokens: list[int] | None, now: float) -> list[Request]:
+        """Records the step's result and returns the requests that it finished; their blocks are free again.
+
+        `tokens`: one for each row of `batch.sampled`, in row order; None in a replay.
+        Rows whose request was cancelled meanwhile are ignored.
+        """
+        seats = self._seats
+        seats.computed[batch.seats] += batch.new_tokens
+        finished = []
+        for index, request in enumerate(batch.sampled_requests()):
+            if request.seat is None:
+                continue
+            token = None if tokens is None else tokens[index]
+            request.append(token, now)
+            seats.known[request.seat] += 1
+            seats.last_token[request.seat] = token or 0
+            if request.finish_reason is not None:
+                finished.append(request)
+                del self._requests[request.id]
+        if finished:
+            self._stand_up(finished)
+        return finished
+
+    def pack(self, batch: Batch) -> PackedBatch:
+        """The batch, token by token. Needs requests with token ids."""
+        seats, block_tokens = self._seats, self.pool.block_tokens
+        row_starts = np.concatenate(([0], np.cumsum(batch.new_tokens)))
+        positions = np.arange(row_starts[-1]) + np.repeat(batch.starts - row_starts[:-1], batch.new_tokens)
+        block_tables = seats.blocks[batch.seats]
+        row_of_token = np.repeat(np.arange(len(batch.seats)), batch.new_tokens)
+        blocks = block_tables[row_of_token, positions // block_tokens].astype(np.int64)
+        token_ids = np.empty(row_starts[-1], np.int64)
+        at_end = batch.sampled & (batch.new_tokens == 1)
+        token_ids[row_starts[:-1][at_end]] = seats.last_token[batch.seats[at_end]]
+        for row in np.flatnonzero(~at_end):  # pieces of prompts: few, and copied whole
+            request, start = batch.requests[row], batch.starts[row]
+            assert request.token_ids is not None, "a replayed request cannot be packed"
+            token_ids[row_starts[row] : row_starts[row + 1]] = request.token_ids[start : start + batch.new_tokens[row]]
+        return PackedBatch(
+            token_ids=token_ids,
+            positions=positions,
+            slots=blocks * block_tokens + positions % block_tokens,
+            row_starts=row_starts,
+            contexts=batch.contexts,
+            block_tables=block_tables[:, : self.pool.blocks_for(int(batch.contexts.max()))],
+            last_tokens=row_starts[1:][batch.sampled] - 1,
+            block_tokens=block_tokens,
+        )
+
+    def _batch(self, seats: IntArray, new_tokens: IntArray) -> Batch:
+        here = self._seats
+        starts = here.computed[seats]
+        here.turn[seats] = self._num_turns + np.arange(len(seats))
+        self._num_turns += len(seats)
+        requests = [self._in_seat[seat] for seat in seats.tolist()]
+        return Batch(requests, seats, new_tokens, starts, starts + new_tokens == here.known[seats])
+
+    # -- who gets tokens -----------------------------------------------------------------------------------
+
+    def _pick_running(self) -> tuple[IntArray, IntArray]:
+        """Seats of the running requests that get tokens in this step, and how many each."""
+        running, here = self._running_seats, self._seats
+        left = here.known[running] - here.computed[running]
+        is_decode = left == 1
+        num_decode, budget = int(is_decode.sum()), self.config.max_batched_tokens
+        if num_decode + (num_decode < len(running)) <= budget:
+            order = np.argsort(~is_decode, kind="stable")
+        else:  # not everyone can have a turn: whoever has gone without for longest comes first
+            order = np.argsort(here.turn[running], kind="stable")
+        wanted = np.minimum(left[order], self.config.prefill_chunk)
+        granted = np.clip(budget - (np.cumsum(wanted) - wanted), 0, wanted)
+        return running[order][granted > 0], granted[granted > 0]
+
+    def _grow(self, seats: IntArray) -> bool:
+        """Gives a block to each row that has filled its last one, oldest request first; when there is none,
+        the newest running request is preempted. True if any was.
+
+        Prompts have all their blocks from admission on, so only decode rows come here.
+        """
+        here = self._seats
+        full = seats[here.computed[seats] >= here.num_blocks[seats] * self.pool.block_tokens]
+        if not len(full):
+            return False
+        if len(full) > self.pool.num_free:
+            full = self._running_seats[np.isin(self._running_seats, full)]
+        before = self.num_preemptions
+        for seat in full.tolist():
+            while self.pool.num_free == 0:
+                self._preempt(self.running[-1])
+            if before != self.num_preemptions and seat not in self._running_seats:
+                continue
+            count = here.num_blocks[seat]
+            here.blocks[seat, count] = self.pool.extend(int(here.blocks[seat, count - 1]))
+            here.num_blocks[seat] += 1
+        return self.num_preemptions > before
+
+    def _preempt(self, request: Request) -> None:
+        """Frees the request's blocks; what it has generated so far becomes part of the prompt to recompute."""
+        self._stand_up([request])
+        self.waiting.appendleft(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _stand_up(self, requests: list[Request]) -> None:
+        for request in requests:
+            assert request.seat is not None, "only a running request has a seat to leave"
+            self.pool.free(self._seats.blocks_of(request.seat))
+            self._seats.leave(request.seat)
+            del self._in_seat[request.seat]
+            request.seat = None
+        self.running = [request for request in self.running if request.seat is not None]
+        self._running_seats = np.array([request.seat for request in self.running], np.int64)
+
+    # -- admission -----------------------------------------------------------------------------------------
+
+    def _admit(self, budget: int, now: float) -> list[tuple[int, int]]:
+        """Moves waiting requests to running while seats, blocks and budget last; their (seat, tokens)."""
+        admitted: list[tuple[int, int]] = []
+        if not self.waiting or self._is_held(now):
+            return admitted
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            request = self._next_waiting(now)
+            # One more block stays free for each running request, or the next steps would preempt again.
+            if self.pool.blocks_for(request.num_tokens) + len(self.running) > self.pool.num_free and self.running:
+                break
+            self.waiting.remove(request)
+            tokens = min(request.num_tokens, self.config.prefill_chunk, budget)
+            admitted.append((self._seat(request, now), tokens))
+            budget -= tokens
+        if admitted:
+            self._running_seats = np.array([request.seat for request in self.running], np.int64)
+        return admitted
+
+    def _seat(self, request: Request, now: float) -> int:
+        here = self._seats
+        seat = here.take()
+        blocks = self.pool.allocate(self.pool.blocks_for(request.num_tokens))
+        here.blocks[seat, : len(blocks)] = blocks
+        here.num_blocks[seat] = len(blocks)
+        here.known[seat] = request.num_tokens
+        here.computed[seat] = 0
+        here.last_token[seat] = 0 if request.token_ids is None else request.token_ids[request.num_tokens - 1]
+        request.seat = seat
+        self._in_seat[seat] = request
+        if request.admitted_at is None:
+            request.admitted_at = now
+        self.running.append(request)
+        return seat
+
+    def _next_waiting(self, now: float) -> Request:
+        first = self.waiting[0]
+        if self.config.policy == "fcfs" or first.num_preemptions or now - first.arrived_at >= MAX_OVERTAKEN_S:
+            return first
+        return min(self.waiting, key=lambda request: request.num_tokens)
+
+    def _is_held(self, now: float) -> bool:
+        """Whether `batch_wait_ms` keeps the waiting requests waiting, so that others join their batch."""
+        if now >= self._held_until():
+            return False
+        return len(self.waiting) < self.config.max_num_seqs - len(self.running)
+
+    def _held_until(self) -> float:
+        if self.waiting[0].num_preemptions:
+            return 0.0
+        oldest = min(request.arrived_at for request in self.waiting)
+        return oldest + self.config.batch_wait_ms / 1000

@@ -1,0 +1,126 @@
+"""The whole runtime as it is shipped: front end, real engine, demo model, official client. On the CPU."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from runtime.knobs import EngineConfig
+from runtime.timings import RequestTiming, StepRecord
+from tests.servers import LiveServer, live_server, wait_until
+
+PROMPT = "import os\n\ndef read_lines(path):\n"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    run_dir = tmp_path_factory.mktemp("end_to_end")
+    arguments = ("--device", "cpu", "--kv-tokens", "8192")
+    with live_server(run_dir, *arguments, engine_module="runtime.engine") as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with server.openai() as client:
+        yield client
+
+
+def complete(client: openai.OpenAI, **changed: Any) -> Any:
+    asked: dict[str, Any] = {"model": "demo_model", "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+    return client.completions.create(**{**asked, **changed})
+
+
+def test_greedy_answers_repeat_and_stream_alike(client: openai.OpenAI) -> None:
+    whole = complete(client)
+    assert whole.choices[0].text and whole.usage.completion_tokens == 24
+    chunks = complete(client, stream=True)
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == whole.choices[0].text
+
+
+def test_equal_seeds_draw_equal_answers_in_any_batch(client: openai.OpenAI) -> None:
+    alone = complete(client, temperature=0.9, seed=7).choices[0].text
+    batched = complete(client, temperature=0.9, seed=7, prompt=[PROMPT, "class Store:\n", PROMPT])
+    assert [batched.choices[0].text, batched.choices[2].text] == [alone, alone]
+
+
+def test_a_chat_answers_in_the_models_words(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "What does `copytree` do?"}]
+    answer = client.chat.completions.create(
+        model="demo_model", messages=messages, max_tokens=40, temperature=0
+    )
+    assert answer.choices[0].message.content
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_reconfiguring_under_load_loses_no_token_and_changes_no_answer(
+    server: LiveServer, client: openai.OpenAI
+) -> None:
+    expected = complete(client, max_tokens=120).choices[0].text
+    texts: list[str] = []
+
+    def stream() -> None:
+        chunks = complete(client, max_tokens=120, stream=True)
+        texts.append("".join(choice.text for chunk in chunks for choice in chunk.choices))
+
+    threads = [threading.Thread(target=stream) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    with server.control() as control:
+        for num_seqs in (1, 3, 16):
+            done = control.reconfigure({"max_num_seqs": num_seqs, "prefill_chunk": 16 * num_seqs}, None)
+            assert control.state()["config_id"] == EngineConfig.of(done["config"]).config_id
+    for thread in threads:
+        thread.join()
+    assert texts == [expected] * 4
+
+
+def test_records_of_requests_and_steps_are_as_declared(server: LiveServer, client: openai.OpenAI) -> None:
+    complete(client, max_tokens=5)
+    server.wait_idle()
+    with server.control() as control:
+        records = control.drain(None, 0, 20_000)["records"]
+        identity = control.identity()
+    timings = [RequestTiming.of(record) for record in records if record["kind"] == "request"]
+    steps = [StepRecord.of(record) for record in records if record["kind"] == "step"]
+    last = timings[-1]
+    assert (last.output_tokens, last.gaps.num, last.finish_reason) == (5, 4, "length")
+    assert last.admitted_at is not None and last.first_token_at is not None
+    assert last.arrived_at <= last.admitted_at <= last.first_token_at <= last.finished_at
+    assert all(0 < step.forward_s <= step.step_s for step in steps)
+    assert sum(step.num_prefill_tokens for step in steps) >= sum(timing.prompt_tokens for timing in timings)
+    assert identity["model"]["num_parameters"] > 1_000_000 and identity["tier"]
+
+
+def test_a_client_that_leaves_gives_its_cache_back(server: LiveServer) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    with server.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    server.wait_idle()
+    with server.control() as control:
+        wait_until(lambda: control.state()["gauges"]["num_running"] == 0, "the engine is idle")
+
+
+def test_a_killed_engine_serves_again_and_keeps_the_champion(
+    server: LiveServer, client: openai.OpenAI
+) -> None:
+    with server.control() as control:
+        champion = control.reconfigure({"max_num_seqs": 5}, None)
+        expected = complete(client).choices[0].text
+        os.kill(control.identity()["engine_pid"], signal.SIGKILL)
+        assert complete(client).choices[0].text == expected
+        state = control.state()
+    assert (state["config_id"], state["version"]) == (champion["config_id"], champion["version"])
+    assert state["num_engine_restarts"] == 1
+
+
+def test_a_prompt_too_long_for_the_cache_is_refused_alone(server: LiveServer, client: openai.OpenAI) -> None:
+    with server.http() as http:
+        answer = http.post("/v1/completions", content=json.dumps({"prompt": [300] * 2048, "max_tokens": 1}))
+        assert answer.status_code == 400
+    assert complete(client).usage.completion_tokens == 24

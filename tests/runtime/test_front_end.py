@@ -1,0 +1,195 @@
+"""Admission and live requests without processes: frames are a list, the engine is whatever a test says."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from runtime import generation
+from runtime.clock import Clock
+from runtime.errors import EngineNotReady, QueueFull, RequestFailed
+from runtime.exchange import Exchange, Sampling
+from runtime.front_end import FrontEnd
+from runtime.generation import Answer, Choice
+from runtime.knobs import EngineConfig
+from runtime.link import Frame
+
+GREEDY = Sampling(max_tokens=4, temperature=0.0)
+
+
+class Desk:
+    """A front end, the frames it sent, and the other end's voice."""
+
+    def __init__(self, **knobs: Any) -> None:
+        self.clock = Clock.started_now()
+        self.front = FrontEnd(self.clock, request_timeout_s=60.0)
+        self.sent: list[Frame] = []
+        self.front.send = self.sent.append
+        self.config = EngineConfig.of(knobs)
+
+    def engine_ready(self) -> None:
+        frame = {"identity": {}, "knobs": [], "version": 3, "config": self.config.values()}
+        self.front.engine_ready(frame)
+
+    def submit(self, num_prompt_tokens: int = 3) -> Exchange:
+        (exchange,) = self.front.open(1, self.clock.now(), True, asyncio.Event())
+        self.front.submit(exchange, list(range(num_prompt_tokens)), GREEDY)
+        return exchange
+
+    def tokens(self, *items: tuple[Exchange, int, str | None]) -> None:
+        rows = [[exchange.id, token, reason, self.clock.now(), 0] for exchange, token, reason in items]
+        frame = {
+            "op": "tokens",
+            "at": self.clock.now(),
+            "config_id": self.config.config_id,
+            "slice_id": None,
+            "items": rows,
+        }
+        self.front.on_frame(frame)
+
+    def ops(self) -> list[str]:
+        return [frame["op"] for frame in self.sent]
+
+
+def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    def run() -> None:
+        asyncio.run(test())
+
+    run.__name__ = test.__name__
+    return run
+
+
+@in_loop
+async def test_requests_wait_for_the_engine_and_are_submitted_in_order_of_arrival() -> None:
+    desk = Desk()
+    first, second = desk.submit(), desk.submit()
+    assert desk.sent == []
+    desk.engine_ready()
+    assert [frame["id"] for frame in desk.sent] == [first.id, second.id]
+    assert desk.sent[0]["arrived_at"] == first.arrived_at
+
+
+@in_loop
+async def test_after_an_engine_is_lost_only_requests_without_a_token_come_again() -> None:
+    desk = Desk()
+    desk.engine_ready()
+    begun, waiting = desk.submit(), desk.submit()
+    desk.tokens((begun, 5, None))
+    desk.sent.clear()
+    desk.front.engine_lost("restarting")
+    assert isinstance(begun.take().finish.error, RequestFailed)  # type: ignore[union-attr]
+    desk.engine_ready()
+    assert [(frame["id"], frame["arrived_at"]) for frame in desk.sent] == [(waiting.id, waiting.arrived_at)]
+
+
+@in_loop
+async def test_a_request_that_left_while_the_engine_was_away_is_not_submitted() -> None:
+    desk = Desk()
+    exchange = desk.submit()
+    desk.front.leave(exchange)
+    desk.engine_ready()
+    assert "submit" not in desk.ops()
+    assert desk.front.num_queued == 0 and not desk.front.live
+
+
+@in_loop
+async def test_the_cap_counts_requests_without_a_first_token() -> None:
+    desk = Desk(max_queued_requests=2)
+    desk.engine_ready()
+    first, second = desk.submit(), desk.submit()
+    with pytest.raises(QueueFull) as error:
+        desk.submit()
+    assert 1 <= error.value.retry_after_s <= 60
+    desk.tokens((first, 1, None))
+    desk.submit()
+    desk.tokens((second, 1, "stop"))
+    assert desk.front.num_queued == 1
+    assert desk.front.meter.finished_by_reason == {"rejected": 1, "stop": 1}
+
+
+@in_loop
+async def test_nothing_is_admitted_while_draining_or_given_up() -> None:
+    desk = Desk()
+    desk.engine_ready()
+    desk.front.draining = True
+    with pytest.raises(EngineNotReady):
+        desk.submit()
+    desk.front.draining = False
+    waiting = desk.submit()
+    desk.front.engine_given_up()
+    assert isinstance(waiting.take().finish.error, EngineNotReady)  # type: ignore[union-attr]
+    with pytest.raises(EngineNotReady):
+        desk.submit()
+
+
+@in_loop
+async def test_one_failed_request_leaves_the_others_alone() -> None:
+    desk = Desk()
+    desk.engine_ready()
+    bad, good = desk.submit(), desk.submit()
+    desk.front.on_frame(
+        {"op": "failed", "id": bad.id, "kind": "nan_logits", "message": "at /home/x/model.py"}
+    )
+    error = bad.take().finish.error  # type: ignore[union-attr]
+    assert isinstance(error, RequestFailed) and error.kind == "nan_logits" and "/home" not in str(error)
+    desk.tokens((good, 7, "length"))
+    assert good.take().finish.reason == "length"  # type: ignore[union-attr]
+    assert desk.front.meter.errors_by_kind == {"nan_logits": 1}
+
+
+@in_loop
+async def test_tokens_of_a_request_that_left_are_not_delivered() -> None:
+    desk = Desk()
+    desk.engine_ready()
+    exchange = desk.submit()
+    desk.front.leave(exchange)
+    desk.tokens((exchange, 7, None))
+    assert desk.ops() == ["submit", "cancel"]
+    assert exchange.num_tokens == 0
+
+
+def answer_of(desk: Desk, exchange: Exchange, streamed: bool = True) -> Answer:
+    choice = Choice(0, exchange, lambda tokens: "x" * len(tokens), [], desk.front.stop)
+    return Answer(desk.front, "chat", exchange.id, 0, "m", [choice], exchange.wake, streamed, False)
+
+
+async def never() -> Any:
+    await asyncio.Event().wait()
+
+
+def test_a_reader_that_takes_nothing_loses_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "SLOW_READER_S", 0.01)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await never()
+
+    async def run() -> None:
+        desk = Desk()
+        desk.engine_ready()
+        exchange = desk.submit()
+        desk.tokens((exchange, 7, None))
+        await answer_of(desk, exchange)({"type": "http"}, never, send)
+        assert desk.ops() == ["submit", "cancel"]
+        assert not desk.front.live
+
+    asyncio.run(run())
+
+
+def test_a_disconnect_cancels_before_anything_else_is_sent() -> None:
+    async def run() -> None:
+        desk = Desk()
+        desk.engine_ready()
+        exchange = desk.submit()
+
+        async def receive() -> Any:
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            raise AssertionError("nothing is sent to a client that left")
+
+        await answer_of(desk, exchange, streamed=False)({"type": "http"}, receive, send)
+        assert desk.ops() == ["submit", "cancel"]
+
+    asyncio.run(run())

@@ -1,0 +1,258 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.errors import InvalidRequest
+from runtime.knobs import EngineConfig
+from runtime.kv_cache import BlockPool
+from runtime.request import Request
+from runtime.scheduler import MAX_OVERTAKEN_S, Batch, Scheduler
+
+
+def scheduler(num_blocks: int = 64, block_tokens: int = 4, max_model_len: int = 256, **knobs: object) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks, block_tokens), EngineConfig.of(knobs), max_model_len)
+
+
+def request(id: str, prompt: int = 8, output: int = 4, at: float = 0.0) -> Request:
+    return Request.of_lengths(id, prompt, output, at)
+
+
+def ids(batch: Batch | None) -> list[str]:
+    return [] if batch is None else [request.id for request in batch.requests]
+
+
+def held_tables(s: Scheduler) -> list[np.ndarray]:
+    return [s._seats.blocks_of(request.seat) for request in s.running]
+
+
+def run(s: Scheduler, num_steps: int = 10_000, now: float = 100.0) -> list[Request]:
+    finished = []
+    for _ in range(num_steps):
+        batch = s.schedule(now)
+        if batch is None:
+            break
+        finished += s.finish_step(batch, None, now)
+    return finished
+
+
+def test_decode_rows_come_before_pieces_of_prompts_in_one_step() -> None:
+    s = scheduler(prefill_chunk=16, max_batched_tokens=64)
+    s.add(request("a"))
+    s.finish_step(s.schedule(0.0), None, 0.0)
+    s.add(request("b", prompt=20))
+    batch = s.schedule(1.0)
+    assert ids(batch) == ["a", "b"] and batch.new_tokens.tolist() == [1, 16]
+    assert batch.sampled.tolist() == [True, False]
+    assert (batch.num_decode, batch.num_prefill_rows, batch.num_prefill_tokens) == (1, 1, 16)
+    assert batch.context_tokens == 9 + 16 and batch.attention_pairs == 9 + 16 * 16
+
+
+def test_a_prompt_is_computed_in_chunks_within_the_budget() -> None:
+    s = scheduler(prefill_chunk=16, max_batched_tokens=24)
+    s.add(request("a", prompt=40))
+    s.add(request("b", prompt=40))
+    pieces = []
+    for _ in range(5):
+        batch = s.schedule(0.0)
+        pieces.append(dict(zip(ids(batch), batch.new_tokens.tolist(), strict=True)))
+        s.finish_step(batch, None, 0.0)
+    assert pieces[:3] == [{"a": 16, "b": 8}, {"a": 16, "b": 8}, {"a": 8, "b": 16}]
+
+
+def test_lowering_max_num_seqs_stops_admission_and_ends_nothing() -> None:
+    s = scheduler(max_num_seqs=4)
+    for name in "abcdef":
+        s.add(request(name))
+    s.finish_step(s.schedule(0.0), None, 0.0)
+    s.config = s.config.patched({"max_num_seqs": 1})
+    assert ids(s.schedule(0.0)) == ["a", "b", "c", "d"]
+    assert {request.id for request in run(s)} == set("abcdef")
+
+
+def test_every_decode_row_gets_its_turn_when_the_budget_is_smaller_than_their_number() -> None:
+    s = scheduler(num_blocks=256, max_num_seqs=40, max_batched_tokens=512)
+    for i in range(40):
+        s.add(request(str(i), prompt=4, output=50))
+    s.finish_step(s.schedule(0.0), None, 0.0)
+    s.config = s.config.patched({"max_batched_tokens": 16})
+    served: list[str] = []
+    for _ in range(5):
+        batch = s.schedule(0.0)
+        assert batch.num_tokens == 16
+        served += ids(batch)
+        s.finish_step(batch, None, 0.0)
+    assert {served.count(str(i)) for i in range(40)} == {2}
+
+
+def test_a_prompt_in_progress_is_not_starved_by_decode_rows_that_fill_the_budget() -> None:
+    s = scheduler(num_blocks=256, max_num_seqs=40, max_batched_tokens=512, prefill_chunk=16)
+    for i in range(20):
+        s.add(request(str(i), prompt=4, output=200))
+    s.add(request("long", prompt=100))
+    s.finish_step(s.schedule(0.0), None, 0.0)
+    s.config = s.config.patched({"max_batched_tokens": 16})
+    finished = run(s, num_steps=60)
+    assert [request.id for request in finished] == ["long"]
+
+
+def test_first_come_first_served_admits_in_order_of_arrival() -> None:
+    s = scheduler(max_num_seqs=1)
+    for name, prompt in (("a", 30), ("b", 5), ("c", 10)):
+        s.add(request(name, prompt))
+    assert [request.id for request in run(s)] == ["a", "b", "c"]
+
+
+def test_shortest_prefill_overtakes_but_not_forever() -> None:
+    s = scheduler(max_num_seqs=1, policy="shortest_prefill")
+    s.add(request("long", 30, at=0.0))
+    s.add(request("short", 5, at=1.0))
+    assert ids(s.schedule(1.0)) == ["short"]
+    s = scheduler(max_num_seqs=1, policy="shortest_prefill")
+    s.add(request("long", 30, at=0.0))
+    s.add(request("short", 5, at=1.0))
+    assert ids(s.schedule(MAX_OVERTAKEN_S)) == ["long"]
+
+
+def test_batch_wait_holds_a_request_until_its_time_or_until_the_seats_are_filled() -> None:
+    s = scheduler(max_num_seqs=2, batch_wait_ms=100.0)
+    s.add(request("a", at=10.0))
+    assert s.schedule(10.05) is None and s.next_wake(10.05) == pytest.approx(10.1)
+    assert ids(s.schedule(10.1)) == ["a"]
+    s = scheduler(max_num_seqs=2, batch_wait_ms=100.0)
+    s.add(request("a", at=10.0))
+    s.add(request("b", at=10.01))
+    assert s.next_wake(10.02) == 10.02 and ids(s.schedule(10.02)) == ["a", "b"]
+
+
+def test_an_idle_scheduler_never_wakes_and_a_busy_one_at_once() -> None:
+    s = scheduler()
+    assert s.next_wake(5.0) is None
+    s.add(request("a"))
+    s.schedule(5.0)
+    assert s.next_wake(5.0) == 5.0
+
+
+def test_a_full_pool_preempts_the_newest_which_is_recomputed_first() -> None:
+    s = scheduler(num_blocks=8, max_num_seqs=3)  # 32 tokens
+    for name in "abc":
+        s.add(request(name, prompt=8, output=12))
+    finished = run(s)
+    assert [request.id for request in finished] == ["a", "b", "c"]
+    assert finished[0].num_preemptions == 0
+    assert s.num_preemptions == sum(request.num_preemptions for request in finished) >= 1
+    assert s.pool.num_free == 8
+
+
+def test_a_preempted_request_computes_its_own_output_again_as_prompt() -> None:
+    s = scheduler(num_blocks=5, max_num_seqs=2)  # 20 tokens
+    for name in "ab":
+        s.add(Request.of_tokens(name, [1, 2, 3, 4, 5, 6], 8, arrived_at=0.0))
+    token, again = 10, None
+    while again is None:
+        batch = s.schedule(0.0)
+        if any(r.num_preemptions and start == 0 for r, start in zip(batch.requests, batch.starts, strict=True)):
+            again = s.pack(batch)
+        s.finish_step(batch, [token] * len(batch.sampled_requests()), 0.0)
+        token += 1
+    assert again.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 10, 11, 12]
+
+
+def test_refuses_a_request_that_could_never_fit() -> None:
+    with pytest.raises(InvalidRequest, match=r"must fit in 32 tokens, but got 30 \+ 3 = 33"):
+        scheduler(num_blocks=8).add(request("a", prompt=30, output=3))
+    with pytest.raises(InvalidRequest, match="at least 1"):
+        scheduler().add(request("a", prompt=0))
+
+
+def test_refuses_an_id_in_use() -> None:
+    s = scheduler()
+    s.add(request("a"))
+    with pytest.raises(InvalidRequest, match="in use"):
+        s.add(request("a"))
+
+
+def test_a_cancelled_request_frees_its_blocks_at_once_wherever_it_is() -> None:
+    s = scheduler(max_num_seqs=1)
+    s.add(request("a"))
+    s.add(request("b"))
+    batch = s.schedule(0.0)
+    assert s.cancel("a") and s.cancel("b") and not s.cancel("c")
+    assert s.finish_step(batch, None, 0.0) == []
+    assert s.pool.num_held == 0 and not s.has_requests and s.schedule(0.0) is None
+
+
+def test_packed_tokens_lie_row_after_row_with_positions_and_slots() -> None:
+    s = scheduler(num_blocks=16, prefill_chunk=16)
+    s.add(Request.of_tokens("a", [7, 8, 9], 4, arrived_at=0.0))
+    s.finish_step(s.schedule(0.0), [50], 0.0)
+    s.add(Request.of_tokens("b", range(100, 120), 4, arrived_at=0.0))
+    batch = s.schedule(0.0)
+    packed = s.pack(batch)
+    assert packed.token_ids.tolist() == [50, *range(100, 116)]
+    assert packed.positions.tolist() == [3, *range(16)]
+    assert packed.row_starts.tolist() == [0, 1, 17] and packed.contexts.tolist() == [4, 16]
+    assert packed.last_tokens.tolist() == [0]
+    for row, context in enumerate(packed.contexts):
+        blocks = packed.block_tables[row].repeat(4) * 4 + np.tile(np.arange(4), packed.block_tables.shape[1])
+        new = slice(packed.row_starts[row], packed.row_starts[row + 1])
+        assert packed.slots[new].tolist() == blocks[:context].tolist()[-int(batch.new_tokens[row]) :]
+
+
+CONFIGS = st.fixed_dictionaries(
+    {
+        "max_num_seqs": st.integers(1, 12),
+        "max_batched_tokens": st.integers(16, 64),
+        "prefill_chunk": st.integers(16, 40),
+        "policy": st.sampled_from(["fcfs", "shortest_prefill"]),
+        "batch_wait_ms": st.sampled_from([0.0, 50.0]),
+    }
+)
+LENGTHS = st.tuples(st.integers(1, 40), st.integers(1, 24))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(16, 40), st.lists(LENGTHS, min_size=1, max_size=25), st.lists(CONFIGS, min_size=1))
+def test_every_request_finishes_whatever_the_knobs_do(
+    data: st.DataObject, num_blocks: int, lengths: list[tuple[int, int]], configs: list[dict[str, object]]
+) -> None:
+    s = scheduler(num_blocks=num_blocks, max_model_len=64)
+    to_come = [request(str(i), *length) for i, length in enumerate(lengths)]
+    first_admissions: dict[str, int] = {}
+    finished: list[Request] = []
+    now, num_computed = 0.0, 0
+    for step in range(20_000):
+        now += 0.01
+        if step < 60:
+            s.config = EngineConfig.of(data.draw(st.sampled_from(configs)))
+            for _ in range(min(len(to_come), data.draw(st.integers(0, 3)))):
+                arriving = to_come.pop(0)
+                arriving.arrived_at = now
+                s.add(arriving)
+        num_running = len(s.running)
+        batch = s.schedule(now)
+        s.pool.check_integrity(held_tables(s))
+        assert len(s.running) <= max(num_running, s.config.max_num_seqs)
+        if batch is None:
+            if step >= 60 and not s.has_requests and not to_come:
+                break
+            continue
+        assert 0 < batch.num_tokens <= s.config.max_batched_tokens
+        assert batch.new_tokens.max() <= s.config.prefill_chunk
+        assert len(set(ids(batch))) == len(batch.requests)
+        assert sorted(batch.new_tokens > 1) == list(batch.new_tokens > 1)
+        capacities = s._seats.num_blocks[batch.seats] * s.pool.block_tokens
+        assert (batch.contexts <= capacities).all()
+        for one in batch.requests:
+            first_admissions.setdefault(one.id, len(first_admissions))
+        num_computed += batch.num_tokens
+        finished += s.finish_step(batch, None, now)
+    assert {one.id for one in finished} | {one.id for one in to_come} == {str(i) for i in range(len(lengths))}
+    assert all(one.num_output_tokens == one.max_tokens and one.finish_reason == "length" for one in finished)
+    assert s.pool.num_held == 0
+    if all(config["policy"] == "fcfs" for config in configs):
+        seen = [int(id) for id in first_admissions]
+        admitted_at = {int(one.id): one.admitted_at for one in finished}
+        assert all(admitted_at[a] <= admitted_at[b] for a, b in zip(sorted(seen), sorted(seen)[1:], strict=False))
+    if s.num_preemptions == 0:
+        assert num_computed == sum(one.prompt_tokens + one.max_tokens - 1 for one in finished)

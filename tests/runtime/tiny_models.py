@@ -1,0 +1,74 @@
+"""Random models of a few thousand parameters, in float64 so that greedy tokens cannot differ by rounding."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.deepseek_v3 import DeepseekV3Config
+from transformers.models.gemma2 import Gemma2Config
+from transformers.models.gpt_oss import GptOssConfig
+from transformers.models.llama import LlamaConfig
+from transformers.models.mistral import MistralConfig
+from transformers.models.qwen2 import Qwen2Config
+from transformers.models.qwen3 import Qwen3Config
+
+torch.set_num_threads(1)  # nothing here is worth a second thread, and threads that spin slow every other test
+
+VOCAB = 97
+EOS = 1
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3, "eos_token_id": EOS,
+    "bos_token_id": 0, "pad_token_id": EOS, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def tiny_config(family: str) -> PretrainedConfig:
+    match family:
+        case "qwen2":
+            return Qwen2Config(**_SHAPE)
+        case "qwen3":
+            return Qwen3Config(**_SHAPE, head_dim=16)
+        case "llama":
+            return LlamaConfig(**_SHAPE)
+        case "mistral":
+            return MistralConfig(**_SHAPE, sliding_window=20)
+        case "gemma2":
+            return Gemma2Config(**_SHAPE, head_dim=8, sliding_window=20, query_pre_attn_scalar=8)
+        case "gpt_oss":
+            return GptOssConfig(
+                **_SHAPE, head_dim=8, sliding_window=20, num_local_experts=4, num_experts_per_tok=2,
+                layer_types=["sliding_attention", "full_attention"],
+            )  # fmt: skip
+        case "deepseek_v3":
+            return DeepseekV3Config(
+                **{**_SHAPE, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4,
+                n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24,
+                qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=16, n_group=1, topk_group=1,
+            )  # fmt: skip
+    raise ValueError(f"no tiny {family}")
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = tiny_config(family)
+    config._experts_implementation = "eager"  # the grouped kernels know no float64
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def save_tiny_model(family: str, folder: Path) -> Path:
+    tiny_model(family, torch.float32).save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
+    """What transformers itself continues greedily, never stopping."""
+    token_ids = torch.tensor([prompt], device=model.device)
+    mask = torch.ones_like(token_ids)
+    out = model.generate(token_ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
+    return out[0, len(prompt) :].tolist()
