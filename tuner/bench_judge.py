@@ -1,0 +1,152 @@
+"""Benchmarks of the judge: `python -m tuner.bench_judge aa | azure --trace FILE | harm`.
+
+Each prints a table for people; the last line of stdout is one JSON document. Progress goes to stderr.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tuner.bench_aa import LevelReport, Rate, lord_level, run_aa
+from tuner.bench_harm import run_harm
+from tuner.bench_trace import run_trace
+
+SEED = 20261123
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tuner.bench_judge", description="Benchmarks of the judge."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    aa = commands.add_parser("aa", help="false promotions of the champion against itself, and power")
+    aa.add_argument("--experiments", type=int, default=5000)
+    aa.add_argument("--alpha", type=float, default=0.05)
+    aa.add_argument("--lord", action="store_true", help="both again at the first LORD++ level")
+    azure = commands.add_parser(
+        "azure", help="pair noise on a recorded trace, with and without the champion twin"
+    )
+    azure.add_argument("--trace", type=Path, required=True)
+    harm = commands.add_parser("harm", help="false stops and speed of the harm rule")
+    harm.add_argument("--experiments", type=int, default=2000)
+    for command in (aa, azure, harm):
+        command.add_argument("--seed", type=int, default=SEED)
+    args = parser.parse_args(argv)
+    began = time.monotonic()
+    document = {"aa": bench_aa, "azure": bench_azure, "harm": bench_harm}[args.command](args)
+    elapsed_s = time.monotonic() - began
+    print(
+        json.dumps(
+            {"benchmark": args.command, "seed": args.seed, "elapsed_s": round(elapsed_s, 1), **document}
+        )
+    )
+    return 0
+
+
+def bench_aa(args: argparse.Namespace) -> dict[str, Any]:
+    levels = (args.alpha, lord_level()) if args.lord else (args.alpha,)
+    reports = run_aa(args.experiments, levels, args.seed, lambda done: _progress(done, args.experiments))
+    print(
+        f"{args.experiments} experiments of equal arms, 60 pairs of 60 s slices at most, pair sd "
+        f"{reports[0].pair_sd:.3f} log units; the same with a challenger that is 10 % faster"
+    )
+    print(
+        f"{'level':>9}  {'false promotions (95 % interval)':<36}{'holds level':<13}"
+        f"{'power at 10 % (95 % interval)':<34}pairs"
+    )
+    for report in reports:
+        print(_aa_row(report))
+    return {"experiments": args.experiments, "levels": [report.to_dict() for report in reports]}
+
+
+def _aa_row(report: LevelReport) -> str:
+    verdict = (
+        "contains"
+        if report.holds_level
+        else "below"
+        if report.false_promotions.high < report.level
+        else "ABOVE"
+    )
+    pairs = "-" if report.pairs_to_promote is None else f"{report.pairs_to_promote:.0f}"
+    return (
+        f"{report.level:>9.3%}  {_rate(report.false_promotions):<36}{verdict:<13}"
+        f"{_rate(report.promotions_at_gain):<34}{pairs}"
+    )
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.ratio:.2%} ({rate.low:.2%} to {rate.high:.2%})"
+
+
+def bench_azure(args: argparse.Namespace) -> dict[str, Any]:
+    found = run_trace(args.trace, args.seed)
+    busy = sum(run["utilisation"] for run in found["runs"]) / len(found["runs"])
+    print(
+        f"{found['trace']}: {found['num_requests']} requests, lengths times {found['length_factor']:.4f}, clock times "
+        f"{found['clock_stretch']:.3f} ({found['requests_per_s']:.2f} requests/s, utilisation {busy:.2f})"
+    )
+    print(
+        "The twin is fitted on the first third; errors of the step model and of a window's latency, by run:"
+    )
+    print(f"{'run':>4}{'steps':>8}{'step error':>12}{'twin error':>12}{'used':>6}{'later twin error':>18}")
+    for index, run in enumerate(found["runs"]):
+        print(
+            f"{index:>4}{run['num_steps']:>8}{run['step_error']:>12.1%}{_share(run['twin_error']):>12}"
+            f"{'yes' if run['twin_usable'] else 'no':>6}{_share(run['later_twin_error']):>18}"
+        )
+    print(
+        "Champion against itself: sd of a pair (log units) and pairs for 80 % power for a 10 % gain at 5 %:"
+    )
+    print(
+        f"{'slice':>6}{'pairs':>7}{'requests':>10}{'raw':>15}{'drifting twin':>15}{'twin':>15}{'twin, hours':>13}"
+    )
+    for row in found["pairs"]:
+        kinds = ("raw", "drifting", "twin")
+        columns = "".join(f"{row[kind + '_sd']:>8.3f}{row[kind + '_pairs_needed']:>7}" for kind in kinds)
+        print(
+            f"{row['slice_s']:>4.0f} s{row['num_pairs']:>7}{row['requests_per_slice']:>10.0f}{columns}"
+            f"{row['twin_hours_needed']:>13.2f}"
+        )
+    print(
+        "drifting twin: follows its own backlog. twin: starts each pair from the engine's real one (the default)."
+    )
+    return found
+
+
+def bench_harm(args: argparse.Namespace) -> dict[str, Any]:
+    found = run_harm(args.experiments, args.seed)
+    false_stops = Rate.of(found["false_stops"], found["experiments"])
+    print(
+        f"Equal challengers stopped: {_rate(false_stops)} of {found['experiments']} experiments of "
+        f"{found['pairs_each']} pairs (limit 2 %)"
+    )
+    print(
+        f"{'slower by':>10}{'stopped':>9}{'in 15 s or 60 requests':>24}{'median s':>10}{'90 % s':>8}"
+        f"{'median requests':>17}{'judge alone, pairs':>20}"
+    )
+    for row in found["slow"]:
+        p90 = "-" if row["p90_scored_s"] is None else f"{row['p90_scored_s']:.0f}"
+        print(
+            f"{row['slowdown']:>9.1f}x{row['stopped_share']:>9.0%}{row['within_15_s_or_60_requests_share']:>24.0%}"
+            f"{row['median_scored_s']:>10.0f}{p90:>8}{row['median_requests']:>17.0f}{row['judge_median_pairs']:>20.0f}"
+        )
+    return {**found, "false_stop_rate": {**false_stops._asdict(), "ratio": false_stops.ratio}}
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _progress(done: int, total: int) -> None:
+    if done % 500 == 0 or done == total:
+        print(
+            f"\r{done} of {total} experiments", end="\n" if done == total else "", file=sys.stderr, flush=True
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

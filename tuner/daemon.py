@@ -1,0 +1,402 @@
+"""The loop: one tick a second calls the stages in the order in which data flows, and nothing else.
+
+    collect ▶ act on people's wishes ▶ twin ▶ experiment ▶ study ▶ promote ▶ holdback
+
+Each stage reads rows and writes rows; what waits is a row, never a sleeping function. A stage that fails is
+logged, counted and backed off, and the engine goes on serving. The only place with signals and threads.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from statistics import stdev
+from typing import Any
+
+from runtime.clock import Clock
+from runtime.errors import RuntimeFault
+from runtime.knobs import EngineConfig
+from store import decisions
+from store.database import Store
+from store.tables import OperatorAction, Study, Verdict
+from tuner.collect import Collector
+from tuner.error_rate import Lord
+from tuner.experiment import Decided, ExperimentStage
+from tuner.guardrail import Watchman
+from tuner.harm import HarmRule
+from tuner.holdback import holdback_share, judge_holdback, seconds_between_pairs
+from tuner.judge import Outcome
+from tuner.objective import Metric
+from tuner.pairs import ExperimentRules, scored_pairs
+from tuner.promote import PromoteStage, describe
+from tuner.rows import tell
+from tuner.settings import Settings
+from tuner.study import StudyStage
+from tuner.twin_stage import TwinStage
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAIR_SD = 0.2  # log units, until probes of this champion have shown the real one
+MAX_BACK_OFF_S = 60.0
+HOLDBACK_RULE_PAIRS = 1
+
+
+@dataclass
+class Wish:
+    """What a person asked through the API, and the promise of an answer."""
+
+    action: str
+    arguments: Mapping[str, Any]
+    actor: str
+    answer: Future[str] = field(default_factory=Future)
+
+
+@dataclass
+class BackOff:
+    """A stage that failed waits twice as long each time, up to a minute."""
+
+    delay_s: float = 0.0
+    until_at: float = 0.0
+
+    def failed(self, now: float) -> None:
+        self.delay_s = min(MAX_BACK_OFF_S, max(1.0, 2 * self.delay_s))
+        self.until_at = now + self.delay_s
+
+    def succeeded(self) -> None:
+        self.delay_s = 0.0
+
+
+class Daemon:
+    """Everything is handed in: the store (its only writer), two clients of the runtime, the clock."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        control: Any,
+        watch_control: Any,
+        collector: Collector,
+        identity: Mapping[str, Any],
+        snapshot_id: str,
+        run_id: str,
+        clock: Clock,
+    ) -> None:
+        self.settings, self.store, self.control, self.clock = settings, store, control, clock
+        self.identity, self.snapshot_id, self.run_id = identity, snapshot_id, run_id
+        self.collector = collector
+        self.watchman = Watchman(watch_control, HarmRule(), clock.now)
+        self.experiments = ExperimentStage(store, control, self.watchman, settings.guardrail.max_error_ratio)
+        self.promotion = PromoteStage(store, control, snapshot_id)
+        self.studies = StudyStage(store, settings, snapshot_id)
+        self.twins = TwinStage(store, snapshot_id, identity)
+        self.wishes: queue.SimpleQueue[Wish] = queue.SimpleQueue()
+        self.stop_event = threading.Event()
+        self.is_paused = False
+        self.doing = "Starting."
+        self.state: Mapping[str, Any] | None = None
+        self.started_at = clock.now()
+        self.num_failures: dict[str, int] = {}
+        self._back_off: dict[str, BackOff] = {}
+        self._champion: EngineConfig | None = None
+        self._stretch_since = self.started_at  # since when the champion has served alone
+        self._cause = "start"
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    def start(self, initial: EngineConfig) -> None:
+        """Puts the recorded champion in force, or `initial` where this snapshot has none; closes what was cut off."""
+        now = self.clock.now()
+        for decided in self.experiments.interrupt(now, "interrupted: the daemon was restarted"):
+            logger.warning("Experiment %s was interrupted", decided.experiment.experiment_id)
+        self.studies.forget_interrupted(now)
+        self.promotion.recover(now)
+        champion = self.promotion.champion()
+        state = self.control.state()
+        if champion is None:
+            self.promotion.apply("start", initial, "The first configuration served here.", now)
+            champion = initial
+        elif state["champion_config_id"] != champion.config_id or state["plan_id"] is not None:
+            self.promotion.apply("start", champion, "The recorded champion is put back in force.", now)
+        with self.store.journal() as session:
+            self.is_paused = decisions.is_paused(session)
+        self._champion = champion
+        self.watchman.start()
+
+    def run(self, on_tick: Callable[[], None] = lambda: None) -> None:
+        """Ticks until asked to stop. The interval counts from start to start; a late tick is not made up for."""
+        interval_s = self.settings.collect.interval_s
+        self._stretch_since = self.clock.now()  # what came before was preparation: the measured capacity, say
+        while not self.stop_event.is_set():
+            began = self.clock.now()
+            self.tick(began)
+            on_tick()
+            self.stop_event.wait(max(0.05, interval_s - (self.clock.now() - began)))
+
+    def close(self) -> None:
+        """Leaves the engine on the champion. Experiments under way are closed; the store is the caller's."""
+        now = self.clock.now()
+        self.watchman.close()
+        self.studies.close()
+        for decided in self.experiments.interrupt(now, "interrupted: the daemon was stopped"):
+            plan_id = self.state.get("plan_id") if self.state else None
+            if plan_id:
+                try:
+                    self.control.abort(plan_id, "the daemon stops")
+                except RuntimeFault as error:
+                    logger.warning("Plan %s of %s not aborted: %s", plan_id, decided.experiment.experiment_id, error)
+        while not self.wishes.empty():
+            self.wishes.get_nowait().answer.set_result("The daemon is stopping.")
+
+    # -- the tick ------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        self.state = None
+        self._stage("collect", now, self._collect)
+        self._stage("wishes", now, self._grant_wishes)
+        if self.state is None or self.state["engine"] != "ready":
+            self.doing = "Waiting for the engine."
+            self._stretch_since = now
+            return
+        self._stage("twin", now, lambda now: self.twins.advance(now, self.state))
+        self._stage("experiment", now, self._experiment)
+        if self.settings.mode != "observe" and self.settings.search.enabled and not self.is_paused:
+            self._stage("search", now, self._search)
+            self._stage("holdback", now, self._holdback)
+        elif self._running() is None:
+            self.doing = "Paused by a person." if self.is_paused else "Observing: this mode never changes the engine."
+
+    def _stage(self, name: str, now: float, stage: Callable[[float], None]) -> None:
+        """The one broad `except`: logged with its trace, counted, backed off."""
+        back_off = self._back_off.setdefault(name, BackOff())
+        if now < back_off.until_at:
+            return
+        try:
+            stage(now)
+            back_off.succeeded()
+        except Exception:
+            self.num_failures[name] = self.num_failures.get(name, 0) + 1
+            back_off.failed(now)
+            logger.exception("Stage %s failed; next try in %.0f s", name, back_off.delay_s)
+
+    def _collect(self, now: float) -> None:
+        # The collector reads the state before it drains: what the state calls ended stands in the store.
+        self.state = self.collector.collect(now).state
+
+    # -- experiments ---------------------------------------------------------------------------------------
+
+    def _running(self) -> Any:
+        with self.store.journal() as session:
+            running = decisions.running_experiments(session)
+        return running[0] if running else None
+
+    def _experiment(self, now: float) -> None:
+        decided = self.experiments.step(now, self.state, lambda timings, _: self.twins.predictions(self._metric, timings))
+        running = self._running()
+        if running is not None:
+            self._stretch_since = now
+            self.doing = self._experiment_words(running)
+        if decided is None:
+            return
+        logger.info("Experiment %s (%s) ended: %s", decided.experiment.experiment_id, decided.experiment.kind, decided.experiment.reason)
+        if decided.experiment.kind == "probe":
+            self.studies.end(decided, now)
+        elif decided.experiment.kind == "test":
+            self._decided(decided, now)
+
+    def _decided(self, decided: Decided, now: float) -> None:
+        verdict = decided.verdict
+        assert verdict is not None, "every test ends with a verdict"
+        with self.store.journal() as session:
+            tell(session, now, "judge", f"{verdict.outcome}: {verdict.reason}",
+                 {"experiment_id": verdict.experiment_id, "verdict_id": verdict.verdict_id})
+        study = self.studies.current()
+        if verdict.outcome != Outcome.PROMOTE:
+            return
+        if study is not None:
+            self.studies.finish(study, "DONE", "A challenger won.", now)
+        config_id = decided.experiment.challenger_config_id
+        if self.settings.mode == "approve":
+            self.promotion.recommend(verdict, config_id, now)
+            return
+        with self.store.journal() as session:
+            target = EngineConfig.of(decisions.config_values(session, config_id))
+        self.promotion.apply("promote", target, verdict.reason, now, verdict.verdict_id)
+        self._champion_changed(target, now, "promotion")
+
+    def _champion_changed(self, champion: EngineConfig, now: float, cause: str) -> None:
+        self._champion, self._stretch_since, self._cause = champion, now, cause
+        self.twins.forget()
+
+    # -- search --------------------------------------------------------------------------------------------
+
+    def _search(self, now: float) -> None:
+        if self._running() is not None or self._champion is None:
+            return
+        study = self.studies.current()
+        if study is not None and study.champion_config_id != self._champion.config_id:
+            self.studies.finish(study, "STOPPED", "The champion changed under it.", now)
+            study = None
+        if self.twins.fit is None and not self._learn(now):
+            return
+        if study is None:
+            study = self._new_study(now)
+        if study is not None:
+            self._advance_study(study, now)
+
+    def _learn(self, now: float) -> bool:
+        """True once the champion has served alone for long enough; then the twin is fitted."""
+        left_s = self._stretch_since + self.settings.learn.champion_s - now
+        if left_s > 0:
+            self.doing = f"Learning how the champion serves this traffic, {left_s:.0f} s more."
+            return False
+        if self.twins.prepare(self._champion, self._stretch_since, now, self.settings.experiment.slice_s) is None:
+            self.doing = "Learning: too few requests so far to know the champion."
+            return False
+        return True
+
+    def _new_study(self, now: float) -> Study | None:
+        with self.store.journal() as session:
+            last = decisions.last_study(session, self.snapshot_id)
+            is_waiting = bool(decisions.waiting_recommendations(session))
+        if is_waiting:
+            self.doing = "A recommendation waits for approval; `tuner status` shows it."
+            return None
+        rest_left_s = 0.0 if last is None or last.ended_at is None else last.ended_at + self.settings.search.rest_s - now
+        if rest_left_s > 0 and self._cause != "asked":
+            self.doing = f"Nothing better was found last time; the next search starts in {rest_left_s:.0f} s."
+            return None
+        cause, self._cause = self._cause, "schedule"
+        return self.studies.start(self._champion, self.identity, self.state, cause, now)
+
+    def _advance_study(self, study: Study, now: float) -> None:
+        wanted = self.studies.next(study, self._champion, now)
+        if wanted.kind == "wait":
+            self.doing = "Searching for the next configuration to probe."
+        elif wanted.kind == "nothing":
+            self.studies.finish(study, "DONE", "Every candidate was probed; none is left to test.", now)
+        else:
+            self._open(wanted.kind, wanted.config, study.study_id, now)
+            if wanted.kind == "probe":
+                self.studies.begin(wanted.trial, self._running())
+
+    def _open(self, kind: str, challenger: EngineConfig, study_id: int | None, now: float) -> None:
+        fit = self.twins.fit
+        experiment = self.experiments.open(
+            kind, self.snapshot_id, self._champion, challenger, self._rules(kind), now, study_id,
+            fit.twin_fit_id if fit is not None and fit.is_used else None,
+        )
+        if kind == "test":
+            level = self.experiments.pay(experiment, Lord(alpha=self.settings.experiment.fdr, w0=self.settings.experiment.fdr), self._metric, now)
+            change = describe(challenger.values(), self._champion.values())
+            with self.store.journal() as session:
+                tell(session, now, "experiment", f"Test of {change} begins: level {level:.2%}, at most {self.settings.experiment.max_pairs} pairs.",
+                     {"experiment_id": experiment.experiment_id})
+
+    @property
+    def _metric(self) -> Metric:
+        return self.settings.objective.metric
+
+    def _rules(self, kind: str) -> ExperimentRules:
+        own, guard = self.settings.experiment, self.settings.guardrail
+        limits = [slo.limit for slo in self.settings.slos if slo.metric == self._metric]
+        is_test = kind == "test"
+        return ExperimentRules(
+            metric=self._metric, level=own.fdr, max_pairs=own.max_pairs if is_test else 1,
+            look_every=own.look_every if is_test else 1, min_effect=self.settings.objective.min_effect,
+            slice_s=own.slice_s, burn_in_s=own.burn_in_s, settle_s=own.settle_s, lease_s=own.lease_s,
+            min_requests=own.min_requests, limit_s=min(limits, default=None), max_error_ratio=guard.max_error_ratio,
+            error_min_requests=guard.min_requests, pair_sd=self._pair_sd(),
+            champion_means=self.twins.windows.means, champion_slowest_s=self.twins.windows.slowest_s,
+        )
+
+    def _pair_sd(self) -> float:
+        """The spread of the champion's own slices as probes have shown it, scaled to a pair."""
+        with self.store.journal() as session:
+            recent = decisions.recent_champion_slices(session, self._champion.config_id, limit=12)
+        responses = [row.response for row in recent if row.response is not None]
+        return max(0.05, stdev(responses) * 2**0.5) if len(responses) >= 4 else FIRST_PAIR_SD
+
+    def _experiment_words(self, experiment: Any) -> str:
+        with self.store.journal() as session:
+            pairs = scored_pairs(decisions.slices_of(session, experiment.experiment_id))
+            values = {
+                id: decisions.config_values(session, id) for id in (experiment.champion_config_id, experiment.challenger_config_id)
+            }
+        change = describe(values[experiment.challenger_config_id], values[experiment.champion_config_id])
+        if experiment.kind == "probe":
+            return f"Probing {change}: one pair of slices against the champion."
+        if experiment.kind == "holdback":
+            return "Holdback: the former champion serves one slice, to see whether the gain stays."
+        return f"Testing {change}: {len(pairs)} of at most {experiment.rules['max_pairs']} pairs scored."
+
+    # -- holdback ------------------------------------------------------------------------------------------
+
+    def _holdback(self, now: float) -> None:
+        """While the last promotion is on probation: a holdback pair when one is due, rollback when it turned bad."""
+        if self.settings.holdback.share == 0.0 or self._running() is not None or self.studies.current() is not None:
+            return
+        with self.store.journal() as session:
+            change = decisions.last_applied_change(session, self.snapshot_id)
+            if change is None or change.kind != "promote" or change.verdict_id is None or change.from_config_id is None:
+                return
+            if now > change.applied_at + self.settings.holdback.duration_s:
+                return
+            verdict = session.get(Verdict, change.verdict_id)
+            earlier = decisions.experiments_against(session, "holdback", change.from_config_id, since_at=change.applied_at)
+            slices = [decisions.slices_of(session, experiment.experiment_id) for experiment in earlier]
+            old_values = decisions.config_values(session, change.from_config_id)
+        differences = [pair.difference for one in slices for pair in scored_pairs(one)]
+        judgement = judge_holdback(differences, self._pair_sd())
+        if judgement.is_harmful:
+            answer = self.promotion.rollback("previous", judgement.reason, now)
+            logger.warning(answer)
+            self._champion_changed(self.promotion.champion(), now, "rollback")
+            return
+        share = holdback_share(self.settings.holdback.share, verdict.effect_ratio or 0.0)
+        last_at = max([experiment.created_at for experiment in earlier], default=change.applied_at)
+        if now - last_at >= seconds_between_pairs(share, self.settings.experiment.slice_s):
+            self._open("holdback", EngineConfig.of(old_values), None, now)
+
+    # -- people --------------------------------------------------------------------------------------------
+
+    def _grant_wishes(self, now: float) -> None:
+        while not self.wishes.empty():
+            wish = self.wishes.get_nowait()
+            try:
+                answer, state = self._grant(wish, now), "DONE"
+            except (RuntimeFault, KeyError, ValueError) as error:
+                answer, state = f"Refused: {error}", "REFUSED"
+            with self.store.journal() as session:
+                session.add(OperatorAction(wish.action, dict(wish.arguments), wish.actor, now, state, answer))
+                tell(session, now, "person", f"{wish.actor}: {wish.action}. {answer}")
+            wish.answer.set_result(answer)
+
+    def _grant(self, wish: Wish, now: float) -> str:
+        if wish.action in ("pause", "resume"):
+            self.is_paused = wish.action == "pause"
+            if self.is_paused:
+                self._end_experiment("interrupted: paused by a person", now)
+            return "Tuning is paused; the champion serves." if self.is_paused else "Tuning goes on."
+        if wish.action == "rollback":
+            self._end_experiment("interrupted: rolled back by a person", now)
+            answer = self.promotion.rollback(str(wish.arguments.get("to", "previous")), f"Asked for by {wish.actor}.", now)
+            self._champion_changed(self.promotion.champion(), now, "rollback")
+            return answer
+        if wish.action in ("approve", "reject"):
+            before = self._champion
+            answer = self.promotion.decide(int(wish.arguments["recommendation_id"]), wish.action == "approve", wish.actor, now)
+            champion = self.promotion.champion()
+            if champion != before:
+                self._champion_changed(champion, now, "promotion")
+            return answer
+        raise ValueError(f"Unknown action {wish.action!r}; known: pause, resume, rollback, approve, reject.")
+
+    def _end_experiment(self, reason: str, now: float) -> None:
+        self.watchman.release()
+        plan_id = self.state.get("plan_id") if self.state else None
+        if plan_id:
+            self.control.abort(plan_id, reason)
+        self.experiments.interrupt(now, reason)
+        self.studies.forget_interrupted(now)

@@ -1,0 +1,341 @@
+"""Champion against challenger on live traffic, in randomised paired slices. One step a tick.
+
+Reads request timings and the runtime's state; writes Experiment, Slice, AlphaSpend and Verdict rows and
+posts slice plans. A pair's coin is committed before the engine hears of the pair. What waits is a row:
+
+    PLANNED ──first pair──▶ RUNNING ──look──▶ DECIDED (verdict)
+                              ├──harm stop──▶ STOPPED (verdict REJECT)
+                              └──interrupted─▶ STOPPED (verdict INCONCLUSIVE)
+
+kinds: `probe` is one pair whose log ratio becomes a trial's value; `test` decides a promotion and pays
+for its level; `holdback` keeps asking, after a promotion, whether the old champion was better.
+"""
+
+import logging
+import secrets
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from runtime.client import Control
+from runtime.errors import InvalidPlan, RuntimeFault, StaleVersion
+from runtime.knobs import EngineConfig
+from runtime.plan import PlannedSlice, SlicePlan
+from store import decisions, queries
+from store.database import Store
+from store.tables import AlphaSpend, Experiment, Slice, Verdict
+from tuner.coin import draw_coin
+from tuner.error_rate import Lord
+from tuner.guardrail import Limits, Stop, Watch, Watchman
+from tuner.harm import HarmReference, harm_reference
+from tuner.judge import Outcome, PairScore, judge
+from tuner.judge import Verdict as Judgement
+from tuner.objective import SliceMeasure, Timing, measure_slice
+from tuner.pairs import (
+    ExperimentRules,
+    ages_of,
+    guardrails,
+    pairs_of,
+    planned_pair,
+    scored_pairs,
+    timing_of,
+    verdict_row,
+)
+
+logger = logging.getLogger(__name__)
+
+PLAN_LEAD_S = 0.5  # between posting a plan and its first slice: a journal write, a loopback call
+
+Predictor = Callable[[Sequence[Timing], float], Mapping[str, float] | None]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """An experiment that came to its end in this tick."""
+
+    experiment: Experiment
+    verdict: Verdict | None
+    pairs: tuple[PairScore, ...]
+
+
+class ExperimentStage:
+    """Drives the one experiment that may be under way."""
+
+    def __init__(
+        self,
+        store: Store,
+        control: Control,
+        watchman: Watchman,
+        max_error_ratio: float,
+        random_bits: Callable[[int], int] = secrets.randbits,
+    ) -> None:
+        self._store, self._control, self._watchman = store, control, watchman
+        self._max_error_ratio = max_error_ratio
+        self._random_bits = random_bits
+
+    # -- opening and closing -------------------------------------------------------------------------------
+
+    def open(
+        self,
+        kind: str,
+        snapshot_id: str,
+        champion: EngineConfig,
+        challenger: EngineConfig,
+        rules: ExperimentRules,
+        now: float,
+        study_id: int | None = None,
+        twin_fit_id: int | None = None,
+    ) -> Experiment:
+        experiment = Experiment(
+            experiment_id=f"{kind[0]}{int(now):x}-{uuid.uuid4().hex[:8]}", kind=kind, snapshot_id=snapshot_id,
+            study_id=study_id, champion_config_id=champion.config_id, challenger_config_id=challenger.config_id,
+            created_at=now, state="RUNNING", rules=asdict(rules), seed=secrets.randbits(31), twin_fit_id=twin_fit_id,
+        )
+        with self._store.journal() as session:
+            session.add(experiment)
+        return experiment
+
+    def pay(self, experiment: Experiment, lord: Lord, context_key: str, now: float) -> float:
+        """Takes the next LORD++ level of the stream for this test, and writes that down before any pair."""
+        with self._store.journal() as session:
+            history = decisions.spends_of(session, experiment.snapshot_id, context_key)
+            index = len(history) + 1
+            level = lord.level(index, [spend.test_index for spend in history if spend.is_rejection])
+            session.add(AlphaSpend(experiment.snapshot_id, context_key, experiment.experiment_id, index, level, now))
+            stored = session.get(Experiment, experiment.experiment_id)
+            stored.rules = {**stored.rules, "level": level}
+        return level
+
+    def interrupt(self, now: float, reason: str) -> list[Decided]:
+        """Closes whatever a former life of the daemon left running. The engine went back by itself."""
+        with self._store.journal() as session:
+            running = decisions.running_experiments(session)
+        return [self._close(experiment, "STOPPED", reason, now) for experiment in running]
+
+    # -- one tick ------------------------------------------------------------------------------------------
+
+    def step(self, now: float, state: Mapping[str, Any], predict: Predictor | None) -> Decided | None:
+        """Scores what has settled, decides what can be decided, starts the next pair. None: nothing ended."""
+        with self._store.journal() as session:
+            running = decisions.running_experiments(session)
+            if not running:
+                return None
+            experiment = running[0]
+            slices = decisions.slices_of(session, experiment.experiment_id)
+        rules = ExperimentRules(**experiment.rules)
+        stop = self._stop_of(experiment)
+        if stop is not None:
+            decided = self._stopped(experiment, slices, stop, now)
+            if decided is not None:
+                return decided
+            return None
+        for pair in pairs_of(slices):
+            if pair[0].state == "PLANNED" and pair[-1].planned_end_at <= now:
+                self._score(experiment, rules, pair, now, state, predict)
+        return self._advance(experiment, rules, slices, now, state)
+
+    def _advance(
+        self, experiment: Experiment, rules: ExperimentRules, slices: list[Slice], now: float, state: Mapping[str, Any]
+    ) -> Decided | None:
+        last_end_at = max((planned.planned_end_at for planned in slices), default=0.0)
+        if now < last_end_at:
+            return None
+        pairs = scored_pairs(slices)
+        num_open = sum(pair[0].state == "PLANNED" for pair in pairs_of(slices))
+        num_planned = len(pairs) + num_open
+        num_void = sum(pair[0].state == "VOID" for pair in pairs_of(slices))
+        is_due = num_planned >= rules.max_pairs or (num_planned > 0 and num_planned % rules.look_every == 0)
+        if is_due and num_open:
+            return None  # a look is due: the last pair must settle first
+        if experiment.kind == "probe" and pairs:
+            return self._close(experiment, "DECIDED", "The probe's pair is scored.", now)
+        if is_due and pairs and self._has_news(slices):
+            decided = self._look(experiment, rules, slices, pairs, now)
+            if decided is not None:
+                return decided
+        if num_void > max(3, rules.max_pairs // 3):
+            return self._close(experiment, "STOPPED", f"{num_void} pairs were void; the evidence would be too thin.", now)
+        if experiment.kind != "holdback" or not num_planned:
+            self._start_pair(experiment, rules, slices, now, state)
+        return None
+
+    def _has_news(self, slices: list[Slice]) -> bool:
+        return any(planned.state == "SCORED" for planned in slices)
+
+    # -- pairs ---------------------------------------------------------------------------------------------
+
+    def _start_pair(
+        self, experiment: Experiment, rules: ExperimentRules, slices: list[Slice], now: float, state: Mapping[str, Any]
+    ) -> None:
+        if state["engine"] != "ready":
+            return
+        pair_index = max((planned.pair_index for planned in slices), default=-1) + 1
+        coin = draw_coin(experiment.experiment_id, pair_index, self._random_bits)
+        rows = planned_pair(experiment, rules, pair_index, coin, now + PLAN_LEAD_S, state["boot_id"])
+        with self._store.journal() as session:  # the coin stands before the engine hears of the pair
+            session.add_all(rows)
+        try:
+            self._post(experiment, rules, slices, rows, state)
+        except (InvalidPlan, StaleVersion) as error:
+            self._void(rows, f"The engine refused the plan: {error}")
+        except RuntimeFault as error:
+            self._void(rows, f"The plan was not posted: {error}")
+
+    def _post(
+        self, experiment: Experiment, rules: ExperimentRules, slices: list[Slice], rows: list[Slice], state: Mapping[str, Any]
+    ) -> None:
+        with self._store.journal() as session:
+            configs = {row.config_id: decisions.config_values(session, row.config_id) for row in rows}
+        plan = SlicePlan(
+            plan_id=f"{experiment.experiment_id}-{rows[0].pair_index}", experiment_id=experiment.experiment_id,
+            expected_version=state["version"], configs=configs, lease_s=rules.lease_s,
+            slices=tuple(
+                PlannedSlice(row.slice_id, row.arm, row.config_id, row.planned_start_at, row.planned_end_at, row.burn_in_s)
+                for row in rows
+            ),
+        )
+        self._control.plan(plan)
+        self._watchman.watch(
+            Watch(
+                plan_id=plan.plan_id, experiment_id=experiment.experiment_id, lease_s=rules.lease_s, until_at=plan.end_at,
+                challenger_slices={row.slice_id: row.planned_start_at + row.burn_in_s for row in rows if row.arm == "challenger"},
+                limits=Limits(rules.max_error_ratio, rules.error_min_requests),
+                reference=self._reference(rules, slices, rows), num_engine_restarts=state["num_engine_restarts"],
+            )
+        )
+
+    def _reference(self, rules: ExperimentRules, slices: list[Slice], rows: list[Slice]) -> HarmReference | None:
+        """The champion's latest scored slice (or its last window before the experiment) as the scale of harm."""
+        if rules.metric != "e2e_s" or not rules.champion_means:
+            return None
+        challenger = next(row for row in rows if row.arm == "challenger")
+        scored = [row for row in slices if row.state == "SCORED"]
+        champion = [row for row in scored if row.arm == "champion"]
+        latest, started_at = rules.champion_means[-1], rows[0].planned_start_at - rules.slice_s
+        if champion:
+            latest, started_at = champion[-1].measured, champion[-1].planned_start_at
+        lag = max(1, round((challenger.planned_start_at - started_at) / rules.slice_s))
+        slowest = max([rules.champion_slowest_s, *(row.stats.get("max_s") or 0.0 for row in champion)])
+        return harm_reference(rules.champion_means, latest, lag, len(scored) - len(champion), slowest or None)
+
+    def _score(
+        self,
+        experiment: Experiment,
+        rules: ExperimentRules,
+        pair: list[Slice],
+        now: float,
+        state: Mapping[str, Any],
+        predict: Predictor | None,
+    ) -> None:
+        """Writes both slices' scores once every request that arrived in them ended, or `settle_s` has passed."""
+        if pair[0].boot_id != state["boot_id"]:
+            self._void(pair, "The runtime was restarted during the pair.")
+            return
+        pending = [state["slice_stats"].get(row.slice_id, {}) for row in pair]
+        if any(stats.get("num_pending") for stats in pending) and now < pair[-1].planned_end_at + rules.settle_s:
+            return
+        measures = [self._measure(row, rules, ages_of(stats), predict) for row, stats in zip(pair, pending, strict=True)]
+        scores = [measure.to_score() for measure in measures]
+        thin = [row for row, measure in zip(pair, measures, strict=True) if measure.num_requests < rules.min_requests]
+        if thin or None in scores:
+            self._void(pair, f"Fewer than {rules.min_requests} requests arrived in a slice: too little traffic to score.")
+            return
+        with self._store.journal() as session:
+            for row, measure in zip(pair, measures, strict=True):
+                row.state, row.num_requests, row.num_errors = "SCORED", measure.num_requests, measure.num_errors
+                row.measured, row.predicted = measure.measured, measure.predicted
+                row.response = measure.measured - (measure.predicted or 0.0)
+                row.stats = {**row.stats, **measure.to_dict()}
+                session.merge(row)
+
+    def _measure(
+        self, row: Slice, rules: ExperimentRules, pending_ages_s: list[float], predict: Predictor | None
+    ) -> SliceMeasure:
+        scored_from = row.planned_start_at + row.burn_in_s
+        with self._store.metrics() as session:
+            rows = queries.timings_between(session, scored_from, row.planned_end_at)
+        timings = [timing_of(timing) for timing in rows]
+        predictions = predict(timings, row.planned_end_at) if predict is not None else None
+        return measure_slice(
+            timings, pending_ages_s, predictions, rules.metric, rules.limit_s, row.planned_end_at - scored_from
+        )
+
+    def _void(self, pair: list[Slice], reason: str) -> None:
+        logger.info("Pair %d of %s is void: %s", pair[0].pair_index, pair[0].experiment_id, reason)
+        with self._store.journal() as session:
+            for row in pair:
+                row.state, row.void_reason = "VOID", reason
+                session.merge(row)
+
+    # -- decisions -----------------------------------------------------------------------------------------
+
+    def _look(
+        self, experiment: Experiment, rules: ExperimentRules, slices: list[Slice], pairs: list[PairScore], now: float
+    ) -> Decided | None:
+        """Asks the judge. A holdback is judged by its caller, which sees all pairs since the promotion."""
+        if experiment.kind == "holdback":
+            return self._close(experiment, "DECIDED", "The holdback pair is scored.", now)
+        with self._store.journal() as session:
+            faults = decisions.open_faults(session)
+        judgement = judge(pairs, rules.judge_rules(), guardrails(slices, rules, self._max_error_ratio), faults)
+        if judgement.outcome is Outcome.CONTINUE:
+            return None
+        return self._close(experiment, "DECIDED", judgement.reason, now, judgement, tuple(pairs))
+
+    def _stop_of(self, experiment: Experiment) -> Stop | None:
+        while not self._watchman.stops.empty():
+            stop = self._watchman.stops.get_nowait()
+            if stop.experiment_id == experiment.experiment_id:
+                return stop
+        return None
+
+    def _stopped(self, experiment: Experiment, slices: list[Slice], stop: Stop, now: float) -> Decided | None:
+        """Harm ends the experiment; a plan lost through no doing of the challenger voids its pair only.
+
+        An engine that died while the challenger served is the challenger's harm: whatever a treatment can
+        cause must count against it.
+        """
+        current = [row for row in slices if row.state == "PLANNED"]
+        serving = next((row for row in current if row.planned_start_at <= stop.at < row.planned_end_at), None)
+        if stop.kind == "harm" or (serving is not None and serving.arm == "challenger" and "engine" in stop.reason.lower()):
+            self._void(current, stop.reason)
+            return self._close(experiment, "STOPPED", stop.reason, now, outcome=Outcome.REJECT)
+        self._void(current, stop.reason)
+        return None
+
+    def _close(
+        self,
+        experiment: Experiment,
+        state: str,
+        reason: str,
+        now: float,
+        judgement: Judgement | None = None,
+        pairs: tuple[PairScore, ...] = (),
+        outcome: Outcome = Outcome.INCONCLUSIVE,
+    ) -> Decided:
+        self._watchman.release()
+        rules = ExperimentRules(**experiment.rules)
+        with self._store.journal() as session:
+            slices = decisions.slices_of(session, experiment.experiment_id)
+            pairs = pairs or tuple(scored_pairs(slices))
+            for row in slices:
+                if row.state == "PLANNED":
+                    row.state, row.void_reason = "VOID", reason
+                    session.merge(row)
+            verdict = None
+            if experiment.kind == "test":
+                if judgement is None:  # stopped or interrupted: the numbers so far stand beside the reason
+                    judgement = judge(pairs, rules.judge_rules())
+                else:
+                    outcome = judgement.outcome
+                verdict = verdict_row(experiment, outcome, reason, judgement, pairs, rules, now)
+                session.add(verdict)
+                spend = decisions.spend_of(session, experiment.experiment_id)
+                if spend is not None:
+                    spend.is_rejection = outcome is Outcome.PROMOTE
+                    session.merge(spend)
+            stored = session.get(Experiment, experiment.experiment_id)
+            stored.state, stored.ended_at, stored.reason = state, now, reason
+        experiment.state, experiment.ended_at, experiment.reason = state, now, reason
+        return Decided(experiment, verdict, pairs)

@@ -1,0 +1,198 @@
+"""The fifteen-minute proof: from a poor start, unattended, to a promoted configuration that stands the comparison.
+
+    python -m tuner.prove [--config configs/demo.yaml] [--data-dir var/prove]
+
+Starts `tuner run` as a user would, on a fresh store, and only watches until a promotion is applied. Then it
+measures the promoted configuration for as long as the start was measured, and at last lets it alternate in
+short blocks with the shipped default, so that both see the same minutes. Slices of experiments are left out
+of every figure. Prints what it found; the last line is one JSON document; exit 1 where a claim fails.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.client import RuntimeClient, read_runtime_file
+from runtime.knobs import EngineConfig, default_config
+from store import decisions, queries
+from store.database import StoreReader
+from store.errors import StoreError
+from store.tables import Change
+from tuner.objective import quantile
+from tuner.promote import describe
+from tuner.report import explain_report
+
+MEASURE_S = 185.0
+SETTLE_S = 15.0
+START_UP_S = 5.0
+BLOCK_S, NUM_BLOCKS = 30.0, 14
+MAX_PROMOTION_S = 900.0
+MIN_DROP, MAX_EXCESS = 0.60, 0.10
+POLL_S = 2.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tuner.prove", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
+    parser.add_argument("--data-dir", type=Path, default=Path("var/prove"))
+    parser.add_argument("--port", type=int, default=0, help="port of the API; any free one if not given")
+    args = parser.parse_args()
+    if args.data_dir.exists():
+        shutil.rmtree(args.data_dir)
+    words = [
+        sys.executable, "-m", "tuner.cli", "run", "--config", str(args.config), "--data-dir", str(args.data_dir),
+        "--port", str(args.port), "--plain", "--set", f"learn.champion_s={MEASURE_S + 2 * START_UP_S}",
+    ]
+    began = time.time()
+    child = subprocess.Popen(words)
+    try:
+        report = prove(args.data_dir, child, began)
+    finally:
+        child.send_signal(signal.SIGTERM)
+        child.wait(120)
+    print(json.dumps(report))
+    return 0 if all(report["claims"].values()) else 1
+
+
+def prove(data_dir: Path, child: subprocess.Popen[bytes], began: float) -> dict[str, Any]:
+    reader = StoreReader(data_dir)
+    start, change = wait_for_promotion(reader, child, began)
+    promoted_s = change.applied_at - began
+    print(f"\nPromoted after {promoted_s:.0f} s: {change.to_config_id}. Measuring it for {MEASURE_S:.0f} s.", flush=True)
+    wait_until(change.applied_at + SETTLE_S + MEASURE_S, child)
+    before = measured(reader, [undisturbed_start(reader, data_dir)], start.to_config_id)
+    after = measured(reader, [(change.applied_at + SETTLE_S, change.applied_at + SETTLE_S + MEASURE_S)], change.to_config_id)
+    promoted, default = compare_with_default(reader, data_dir, child, change)
+    drop = 1.0 - after["p95_s"] / before["p95_s"]
+    excess = promoted["p95_s"] / default["p95_s"] - 1.0
+    report = {
+        "promoted_s": round(promoted_s, 1), "drop_ratio": round(drop, 4), "excess_over_default_ratio": round(excess, 4),
+        "before": before, "after": after, "promoted_beside_default": promoted, "default_beside_promoted": default,
+        "claims": {
+            "promoted within 15 minutes": promoted_s <= MAX_PROMOTION_S,
+            "p95 at least 60 % lower": drop >= MIN_DROP,
+            "p95 within 10 % of the shipped default": excess <= MAX_EXCESS,
+            "measured for 3 minutes each": min(before["seconds"], after["seconds"], promoted["seconds"], default["seconds"]) >= 180.0,
+            "the whole chain stands in the store": chain_is_whole(data_dir, change),
+        },
+    }
+    print_report(report, data_dir, change)
+    return report
+
+
+def wait_for_promotion(reader: StoreReader, child: subprocess.Popen[bytes], began: float) -> tuple[Change, Change]:
+    """The change that put the start in force and the one that promoted its successor."""
+    while True:
+        alive(child)
+        try:
+            with reader.journal() as session:
+                changes = [change for change in queries.changes(session) if change.state == "APPLIED"]
+        except StoreError:
+            changes = []
+        by_kind = {change.kind: change for change in sorted(changes, key=lambda change: -change.change_id)}
+        if "promote" in by_kind:
+            return by_kind["start"], by_kind["promote"]
+        if time.time() - began > 2 * MAX_PROMOTION_S:
+            raise SystemExit("No promotion within half an hour; `tuner history` tells what was tried.")
+        time.sleep(POLL_S)
+
+
+def undisturbed_start(reader: StoreReader, data_dir: Path) -> tuple[float, float]:
+    """From the first seconds of traffic to the first experiment: the start configuration alone."""
+    with open(data_dir / "traffic.jsonl") as report:
+        started_at = json.loads(report.readline())["started_at"]
+    with reader.journal() as session:
+        first = min(experiment.created_at for experiment in decisions.all_experiments(session))
+    return started_at + START_UP_S, first
+
+
+def measured(reader: StoreReader, spans: Sequence[tuple[float, float]], config_id: str) -> dict[str, Any]:
+    """End-to-end latency of the requests that arrived in the spans outside all slices and under this configuration."""
+    latencies, num_failed, quiet_s = [], 0, 0.0
+    for start_at, end_at in spans:
+        with reader.metrics() as session:
+            rows = [row for row in queries.timings_between(session, start_at, end_at) if row.arrival_slice is None]
+        rows = [row for row in rows if row.config_id == config_id]
+        if rows:
+            quiet_s += quiet_seconds([row.arrived_at for row in rows])
+        latencies += [row.finished_at - row.arrived_at for row in rows if row.finish_reason in ("stop", "length")]
+        num_failed += sum(row.finish_reason in ("error", "rejected", "timeout") for row in rows)
+    if not latencies:
+        raise SystemExit(f"No request was served under {config_id} outside of slices; nothing to compare.")
+    return {
+        "config_id": config_id, "seconds": round(quiet_s, 1), "num_requests": len(latencies), "num_failed": num_failed,
+        "p50_s": round(quantile(latencies, 0.50), 4), "p95_s": round(quantile(latencies, 0.95), 4),
+        "mean_s": round(sum(latencies) / len(latencies), 4),
+    }
+
+
+def quiet_seconds(arrivals: Sequence[float], longest_gap_s: float = 8.0) -> float:
+    """Time covered by arrivals; a longer gap is an experiment's slice (or silence), which is not counted."""
+    ordered = sorted(arrivals)
+    return sum(min(later - earlier, longest_gap_s) for earlier, later in zip(ordered, ordered[1:], strict=False) if later - earlier <= longest_gap_s)
+
+
+def compare_with_default(
+    reader: StoreReader, data_dir: Path, child: subprocess.Popen[bytes], change: Change
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Promoted and shipped default in alternating blocks, tuning paused; leaves the promoted one in force."""
+    from tuner.api import DaemonClient
+
+    DaemonClient(data_dir).act("pause", {})
+    address = read_runtime_file(data_dir / "run")
+    assert address is not None, "the runtime's address file is gone"
+    control = RuntimeClient(address.control_url, (data_dir / "run" / "control.key").read_text().strip())
+    hardware = control.identity()["hardware"]
+    with reader.journal() as session:
+        promoted = EngineConfig.of(decisions.config_values(session, change.to_config_id))
+    default = default_config(hardware["device"], hardware["num_cores"])
+    print(f"Beside the shipped default ({describe(promoted.values(), default.values())}), {NUM_BLOCKS} blocks of {BLOCK_S:.0f} s.", flush=True)
+    spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for block in range(NUM_BLOCKS):
+        is_default = block % 2 == 1
+        control.reconfigure((default if is_default else promoted).values(), None)
+        start_at = time.time()
+        wait_until(start_at + BLOCK_S, child)
+        spans[is_default].append((start_at + 2.0, start_at + BLOCK_S))
+    control.reconfigure(promoted.values(), None)
+    wait_until(time.time() + SETTLE_S, child)
+    return measured(reader, spans[False], promoted.config_id), measured(reader, spans[True], default.config_id)
+
+
+def chain_is_whole(data_dir: Path, change: Change) -> bool:
+    """Every link from the change back to the study that caused it, with every pair's coin and scores."""
+    story = explain_report(data_dir, str(change.change_id))
+    return story.is_complete
+
+
+def print_report(report: dict[str, Any], data_dir: Path, change: Change) -> None:
+    print(explain_report(data_dir, str(change.change_id)).to_text())
+    print(f"\n{'':24}{'requests':>9}{'failed':>8}{'seconds':>9}{'p50 s':>9}{'p95 s':>9}{'mean s':>9}")
+    for name in ("before", "after", "promoted_beside_default", "default_beside_promoted"):
+        row = report[name]
+        print(f"{name:24}{row['num_requests']:>9}{row['num_failed']:>8}{row['seconds']:>9}{row['p50_s']:>9}{row['p95_s']:>9}{row['mean_s']:>9}")
+    print(f"\np95 {report['drop_ratio']:.1%} lower than at the start; {report['excess_over_default_ratio']:+.1%} against the shipped default.")
+    for claim, holds in report["claims"].items():
+        print(f"{'holds ' if holds else 'FAILS '} {claim}")
+
+
+def alive(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is not None:
+        raise SystemExit(f"`tuner run` ended with code {child.returncode} before it was asked to.")
+
+
+def wait_until(instant: float, child: subprocess.Popen[bytes]) -> None:
+    while time.time() < instant:
+        alive(child)
+        time.sleep(min(POLL_S, max(0.0, instant - time.time())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

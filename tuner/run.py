@@ -1,0 +1,227 @@
+"""`tuner run`: puts the parts together, starts what is missing, and takes down in order what it started.
+
+    lock the store ▶ attach to the runtime or start it ▶ snapshot ▶ champion in force ▶ traffic ▶ tick … ▶ drain
+
+Killed with -9, the runtime goes on serving; the next run finds it by `runtime.json` and attaches.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+from runtime.clock import Clock
+from runtime.errors import InvalidKnob
+from runtime.knobs import EngineConfig
+from store.database import Store
+from store.last_good import read_last_good
+from tuner.arrivals import at_rate
+from tuner.api import DaemonServer, write_private
+from tuner.collect import Collector
+from tuner.daemon import Daemon, Wish
+from tuner.errors import Unavailable
+from tuner.hardware import HostProbe, NvmlProbe, ProcessProbe
+from tuner.settings import Settings, TrafficSettings
+from tuner.snapshot import end_run, initial_config, record_run, record_snapshot
+from tuner.supervisor import RuntimeSupervisor
+from tuner.traffic import command as traffic_command
+
+logger = logging.getLogger(__name__)
+
+CAPACITY_S = 25.0
+CAPACITY_FILE = "capacity.json"
+STOP_TRAFFIC_S = 15.0
+
+
+def run(settings: Settings, watch: Callable[[Daemon, threading.Event], None] | None = None, keep_runtime: bool = False) -> None:
+    """Runs until SIGINT or SIGTERM; the second signal ends the process at once.
+
+    Args:
+        watch: shown beside the loop (the live view), in the main thread, until its event is set.
+        keep_runtime: leaves the runtime serving at the end instead of draining it.
+
+    Raises:
+        TunerError, StoreError: what kept it from starting.
+    """
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    log_to_file(settings)
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store.open(settings.data_dir))
+        stop = threading.Event()
+        stack.enter_context(signals_set(stop))
+        supervisor = RuntimeSupervisor(settings)
+        supervisor.attach_or_start(start_values(settings), stop.is_set)
+        if not keep_runtime:
+            stack.callback(supervisor.stop)
+        stack.callback(supervisor.close)
+        if not stop.is_set():
+            serve(settings, store, supervisor, stop, watch, stack)
+
+
+def serve(
+    settings: Settings,
+    store: Store,
+    supervisor: RuntimeSupervisor,
+    stop: threading.Event,
+    watch: Callable[[Daemon, threading.Event], None] | None,
+    stack: contextlib.ExitStack,
+) -> None:
+    identity = supervisor.client().identity()
+    clock = Clock.started_now()
+    snapshot_id = record_snapshot(store, identity, clock.now())
+    run_id = record_run(store, settings, clock.now())
+    stack.callback(end_run, store, run_id, clock)
+    initial = initial_config(settings, identity)
+    probes = [HostProbe(settings.data_dir), NvmlProbe(), ProcessProbe(supervisor.pids)]
+    collector = Collector(supervisor.client(), store, probes)
+    daemon = Daemon(
+        settings, store, supervisor.client(), supervisor.client(), collector, identity, snapshot_id, run_id, clock
+    )
+    daemon.stop_event = stop
+    daemon.start(initial)
+    stack.callback(daemon.close)
+    api = DaemonServer(settings.data_dir, settings.api.port, lambda: status_of(daemon, supervisor), wisher(daemon))
+    stack.callback(api.close)
+    api.start()
+    if settings.traffic is not None:
+        stack.enter_context(traffic(settings, settings.traffic, supervisor, initial))
+    loop = threading.Thread(target=daemon.run, args=(supervisor.check,), name="daemon")
+    loop.start()
+    stack.callback(loop.join)
+    stack.callback(stop.set)
+    if watch is not None:
+        watch(daemon, stop)
+    stop.wait()
+
+
+def start_values(settings: Settings) -> Mapping[str, Any]:
+    """What a fresh runtime starts with: the last confirmed configuration, else the settings' start."""
+    last_good = read_last_good(settings.data_dir)
+    if last_good is None:
+        return settings.knobs.start
+    try:
+        return EngineConfig.of(last_good.values).values()
+    except InvalidKnob as error:  # written by a version whose knobs were others
+        logger.warning("The last confirmed configuration does not fit this version (%s); starting from the settings.", error)
+        return settings.knobs.start
+
+
+# --- what people see and ask ----------------------------------------------------------------------
+
+
+def status_of(daemon: Daemon, supervisor: RuntimeSupervisor) -> dict[str, Any]:
+    """What the daemon knows without reading the store: it answers while a tick runs."""
+    return {
+        "pid": os.getpid(), "run_id": daemon.run_id, "snapshot_id": daemon.snapshot_id, "mode": daemon.settings.mode,
+        "is_paused": daemon.is_paused, "doing": daemon.doing, "started_at": daemon.started_at,
+        "api_url": daemon.identity["api_url"], "model": daemon.identity["model"]["name"],
+        "num_failures": dict(daemon.num_failures), "engine": (daemon.state or {}).get("engine", "unknown"),
+    }
+
+
+def wisher(daemon: Daemon) -> Callable[..., Any]:
+    def wish(action: str, arguments: Mapping[str, Any], actor: str) -> Any:
+        asked = Wish(action, arguments, actor)
+        daemon.wishes.put(asked)
+        return asked.answer
+
+    return wish
+
+
+# --- traffic --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def traffic(
+    settings: Settings, wanted: TrafficSettings, supervisor: RuntimeSupervisor, initial: EngineConfig
+) -> Iterator[None]:
+    """The generated load, in its own process, for as long as the daemon runs."""
+    identity = supervisor.client().identity()
+    api_url = identity["api_url"]
+    if wanted.utilisation is not None:
+        rate = wanted.utilisation * capacity_per_s(settings, wanted, identity, supervisor, initial)
+        wanted = wanted.model_copy(update={"utilisation": None, "rate_per_s": rate})
+        logger.info("Traffic: %.2f requests/s, %s of the start configuration's capacity", rate, settings.traffic.utilisation)
+    log = open(settings.data_dir / "traffic.log", "ab")
+    words = traffic_command(api_url, wanted, report=settings.data_dir / "traffic.jsonl", vocab_size=identity["model"]["vocab_size"])
+    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        child.terminate()
+        try:
+            child.wait(STOP_TRAFFIC_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        log.close()
+
+
+def capacity_per_s(
+    settings: Settings,
+    wanted: TrafficSettings,
+    identity: Mapping[str, Any],
+    supervisor: RuntimeSupervisor,
+    initial: EngineConfig,
+) -> float:
+    """Requests a second that the start configuration serves when there is always more to do.
+
+    Measured once a data folder and start configuration: a champion of a later run must not raise the load.
+    """
+    path = settings.data_dir / CAPACITY_FILE
+    key = f"{initial.config_id}:{hashlib.sha256(wanted.model_dump_json().encode()).hexdigest()[:12]}"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["key"] == key:
+            return float(kept["requests_per_s"])
+    control = supervisor.client()
+    champion = control.state()["champion"]
+    control.reconfigure(initial.values(), None)
+    words = traffic_command(
+        identity["api_url"], at_rate(wanted, 1.0), duration_s=CAPACITY_S, capacity=True, vocab_size=identity["model"]["vocab_size"]
+    )
+    done = subprocess.run(words, capture_output=True, text=True, timeout=CAPACITY_S + 120)
+    control.reconfigure(champion, None)
+    if done.returncode != 0:
+        raise Unavailable(f"The start configuration's capacity could not be measured: {done.stderr.strip().splitlines()[-1:]}")
+    measured = json.loads(done.stdout.splitlines()[-1])
+    write_private(path, json.dumps({"key": key, **measured}))
+    return float(measured["requests_per_s"])
+
+
+# --- process --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def signals_set(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set the event; the second one ends the process without ceremony."""
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def log_to_file(settings: Settings) -> None:
+    handler = RotatingFileHandler(settings.data_dir / "daemon.log", maxBytes=10_000_000, backupCount=3)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(settings.log_level.upper())
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
