@@ -16,10 +16,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.scheduler import PackedBatch
 
-# On a CPU one padded call beats a call a row only for many short rows (measured: 16 rows, 2 KV heads of 64,
-# one Zen core: 0.78 against 1.27 ms for six layers at 64 tokens, 3.6 against 3.3 ms at 256).
+# On a CPU one padded call beats a call a row only for several short rows. Measured on one Zen core, 16 rows, six
+# layers of 2 KV heads of 64, the whole step in ms, a call a row against padded: 15.1 / 12.5 at 130 to 195 tokens,
+# 16.6 / 16.3 at 230 to 295, 15.0 / 16.5 at 400 to 465.
 PADDED_MIN_ROWS_CPU = 6
-PADDED_MAX_CONTEXT_CPU = 112
+PADDED_MAX_CONTEXT_CPU = 256
 # Padding copies keys and values: a group of rows is closed at this many padded tokens.
 PADDED_MAX_TOKENS = 131_072
 
@@ -74,7 +75,9 @@ class Row:
 
     def gather(self, pool: Tensor) -> Tensor:
         """pool: [kv_heads, slots, D]. Returns [kv_heads, context, D]: a view where possible."""
-        return pool[:, self.place] if isinstance(self.place, slice) else pool.index_select(1, self.place)
+        if isinstance(self.place, slice):
+            return pool.narrow(1, self.place.start, self.context)
+        return pool.index_select(1, self.place)
 
 
 @dataclass(slots=True)
@@ -111,6 +114,7 @@ class StepTensors:
     last_tokens: Tensor  # [sampled rows]
     padded: list[PaddedRows]
     rows: list[Row]  # those that are not padded, in order
+    has_single_rows: bool  # whether `rows` has any of a single token
 
     @classmethod
     def of(cls, packed: PackedBatch, device: torch.device) -> "StepTensors":
@@ -126,7 +130,8 @@ class StepTensors:
             for first, last in _groups(packed, num_padded)
         ]
         rows = _rows(packed, num_padded, blocks)
-        return cls(token_ids[None], positions[None], slots, last_tokens, padded, rows)
+        has_single_rows = bool(rows) and rows[0].num_new == 1  # they come first
+        return cls(token_ids[None], positions[None], slots, last_tokens, padded, rows, has_single_rows)
 
 
 def _num_padded(packed: PackedBatch, device: torch.device) -> int:
@@ -205,25 +210,30 @@ class PagedAttention:
         outputs = []
         for rows in step.padded:
             outputs.append(_attend_padded(grouped, keys, values, rows, scaling, sliding_window, softcap, s_aux))
+        by_token = grouped.permute(2, 0, 1, 3).split(1) if step.has_single_rows else ()
         for row in step.rows:
-            q, k, v = grouped[:, :, row.first : row.last], row.gather(keys), row.gather(values)
+            k, v = row.gather(keys), row.gather(values)
             if special:
-                out = attend_plain(q, k, v, row.allowed(sliding_window, q.device), scaling, softcap, s_aux)
+                q, allowed = grouped[:, :, row.first : row.last], row.allowed(sliding_window, query.device)
+                out = attend_plain(q, k, v, allowed, scaling, softcap, s_aux)
                 outputs.append(out.permute(2, 0, 1, 3))
             elif row.num_new == 1:
-                outputs.append(_attend_one(q, k, v, scaling, sliding_window))
+                outputs.append(_attend_one(by_token[row.first], k, v, scaling, sliding_window))
             else:
+                q = grouped[:, :, row.first : row.last]
                 outputs.append(_attend_chunk(q, k, v, row, scaling, sliding_window))
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [T, kv_heads, group, Dv]
         return out.flatten(1, 2)[None]
 
 
 def _attend_one(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-    """One new token: the group's heads are the queries of one KV head, so nothing is repeated or masked."""
+    """One new token: the group's heads are the queries of one KV head, so nothing is repeated or masked.
+
+    query: [1, kv_heads, group, D]. Returns [1, kv_heads, group, Dv].
+    """
     if window is not None and key.shape[1] > window:
         key, value = key[:, -window:], value[:, -window:]
-    out = scaled_dot_product_attention(query[:, :, 0][None], key[None], value[None], scale=scaling)
-    return out  # [1, kv_heads, group, Dv]
+    return scaled_dot_product_attention(query, key.unsqueeze(0), value.unsqueeze(0), scale=scaling)
 
 
 def _attend_chunk(

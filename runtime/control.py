@@ -168,6 +168,7 @@ def _state(front: FrontEnd, boot: Boot) -> dict[str, Any]:
     engine = front.engine
     return {
         "boot_id": boot.boot_id,
+        "now": front.clock.now(),
         "engine": "draining" if front.draining else engine.phase,
         "num_engine_restarts": engine.num_restarts,
         "version": engine.version,

@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -263,7 +262,7 @@ def _prepare(options: argparse.Namespace, hello: Frame) -> "tuple[Executor, Plan
     gc.collect()
     gc.freeze()  # a collection that walks all of transformers would pause every stream
     reports = knob_reports(cores, min(1024, executor.pool.num_blocks))
-    limits = {report["name"]: report["high"] for report in reports if report["high"] is not None}
+    limits = {report["name"]: report["high"] for report in reports if report["kind"] != "choice"}
     if too_high := {name: int(high) for name, high in limits.items() if config.values()[name] > high}:
         log.warning("lowered to what this machine can do: %s", too_high)
         config = config.patched(too_high)
@@ -300,7 +299,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _exit() -> NoReturn:
-    sys.exit(main())
+    """Ends at once: taking torch down takes seconds, in which the front end would take the engine for hung."""
+    code = main()
+    logging.shutdown()
+    os._exit(code)
 
 
 if __name__ == "__main__":

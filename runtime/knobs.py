@@ -36,8 +36,8 @@ class Knob:
     default: KnobValue
     unit: str
     help: str
-    low: float | None = None
-    high: float | None = None
+    low: float = 0.0
+    high: float = 0.0
     choices: tuple[str, ...] | None = None
     log: bool = False
     apply: ApplyMode = ApplyMode.LIVE
@@ -52,14 +52,18 @@ class Knob:
         """
         if self.choices is not None:
             if value not in self.choices:
-                raise InvalidKnob(f"`{self.name}` must be one of {', '.join(self.choices)}, but got {value!r}.")
+                raise InvalidKnob(
+                    f"`{self.name}` must be one of {', '.join(self.choices)}, but got {value!r}."
+                )
             return str(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InvalidKnob(f"`{self.name}` must be a number ({self.kind}), but got {value!r}.")
         if self.kind == "int" and not float(value).is_integer():
             raise InvalidKnob(f"`{self.name}` must be a whole number of {self.unit}, but got {value!r}.")
         if not self.low <= value <= self.high:  # NaN fails too
-            raise InvalidKnob(f"`{self.name}` must be in [{self.low:g}, {self.high:g}] {self.unit}, but got {value!r}.")
+            raise InvalidKnob(
+                f"`{self.name}` must be in [{self.low:g}, {self.high:g}] {self.unit}, but got {value!r}."
+            )
         return int(value) if self.kind == "int" else float(value)
 
 
@@ -72,35 +76,73 @@ class EngineConfig:
     """A full assignment of every knob. Built with `EngineConfig.of`, changed with `patched`; both validate."""
 
     max_num_seqs: int = knob(
-        16, kind="int", low=1, high=1024, log=True, unit="requests",
+        16,
+        kind="int",
+        low=1,
+        high=1024,
+        log=True,
+        unit="requests",
         help="Requests that are in prefill or decode at the same time.",
     )
     max_batched_tokens: int = knob(
-        512, kind="int", low=16, high=32768, log=True, unit="tokens",
+        512,
+        kind="int",
+        low=16,
+        high=32768,
+        log=True,
+        unit="tokens",
         help="Tokens computed in one step, decode and prefill together.",
     )
     prefill_chunk: int = knob(
-        256, kind="int", low=16, high=16384, log=True, unit="tokens",
+        256,
+        kind="int",
+        low=16,
+        high=16384,
+        log=True,
+        unit="tokens",
         help="Longest piece of one prompt computed in one step.",
     )
     policy: str = knob(
-        "fcfs", kind="choice", choices=("fcfs", "shortest_prefill"), unit="",
+        "fcfs",
+        kind="choice",
+        choices=("fcfs", "shortest_prefill"),
+        unit="",
         help="Which waiting request is admitted first.",
     )
     batch_wait_ms: float = knob(
-        0.0, kind="float", low=0.0, high=200.0, unit="ms",
+        0.0,
+        kind="float",
+        low=0.0,
+        high=200.0,
+        unit="ms",
         help="How long a waiting request may be held so that others join its batch.",
     )
     threads_decode: int = knob(
-        1, kind="int", low=1, high=256, log=True, unit="threads",
+        1,
+        kind="int",
+        low=1,
+        high=256,
+        log=True,
+        unit="threads",
         help="CPU threads of a step that only decodes.",
     )
     threads_prefill: int = knob(
-        1, kind="int", low=1, high=256, log=True, unit="threads",
+        1,
+        kind="int",
+        low=1,
+        high=256,
+        log=True,
+        unit="threads",
         help="CPU threads of a step that computes a piece of a prompt.",
     )
     max_queued_requests: int = knob(
-        1024, kind="int", low=1, high=65536, log=True, unit="requests", searched=False,
+        1024,
+        kind="int",
+        low=1,
+        high=65536,
+        log=True,
+        unit="requests",
+        searched=False,
         help="Requests waiting for their first token beyond which new ones are answered 429.",
     )
 
@@ -114,7 +156,8 @@ class EngineConfig:
         return cls().patched(values)
 
     def patched(self, patch: Mapping[str, Any]) -> "EngineConfig":
-        return replace(self, **{name: knob_named(name).check(value) for name, value in patch.items()})
+        checked: dict[str, Any] = {name: knob_named(name).check(value) for name, value in patch.items()}
+        return replace(self, **checked)
 
     def values(self) -> dict[str, KnobValue]:
         return asdict(self)

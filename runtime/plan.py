@@ -73,7 +73,9 @@ class SlicePlan:
                 lease_s=float(data["lease_s"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidPlan(f"A slice plan needs plan_id, experiment_id, expected_version, configs, slices, lease_s: {error!r}.") from error
+            raise InvalidPlan(
+                f"A slice plan needs plan_id, experiment_id, expected_version, configs, slices, lease_s: {error!r}."
+            ) from error
         plan.check()
         return plan
 
@@ -85,13 +87,23 @@ class SlicePlan:
         previous_end_at = float("-inf")
         for planned in self.slices:
             if planned.arm not in ("champion", "challenger"):
-                raise InvalidPlan(f"The arm of a slice must be champion or challenger, but got {planned.arm!r}.")
+                raise InvalidPlan(
+                    f"The arm of a slice must be champion or challenger, but got {planned.arm!r}."
+                )
             if planned.config_id not in self.configs:
-                raise InvalidPlan(f"Slice {planned.slice_id} names configuration {planned.config_id}, which `configs` lacks.")
+                raise InvalidPlan(
+                    f"Slice {planned.slice_id} names configuration {planned.config_id}, which `configs` lacks."
+                )
             if not previous_end_at <= planned.start_at < planned.end_at:
-                raise InvalidPlan(f"Slices must follow one another in time, but {planned.slice_id} is [{planned.start_at}, {planned.end_at}).")
+                raise InvalidPlan(
+                    f"Slices must follow one another in time, but {planned.slice_id} is "
+                    f"[{planned.start_at}, {planned.end_at})."
+                )
             if not 0.0 <= planned.burn_in_s < planned.end_at - planned.start_at:
-                raise InvalidPlan(f"The burn-in of {planned.slice_id} must be shorter than the slice, but got {planned.burn_in_s!r} s.")
+                raise InvalidPlan(
+                    f"The burn-in of {planned.slice_id} must be shorter than the slice, "
+                    f"but got {planned.burn_in_s!r} s."
+                )
             previous_end_at = planned.end_at
         for config_id, values in self.configs.items():
             try:
@@ -99,7 +111,10 @@ class SlicePlan:
             except InvalidKnob as error:
                 raise InvalidPlan(f"Configuration {config_id}: {error}") from error
             if actual != config_id:
-                raise InvalidPlan(f"Configuration {config_id} hashes to {actual}: another knob schema, or values were changed on the way.")
+                raise InvalidPlan(
+                    f"Configuration {config_id} hashes to {actual}: another knob schema, "
+                    "or values were changed on the way."
+                )
 
 
 class PlanTick(NamedTuple):
@@ -150,8 +165,15 @@ class PlanRunner:
         self.champion, self.version = config, self.version + 1
         done = Committed(self.version, config, prepared - started, 1e6 * (time.perf_counter() - prepared))
         self._events.append(
-            {"kind": "config_committed", "at": now, "version": self.version, "config_id": config.config_id,
-             "config": config.values(), "prepare_s": done.prepare_s, "commit_us": done.commit_us}
+            {
+                "kind": "config_committed",
+                "at": now,
+                "version": self.version,
+                "config_id": config.config_id,
+                "config": config.values(),
+                "prepare_s": done.prepare_s,
+                "commit_us": done.commit_us,
+            }
         )
         return done
 
@@ -176,7 +198,9 @@ class PlanRunner:
             self._end_plan("plan_aborted", now, reason="replaced by another plan")
         self.plan, self._configs = plan, configs
         self.lease_expires_at = now + plan.lease_s
-        self._events.append({"kind": "plan_accepted", "at": now, "plan_id": plan.plan_id, "experiment_id": plan.experiment_id})
+        self._events.append(
+            {"kind": "plan_accepted", "at": now, "plan_id": plan.plan_id, "experiment_id": plan.experiment_id}
+        )
 
     def renew(self, plan_id: str, lease_s: float, now: float) -> float:
         """Returns the new end of the lease.
@@ -215,12 +239,17 @@ class PlanRunner:
         if self.plan is None:
             return None
         assert self.lease_expires_at is not None
-        edges = [edge for planned in self.plan.slices for edge in (planned.start_at, planned.end_at) if edge > now]
+        edges = [
+            edge for planned in self.plan.slices for edge in (planned.start_at, planned.end_at) if edge > now
+        ]
         return min([*edges, max(now, self.lease_expires_at)])
 
     def _expect(self, version: int | None) -> None:
         if version is not None and version != self.version:
-            raise StaleVersion(f"Expected configuration version {version}, but version {self.version} is in force. Read the state again.")
+            raise StaleVersion(
+                f"Expected configuration version {version}, but version {self.version} is in force. "
+                "Read the state again."
+            )
 
     def _enter(self, planned: PlannedSlice | None, now: float) -> None:
         if planned == self._current:
@@ -231,8 +260,14 @@ class PlanRunner:
         if planned is not None:
             assert self.plan is not None
             self._events.append(
-                {"kind": "slice_started", "at": now, "plan_id": self.plan.plan_id, "config": dict(self.plan.configs[planned.config_id]),
-                 "commit_us": 1e6 * max(0.0, now - planned.start_at), **vars(planned)}
+                {
+                    "kind": "slice_started",
+                    "at": now,
+                    "plan_id": self.plan.plan_id,
+                    "config": dict(self.plan.configs[planned.config_id]),
+                    "commit_us": 1e6 * max(0.0, now - planned.start_at),
+                    **vars(planned),
+                }
             )
 
     def _end_plan(self, kind: str, now: float, **details: Any) -> None:

@@ -144,6 +144,8 @@ def notes(journal: Session, limit: int = 50, after_id: int = 0) -> Sequence[Note
     return newest[::-1]
 
 
+LONGEST_REQUEST_S = 3600.0  # bounds the search for what was under way
+
 # --- metrics: requests and steps ------------------------------------------------------------------
 
 
@@ -156,6 +158,16 @@ def timings_between(
         found = found.where(RequestTiming.config_id == config_id)
     if slice_id is not None:
         found = found.where(RequestTiming.arrival_slice == slice_id)
+    return metrics.scalars(found.order_by(RequestTiming.arrived_at)).all()
+
+
+def timings_in_system(metrics: Session, t0: float, t1: float) -> Sequence[RequestTiming]:
+    """Finished requests that were in the system at some time of the interval, by arrival: the backlog at t0 too."""
+    found = select(RequestTiming).where(
+        RequestTiming.arrived_at >= t0 - LONGEST_REQUEST_S,
+        RequestTiming.arrived_at < t1,
+        RequestTiming.finished_at >= t0,
+    )
     return metrics.scalars(found.order_by(RequestTiming.arrived_at)).all()
 
 

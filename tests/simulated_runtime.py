@@ -24,14 +24,23 @@ IDENTITY = {
         "weight_bytes": 20_000_000, "num_layers": 6, "hidden_size": 256, "vocab_size": 4096, "max_model_len": 2048,
         "dtype": "float32", "weights_sha256": "0" * 64,
     },
-    "hardware": {"device": "cpu", "device_name": "cpu", "cpu_model": "simulated", "num_cores": 2, "memory_bytes": 8 << 30},
+    "hardware": {
+        "device": "cpu", "device_name": "cpu", "cpu_model": "simulated", "num_cores": 2, "memory_bytes": 8 << 30,
+    },
     "versions": {"python": "3.11", "torch": "2.13", "transformers": "5", "runtime": "0.1.0"},
     "tier": "B", "kv_total_tokens": 65_536, "kv_block_tokens": 64,
 }  # fmt: skip
 
 # 4 ms a step, 60 us a token, 0.3 ms a sequence: the shape of the demo model on one core.
 STEP_MODEL = StepModel(
-    a=60e-6 / 1e7, b=0.0, c=0.0, d=4e-3, e=3e-4, weight_bytes=2e7, flop_per_token=1e7, attention_flop_per_pair=0.0,
+    a=60e-6 / 1e7,
+    b=0.0,
+    c=0.0,
+    d=4e-3,
+    e=3e-4,
+    weight_bytes=2e7,
+    flop_per_token=1e7,
+    attention_flop_per_pair=0.0,
     kv_bytes_per_token=1e3,
 )
 
@@ -39,7 +48,9 @@ STEP_MODEL = StepModel(
 class SimulatedRuntime:
     """`advance(now)` serves Poisson arrivals up to `now`; everything else is what the daemon calls."""
 
-    def __init__(self, rate_per_s: float, seed: int = 0, noise_sd: float = 0.05, output_tokens: int = 24) -> None:
+    def __init__(
+        self, rate_per_s: float, seed: int = 0, noise_sd: float = 0.05, output_tokens: int = 24
+    ) -> None:
         self.now = 1000.0
         self.rate_per_s, self.output_tokens, self.noise_sd = rate_per_s, output_tokens, noise_sd
         self.random = random.Random(seed)
@@ -48,7 +59,9 @@ class SimulatedRuntime:
         self.scheduler = Scheduler(self.pool, EngineConfig(), 2048)
         self.slices, self.records = SliceLedger(), RecordBuffer()
         self.is_down = False
-        self.slowdown: Callable[[EngineConfig], float] = lambda config: 1.0  # a factor on its steps: harm to be found
+        self.slowdown: Callable[[EngineConfig], float] = lambda config: (
+            1.0
+        )  # a factor on its steps: harm to be found
         self.num_engine_restarts = 0
         self.boot_id = "boot-1"
         self.slice_id: str | None = None
@@ -64,11 +77,18 @@ class SimulatedRuntime:
             self._arrive()
             batch = self.scheduler.schedule(self.now) if self.scheduler.has_requests else None
             if batch is None:
-                wakes = [until, self._next_arrival, self.scheduler.next_wake(self.now), self.runner.next_change_at(self.now)]
+                wakes = [
+                    until,
+                    self._next_arrival,
+                    self.scheduler.next_wake(self.now),
+                    self.runner.next_change_at(self.now),
+                ]
                 self.now = max(self.now + 1e-4, min(wake for wake in wakes if wake is not None))
                 continue
             config = self.scheduler.config
-            seconds = STEP_MODEL.step_s(batch.num_tokens, batch.context_tokens, batch.attention_pairs, len(batch.requests))
+            seconds = STEP_MODEL.step_s(
+                batch.num_tokens, batch.context_tokens, batch.attention_pairs, len(batch.requests)
+            )
             seconds *= self.random.lognormvariate(0.0, self.noise_sd) * self.slowdown(config)
             self.now += seconds
             for request in self.scheduler.finish_step(batch, None, self.now):
@@ -76,12 +96,20 @@ class SimulatedRuntime:
             self.records.append(
                 "step",
                 {
-                    "at": self.now, "step_s": seconds, "forward_s": seconds, "num_decode": batch.num_decode,
-                    "num_prefill_rows": batch.num_prefill_rows, "num_prefill_tokens": batch.num_prefill_tokens,
-                    "context_tokens": batch.context_tokens, "attention_pairs": batch.attention_pairs,
-                    "num_running": len(self.scheduler.running), "num_waiting": len(self.scheduler.waiting),
-                    "kv_used_tokens": self.scheduler.used_tokens, "config_id": config.config_id,
-                    "slice_id": self.slice_id, "threads": 1,
+                    "at": self.now,
+                    "step_s": seconds,
+                    "forward_s": seconds,
+                    "num_decode": batch.num_decode,
+                    "num_prefill_rows": batch.num_prefill_rows,
+                    "num_prefill_tokens": batch.num_prefill_tokens,
+                    "context_tokens": batch.context_tokens,
+                    "attention_pairs": batch.attention_pairs,
+                    "num_running": len(self.scheduler.running),
+                    "num_waiting": len(self.scheduler.waiting),
+                    "kv_used_tokens": self.scheduler.used_tokens,
+                    "config_id": config.config_id,
+                    "slice_id": self.slice_id,
+                    "threads": 1,
                 },
             )
 
@@ -101,8 +129,10 @@ class SimulatedRuntime:
             at = self._next_arrival
             self._num_requests += 1
             request = Request.of_lengths(
-                f"r{self._num_requests}", self.random.choice([20, 60, 200, 300]),
-                max(2, round(self.random.expovariate(1 / self.output_tokens))), at,
+                f"r{self._num_requests}",
+                self.random.choice([20, 60, 200, 300]),
+                max(2, round(self.random.expovariate(1 / self.output_tokens))),
+                at,
             )
             arrival = self.slices.arrival(at)
             if arrival.stats is not None:
@@ -118,13 +148,23 @@ class SimulatedRuntime:
         self.records.append(
             "request",
             {
-                "request_id": request.id, "arrived_at": request.arrived_at, "prompt_tokens": request.prompt_tokens,
-                "output_tokens": request.num_output_tokens, "max_tokens": request.max_tokens,
-                "admitted_at": request.admitted_at, "first_token_at": request.first_token_at,
-                "finished_at": request.finished_at, "finish_reason": "length", "error_kind": None,
-                "config_id": self.scheduler.config.config_id, "arrival_slice": arrival.slice_id,
-                "first_token_slice": None, "slices": {}, "gaps": {"num": 0, "sum_s": 0.0, "max_s": None, "p99_s": None},
-                "num_preemptions": 0, "streamed": True,
+                "request_id": request.id,
+                "arrived_at": request.arrived_at,
+                "prompt_tokens": request.prompt_tokens,
+                "output_tokens": request.num_output_tokens,
+                "max_tokens": request.max_tokens,
+                "admitted_at": request.admitted_at,
+                "first_token_at": request.first_token_at,
+                "finished_at": request.finished_at,
+                "finish_reason": "length",
+                "error_kind": None,
+                "config_id": self.scheduler.config.config_id,
+                "arrival_slice": arrival.slice_id,
+                "first_token_slice": None,
+                "slices": {},
+                "gaps": {"num": 0, "sum_s": 0.0, "max_s": None, "p99_s": None},
+                "num_preemptions": 0,
+                "streamed": True,
             },
         )
 
@@ -142,18 +182,33 @@ class SimulatedRuntime:
         self._answer()
         config, champion = self.scheduler.config, self.runner.champion
         return {
-            "boot_id": self.boot_id, "engine": "ready", "num_engine_restarts": self.num_engine_restarts,
-            "version": self.runner.version, "config_id": config.config_id, "config": config.values(),
-            "champion_config_id": champion.config_id, "champion": champion.values(), "slice_id": self.slice_id,
+            "boot_id": self.boot_id,
+            "engine": "ready",
+            "num_engine_restarts": self.num_engine_restarts,
+            "version": self.runner.version,
+            "config_id": config.config_id,
+            "config": config.values(),
+            "champion_config_id": champion.config_id,
+            "champion": champion.values(),
+            "slice_id": self.slice_id,
             "plan_id": self.runner.plan.plan_id if self.runner.plan else None,
-            "lease_expires_at": self.runner.lease_expires_at, "knobs": knob_reports(2, 64), "now": self.now,
+            "lease_expires_at": self.runner.lease_expires_at,
+            "knobs": knob_reports(2, 64),
+            "now": self.now,
             "gauges": {
-                "num_running": len(self.scheduler.running), "num_waiting": len(self.scheduler.waiting),
-                "kv_used_tokens": self.scheduler.used_tokens, "kv_total_tokens": 65_536, "num_preemptions_total": 0,
+                "num_running": len(self.scheduler.running),
+                "num_waiting": len(self.scheduler.waiting),
+                "kv_used_tokens": self.scheduler.used_tokens,
+                "kv_total_tokens": 65_536,
+                "num_preemptions_total": 0,
             },
             "counters": {
-                "requests_total": self._num_requests, "finished_total": self._num_requests - len(self._arrived),
-                "errors_by_kind": {}, "unknown_fields": {}, "tokens_total": 0, "prompt_tokens_total": 0,
+                "requests_total": self._num_requests,
+                "finished_total": self._num_requests - len(self._arrived),
+                "errors_by_kind": {},
+                "unknown_fields": {},
+                "tokens_total": 0,
+                "prompt_tokens_total": 0,
             },
             "slice_stats": self.slices.snapshot(self.now),
         }
@@ -162,8 +217,11 @@ class SimulatedRuntime:
         self._answer()
         done = self.runner.commit(patch, expected_version, self.now)
         return {
-            "version": done.version, "config_id": done.config.config_id, "config": done.config.values(),
-            "prepare_s": done.prepare_s, "commit_us": done.commit_us,
+            "version": done.version,
+            "config_id": done.config.config_id,
+            "config": done.config.values(),
+            "prepare_s": done.prepare_s,
+            "commit_us": done.commit_us,
         }
 
     def plan(self, plan: SlicePlan) -> dict[str, Any]:
@@ -173,7 +231,11 @@ class SimulatedRuntime:
 
     def lease(self, plan_id: str, lease_s: float) -> dict[str, Any]:
         self._answer()
-        return {"plan_id": plan_id, "lease_expires_at": self.runner.renew(plan_id, lease_s, self.now), "slice_id": self.slice_id}
+        return {
+            "plan_id": plan_id,
+            "lease_expires_at": self.runner.renew(plan_id, lease_s, self.now),
+            "slice_id": self.slice_id,
+        }
 
     def abort(self, plan_id: str, reason: str) -> dict[str, Any]:
         self._answer()
@@ -184,7 +246,9 @@ class SimulatedRuntime:
         self._answer()
         drained = self.records.drain(after_seq if boot_id == self.boot_id else 0, limit)
         return {
-            "boot_id": self.boot_id, "next_seq": drained.next_seq, "dropped": drained.dropped,
+            "boot_id": self.boot_id,
+            "next_seq": drained.next_seq,
+            "dropped": drained.dropped,
             "records": json.loads(drained.records_json),
         }
 

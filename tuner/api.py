@@ -28,7 +28,9 @@ ACTIONS = ("pause", "resume", "rollback", "approve", "reject")
 class DaemonServer:
     """Serves the API from a thread of its own until closed."""
 
-    def __init__(self, data_dir: Path, port: int, status: Callable[[], dict[str, Any]], wish: Callable[..., Any]) -> None:
+    def __init__(
+        self, data_dir: Path, port: int, status: Callable[[], dict[str, Any]], wish: Callable[..., Any]
+    ) -> None:
         self._data_dir, self._status, self._wish = data_dir, status, wish
         self.key = read_or_make_key(data_dir / KEY_FILE)
         self._socket = bound_socket(port)
@@ -43,7 +45,9 @@ class DaemonServer:
             def capture_signals(self) -> Any:  # the daemon alone handles signals
                 return nullcontext()
 
-        self._server = Server(uvicorn.Config(self._app(), log_level="warning", access_log=False, lifespan="off"))
+        self._server = Server(
+            uvicorn.Config(self._app(), log_level="warning", access_log=False, lifespan="off")
+        )
         self._thread.start()
         write_private(self._data_dir / ADDRESS_FILE, json.dumps({"url": self.url, "pid": os.getpid()}))
 
@@ -61,9 +65,11 @@ class DaemonServer:
         from fastapi import Depends, FastAPI, HTTPException, Request
 
         def authorised(request: Request) -> None:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self.key.encode()):
-                raise HTTPException(401, "The key is missing or wrong; it stands in daemon.key of the data folder.")
+            given = request.headers.get("authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
+                raise HTTPException(
+                    401, "The key is missing or wrong; it stands in daemon.key of the data folder."
+                )
 
         app = FastAPI(dependencies=[Depends(authorised)], docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -79,7 +85,9 @@ class DaemonServer:
             try:
                 return {"answer": self._wish(action, arguments, actor).result(timeout=ANSWER_TIMEOUT_S)}
             except TimeoutError:
-                raise HTTPException(503, "The daemon has not answered yet; `tuner history` will show what became of it.") from None
+                raise HTTPException(
+                    503, "The daemon has not answered yet; `tuner history` will show what became of it."
+                ) from None
 
         return app
 
@@ -107,13 +115,21 @@ class DaemonClient:
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
             answer = httpx.request(
-                method, self._url + path, json=body, headers={"authorization": f"Bearer {self._key}"},
-                timeout=ANSWER_TIMEOUT_S + 5.0, trust_env=False,
+                method,
+                self._url + path,
+                json=body,
+                headers={"authorization": f"Bearer {self._key}"},
+                timeout=ANSWER_TIMEOUT_S + 5.0,
+                trust_env=False,
             )
         except httpx.HTTPError as error:
-            raise DaemonNotRunning(f"The daemon at {self._url} does not answer ({error}). Start it with `tuner run`.") from error
+            raise DaemonNotRunning(
+                f"The daemon at {self._url} does not answer ({error}). Start it with `tuner run`."
+            ) from error
         if answer.status_code != 200:
-            raise DaemonNotRunning(f"The daemon answered {answer.status_code}: {answer.json().get('detail', answer.text)}")
+            raise DaemonNotRunning(
+                f"The daemon answered {answer.status_code}: {answer.json().get('detail', answer.text)}"
+            )
         return answer.json()
 
 
@@ -122,9 +138,12 @@ def bound_socket(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
+        listener.listen()  # at once: a port that is bound and silent could be bound again
     except OSError as error:
         listener.close()
-        raise PortInUse(f"`api.port` {port} is in use: {error.strerror}. Choose another, or 0 for any free one.") from error
+        raise PortInUse(
+            f"`api.port` {port} is in use: {error.strerror}. Choose another, or 0 for any free one."
+        ) from error
     return listener
 
 

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     azure.add_argument("--trace", type=Path, required=True)
     harm = commands.add_parser("harm", help="false stops and speed of the harm rule")
-    harm.add_argument("--experiments", type=int, default=2000)
+    harm.add_argument("--experiments", type=int, default=4000)
     for command in (aa, azure, harm):
         command.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args(argv)

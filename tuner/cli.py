@@ -13,12 +13,17 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    name="tuner", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="tuner",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Serves a language model and tunes it while it serves. Exit codes: 0 ok, 2 usage or settings, "
     "66 model missing or damaged, 69 nothing answers, 70 internal error, 75 busy (port, store or folder in use).",
 )
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Settings file (YAML).")]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", "-d", help="Folder of the store; overrides the settings.")]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", "-d", help="Folder of the store; overrides the settings.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
@@ -61,7 +66,9 @@ def run(
     mode: Annotated[str | None, typer.Option(help="auto, approve or observe.")] = None,
     data_dir: DataDir = None,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live view.")] = False,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any setting; may be repeated.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, any setting; may be repeated.")
+    ] = None,
 ) -> None:
     """Serve a model, watch it, search, prove and apply. Ctrl-C drains and stops everything it started."""
     from tuner.live import watch
@@ -71,7 +78,12 @@ def run(
     flags: dict[str, Any] = dict(pair(item) for item in set_ or [])
     flags |= {
         key: value
-        for key, value in {"model.path": model, "server.port": port, "mode": mode, "data_dir": data_dir}.items()
+        for key, value in {
+            "model.path": model,
+            "server.port": port,
+            "mode": mode,
+            "data_dir": data_dir,
+        }.items()
         if value is not None
     }
     run_daemon(load_settings(config, flags=flags), lambda daemon, stop: watch(daemon, stop, plain))
@@ -109,7 +121,10 @@ def history(
 
 @app.command()
 def explain(
-    change: Annotated[str | None, typer.Argument(help="A change's number or an experiment's id; the last promotion if absent.")] = None,
+    change: Annotated[
+        str | None,
+        typer.Argument(help="A change's number or an experiment's id; the last promotion if absent."),
+    ] = None,
     config: ConfigOption = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
@@ -124,7 +139,9 @@ def explain(
 def export(
     config: ConfigOption = None,
     data_dir: DataDir = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; standard output if absent.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; standard output if absent.")
+    ] = None,
 ) -> None:
     """The champion as YAML with its evidence; `tuner run --config` reads it back."""
     from tuner.report import export_text

@@ -1,6 +1,6 @@
 """The loop: one tick a second calls the stages in the order in which data flows, and nothing else.
 
-    collect ▶ act on people's wishes ▶ twin ▶ experiment ▶ study ▶ promote ▶ holdback
+    collect ▶ wishes ▶ experiment (judge, promote) ▶ search (twin, study) ▶ probation
 
 Each stage reads rows and writes rows; what waits is a row, never a sleeping function. A stage that fails is
 logged, counted and backed off, and the engine goes on serving. The only place with signals and threads.
@@ -10,8 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
@@ -20,37 +19,27 @@ from runtime.errors import RuntimeFault
 from runtime.knobs import EngineConfig
 from store import decisions
 from store.database import Store
-from store.tables import OperatorAction, Study, Verdict
+from store.tables import Experiment, Study
 from tuner.collect import Collector
 from tuner.error_rate import Lord
 from tuner.experiment import Decided, ExperimentStage
 from tuner.guardrail import Watchman
 from tuner.harm import HarmRule
-from tuner.holdback import holdback_share, judge_holdback, seconds_between_pairs
 from tuner.judge import Outcome
 from tuner.objective import Metric
 from tuner.pairs import ExperimentRules, scored_pairs
+from tuner.probation import Probation
 from tuner.promote import PromoteStage, describe
 from tuner.rows import tell
 from tuner.settings import Settings
 from tuner.study import StudyStage
 from tuner.twin_stage import TwinStage
+from tuner.wishes import Wish, WishDesk
 
 logger = logging.getLogger(__name__)
 
 FIRST_PAIR_SD = 0.2  # log units, until probes of this champion have shown the real one
 MAX_BACK_OFF_S = 60.0
-HOLDBACK_RULE_PAIRS = 1
-
-
-@dataclass
-class Wish:
-    """What a person asked through the API, and the promise of an answer."""
-
-    action: str
-    arguments: Mapping[str, Any]
-    actor: str
-    answer: Future[str] = field(default_factory=Future)
 
 
 @dataclass
@@ -91,15 +80,16 @@ class Daemon:
         self.promotion = PromoteStage(store, control, snapshot_id)
         self.studies = StudyStage(store, settings, snapshot_id)
         self.twins = TwinStage(store, snapshot_id, identity)
+        self.probation = Probation(store, settings, snapshot_id)
+        self.desk = WishDesk(store, self.promotion, self._end_experiment)
         self.wishes: queue.SimpleQueue[Wish] = queue.SimpleQueue()
         self.stop_event = threading.Event()
-        self.is_paused = False
         self.doing = "Starting."
         self.state: Mapping[str, Any] | None = None
         self.started_at = clock.now()
         self.num_failures: dict[str, int] = {}
         self._back_off: dict[str, BackOff] = {}
-        self._champion: EngineConfig | None = None
+        self._champion = EngineConfig()  # known from `start` on
         self._stretch_since = self.started_at  # since when the champion has served alone
         self._cause = "start"
 
@@ -120,7 +110,7 @@ class Daemon:
         elif state["champion_config_id"] != champion.config_id or state["plan_id"] is not None:
             self.promotion.apply("start", champion, "The recorded champion is put back in force.", now)
         with self.store.journal() as session:
-            self.is_paused = decisions.is_paused(session)
+            self.desk.is_paused = decisions.is_paused(session)
         self._champion = champion
         self.watchman.start()
 
@@ -145,7 +135,9 @@ class Daemon:
                 try:
                     self.control.abort(plan_id, "the daemon stops")
                 except RuntimeFault as error:
-                    logger.warning("Plan %s of %s not aborted: %s", plan_id, decided.experiment.experiment_id, error)
+                    logger.warning(
+                        "Plan %s of %s not aborted: %s", plan_id, decided.experiment.experiment_id, error
+                    )
         while not self.wishes.empty():
             self.wishes.get_nowait().answer.set_result("The daemon is stopping.")
 
@@ -155,17 +147,24 @@ class Daemon:
         self.state = None
         self._stage("collect", now, self._collect)
         self._stage("wishes", now, self._grant_wishes)
-        if self.state is None or self.state["engine"] != "ready":
+        state = self._ready_state()
+        if state is None:
             self.doing = "Waiting for the engine."
             self._stretch_since = now
             return
-        self._stage("twin", now, lambda now: self.twins.advance(now, self.state))
-        self._stage("experiment", now, self._experiment)
-        if self.settings.mode != "observe" and self.settings.search.enabled and not self.is_paused:
-            self._stage("search", now, self._search)
-            self._stage("holdback", now, self._holdback)
+        self._stage("experiment", now, lambda now: self._experiment(now, state))
+        if self.settings.mode != "observe" and self.settings.search.enabled and not self.desk.is_paused:
+            self._stage("search", now, lambda now: self._search(now, state))
+            self._stage("probation", now, self._probation)
         elif self._running() is None:
-            self.doing = "Paused by a person." if self.is_paused else "Observing: this mode never changes the engine."
+            self.doing = (
+                "Paused by a person."
+                if self.desk.is_paused
+                else "Observing: this mode never changes the engine."
+            )
+
+    def _ready_state(self) -> Mapping[str, Any] | None:
+        return self.state if self.state is not None and self.state["engine"] == "ready" else None
 
     def _stage(self, name: str, now: float, stage: Callable[[float], None]) -> None:
         """The one broad `except`: logged with its trace, counted, backed off."""
@@ -186,20 +185,27 @@ class Daemon:
 
     # -- experiments ---------------------------------------------------------------------------------------
 
-    def _running(self) -> Any:
+    def _running(self) -> Experiment | None:
         with self.store.journal() as session:
             running = decisions.running_experiments(session)
         return running[0] if running else None
 
-    def _experiment(self, now: float) -> None:
-        decided = self.experiments.step(now, self.state, lambda timings, _: self.twins.predictions(self._metric, timings))
+    def _experiment(self, now: float, state: Mapping[str, Any]) -> None:
+        decided = self.experiments.step(
+            now, state, lambda start_at, end_at: self.twins.predict(self._metric, start_at, end_at)
+        )
         running = self._running()
         if running is not None:
             self._stretch_since = now
             self.doing = self._experiment_words(running)
         if decided is None:
             return
-        logger.info("Experiment %s (%s) ended: %s", decided.experiment.experiment_id, decided.experiment.kind, decided.experiment.reason)
+        logger.info(
+            "Experiment %s (%s) ended: %s",
+            decided.experiment.experiment_id,
+            decided.experiment.kind,
+            decided.experiment.reason,
+        )
         if decided.experiment.kind == "probe":
             self.studies.end(decided, now)
         elif decided.experiment.kind == "test":
@@ -209,8 +215,13 @@ class Daemon:
         verdict = decided.verdict
         assert verdict is not None, "every test ends with a verdict"
         with self.store.journal() as session:
-            tell(session, now, "judge", f"{verdict.outcome}: {verdict.reason}",
-                 {"experiment_id": verdict.experiment_id, "verdict_id": verdict.verdict_id})
+            tell(
+                session,
+                now,
+                "judge",
+                f"{verdict.outcome}: {verdict.reason}",
+                {"experiment_id": verdict.experiment_id, "verdict_id": verdict.verdict_id},
+            )
         study = self.studies.current()
         if verdict.outcome != Outcome.PROMOTE:
             return
@@ -223,16 +234,19 @@ class Daemon:
         with self.store.journal() as session:
             target = EngineConfig.of(decisions.config_values(session, config_id))
         self.promotion.apply("promote", target, verdict.reason, now, verdict.verdict_id)
-        self._champion_changed(target, now, "promotion")
+        self._follow_champion(now, "promotion")
 
-    def _champion_changed(self, champion: EngineConfig, now: float, cause: str) -> None:
-        self._champion, self._stretch_since, self._cause = champion, now, cause
-        self.twins.forget()
+    def _follow_champion(self, now: float, cause: str) -> None:
+        """After anything that may have moved the champion: learn the new one from the beginning."""
+        champion = self.promotion.champion()
+        if champion is not None and champion != self._champion:
+            self._champion, self._stretch_since, self._cause = champion, now, cause
+            self.twins.forget()
 
     # -- search --------------------------------------------------------------------------------------------
 
-    def _search(self, now: float) -> None:
-        if self._running() is not None or self._champion is None:
+    def _search(self, now: float, state: Mapping[str, Any]) -> None:
+        if self._running() is not None:
             return
         study = self.studies.current()
         if study is not None and study.champion_config_id != self._champion.config_id:
@@ -241,7 +255,7 @@ class Daemon:
         if self.twins.fit is None and not self._learn(now):
             return
         if study is None:
-            study = self._new_study(now)
+            study = self._new_study(now, state)
         if study is not None:
             self._advance_study(study, now)
 
@@ -251,24 +265,31 @@ class Daemon:
         if left_s > 0:
             self.doing = f"Learning how the champion serves this traffic, {left_s:.0f} s more."
             return False
-        if self.twins.prepare(self._champion, self._stretch_since, now, self.settings.experiment.slice_s) is None:
+        if (
+            self.twins.prepare(self._champion, self._stretch_since, now, self.settings.experiment.slice_s)
+            is None
+        ):
             self.doing = "Learning: too few requests so far to know the champion."
             return False
         return True
 
-    def _new_study(self, now: float) -> Study | None:
+    def _new_study(self, now: float, state: Mapping[str, Any]) -> Study | None:
         with self.store.journal() as session:
             last = decisions.last_study(session, self.snapshot_id)
             is_waiting = bool(decisions.waiting_recommendations(session))
         if is_waiting:
             self.doing = "A recommendation waits for approval; `tuner status` shows it."
             return None
-        rest_left_s = 0.0 if last is None or last.ended_at is None else last.ended_at + self.settings.search.rest_s - now
+        rest_left_s = (
+            0.0
+            if last is None or last.ended_at is None
+            else last.ended_at + self.settings.search.rest_s - now
+        )
         if rest_left_s > 0 and self._cause != "asked":
             self.doing = f"Nothing better was found last time; the next search starts in {rest_left_s:.0f} s."
             return None
         cause, self._cause = self._cause, "schedule"
-        return self.studies.start(self._champion, self.identity, self.state, cause, now)
+        return self.studies.start(self._champion, self.identity, state, cause, now)
 
     def _advance_study(self, study: Study, now: float) -> None:
         wanted = self.studies.next(study, self._champion, now)
@@ -276,23 +297,40 @@ class Daemon:
             self.doing = "Searching for the next configuration to probe."
         elif wanted.kind == "nothing":
             self.studies.finish(study, "DONE", "Every candidate was probed; none is left to test.", now)
-        else:
-            self._open(wanted.kind, wanted.config, study.study_id, now)
-            if wanted.kind == "probe":
-                self.studies.begin(wanted.trial, self._running())
+        elif wanted.config is not None:
+            experiment = self._open(wanted.kind, wanted.config, study.study_id, now)
+            if wanted.kind == "probe" and wanted.trial is not None:
+                self.studies.begin(wanted.trial, experiment)
 
-    def _open(self, kind: str, challenger: EngineConfig, study_id: int | None, now: float) -> None:
+    def _open(self, kind: str, challenger: EngineConfig, study_id: int | None, now: float) -> Experiment:
         fit = self.twins.fit
         experiment = self.experiments.open(
-            kind, self.snapshot_id, self._champion, challenger, self._rules(kind), now, study_id,
+            kind,
+            self.snapshot_id,
+            self._champion,
+            challenger,
+            self._rules(kind),
+            now,
+            study_id,
             fit.twin_fit_id if fit is not None and fit.is_used else None,
         )
         if kind == "test":
-            level = self.experiments.pay(experiment, Lord(alpha=self.settings.experiment.fdr, w0=self.settings.experiment.fdr), self._metric, now)
+            level = self.experiments.pay(
+                experiment,
+                Lord(alpha=self.settings.experiment.fdr, w0=self.settings.experiment.fdr),
+                self._metric,
+                now,
+            )
             change = describe(challenger.values(), self._champion.values())
             with self.store.journal() as session:
-                tell(session, now, "experiment", f"Test of {change} begins: level {level:.2%}, at most {self.settings.experiment.max_pairs} pairs.",
-                     {"experiment_id": experiment.experiment_id})
+                tell(
+                    session,
+                    now,
+                    "experiment",
+                    f"Test of {change} begins: level {level:.2%}, at most {self.settings.experiment.max_pairs} pairs.",
+                    {"experiment_id": experiment.experiment_id},
+                )
+        return experiment
 
     @property
     def _metric(self) -> Metric:
@@ -303,12 +341,22 @@ class Daemon:
         limits = [slo.limit for slo in self.settings.slos if slo.metric == self._metric]
         is_test = kind == "test"
         return ExperimentRules(
-            metric=self._metric, level=own.fdr, max_pairs=own.max_pairs if is_test else 1,
-            look_every=own.look_every if is_test else 1, min_effect=self.settings.objective.min_effect,
-            slice_s=own.slice_s, burn_in_s=own.burn_in_s, settle_s=own.settle_s, lease_s=own.lease_s,
-            min_requests=own.min_requests, limit_s=min(limits, default=None), max_error_ratio=guard.max_error_ratio,
-            error_min_requests=guard.min_requests, pair_sd=self._pair_sd(),
-            champion_means=self.twins.windows.means, champion_slowest_s=self.twins.windows.slowest_s,
+            metric=self._metric,
+            level=own.fdr,
+            max_pairs=own.max_pairs if is_test else 1,
+            look_every=own.look_every if is_test else 1,
+            min_effect=self.settings.objective.min_effect,
+            slice_s=own.slice_s,
+            burn_in_s=own.burn_in_s,
+            settle_s=own.settle_s,
+            lease_s=own.lease_s,
+            min_requests=own.min_requests,
+            limit_s=min(limits, default=None),
+            max_error_ratio=guard.max_error_ratio,
+            error_min_requests=guard.min_requests,
+            pair_sd=self._pair_sd(),
+            champion_means=self.twins.windows.means,
+            champion_slowest_s=self.twins.windows.slowest_s,
         )
 
     def _pair_sd(self) -> float:
@@ -318,11 +366,12 @@ class Daemon:
         responses = [row.response for row in recent if row.response is not None]
         return max(0.05, stdev(responses) * 2**0.5) if len(responses) >= 4 else FIRST_PAIR_SD
 
-    def _experiment_words(self, experiment: Any) -> str:
+    def _experiment_words(self, experiment: Experiment) -> str:
         with self.store.journal() as session:
             pairs = scored_pairs(decisions.slices_of(session, experiment.experiment_id))
             values = {
-                id: decisions.config_values(session, id) for id in (experiment.champion_config_id, experiment.challenger_config_id)
+                id: decisions.config_values(session, id)
+                for id in (experiment.champion_config_id, experiment.challenger_config_id)
             }
         change = describe(values[experiment.challenger_config_id], values[experiment.champion_config_id])
         if experiment.kind == "probe":
@@ -331,67 +380,25 @@ class Daemon:
             return "Holdback: the former champion serves one slice, to see whether the gain stays."
         return f"Testing {change}: {len(pairs)} of at most {experiment.rules['max_pairs']} pairs scored."
 
-    # -- holdback ------------------------------------------------------------------------------------------
+    # -- probation -----------------------------------------------------------------------------------------
 
-    def _holdback(self, now: float) -> None:
+    def _probation(self, now: float) -> None:
         """While the last promotion is on probation: a holdback pair when one is due, rollback when it turned bad."""
-        if self.settings.holdback.share == 0.0 or self._running() is not None or self.studies.current() is not None:
+        if self._running() is not None or self.studies.current() is not None:
             return
-        with self.store.journal() as session:
-            change = decisions.last_applied_change(session, self.snapshot_id)
-            if change is None or change.kind != "promote" or change.verdict_id is None or change.from_config_id is None:
-                return
-            if now > change.applied_at + self.settings.holdback.duration_s:
-                return
-            verdict = session.get(Verdict, change.verdict_id)
-            earlier = decisions.experiments_against(session, "holdback", change.from_config_id, since_at=change.applied_at)
-            slices = [decisions.slices_of(session, experiment.experiment_id) for experiment in earlier]
-            old_values = decisions.config_values(session, change.from_config_id)
-        differences = [pair.difference for one in slices for pair in scored_pairs(one)]
-        judgement = judge_holdback(differences, self._pair_sd())
-        if judgement.is_harmful:
-            answer = self.promotion.rollback("previous", judgement.reason, now)
-            logger.warning(answer)
-            self._champion_changed(self.promotion.champion(), now, "rollback")
-            return
-        share = holdback_share(self.settings.holdback.share, verdict.effect_ratio or 0.0)
-        last_at = max([experiment.created_at for experiment in earlier], default=change.applied_at)
-        if now - last_at >= seconds_between_pairs(share, self.settings.experiment.slice_s):
-            self._open("holdback", EngineConfig.of(old_values), None, now)
+        due = self.probation.step(now, self._pair_sd())
+        if due.rollback_reason is not None:
+            logger.warning(self.promotion.rollback("previous", due.rollback_reason, now))
+            self._follow_champion(now, "rollback")
+        elif due.former is not None:
+            self._open("holdback", due.former, None, now)
 
     # -- people --------------------------------------------------------------------------------------------
 
     def _grant_wishes(self, now: float) -> None:
         while not self.wishes.empty():
-            wish = self.wishes.get_nowait()
-            try:
-                answer, state = self._grant(wish, now), "DONE"
-            except (RuntimeFault, KeyError, ValueError) as error:
-                answer, state = f"Refused: {error}", "REFUSED"
-            with self.store.journal() as session:
-                session.add(OperatorAction(wish.action, dict(wish.arguments), wish.actor, now, state, answer))
-                tell(session, now, "person", f"{wish.actor}: {wish.action}. {answer}")
-            wish.answer.set_result(answer)
-
-    def _grant(self, wish: Wish, now: float) -> str:
-        if wish.action in ("pause", "resume"):
-            self.is_paused = wish.action == "pause"
-            if self.is_paused:
-                self._end_experiment("interrupted: paused by a person", now)
-            return "Tuning is paused; the champion serves." if self.is_paused else "Tuning goes on."
-        if wish.action == "rollback":
-            self._end_experiment("interrupted: rolled back by a person", now)
-            answer = self.promotion.rollback(str(wish.arguments.get("to", "previous")), f"Asked for by {wish.actor}.", now)
-            self._champion_changed(self.promotion.champion(), now, "rollback")
-            return answer
-        if wish.action in ("approve", "reject"):
-            before = self._champion
-            answer = self.promotion.decide(int(wish.arguments["recommendation_id"]), wish.action == "approve", wish.actor, now)
-            champion = self.promotion.champion()
-            if champion != before:
-                self._champion_changed(champion, now, "promotion")
-            return answer
-        raise ValueError(f"Unknown action {wish.action!r}; known: pause, resume, rollback, approve, reject.")
+            self.desk.grant(self.wishes.get_nowait(), now)
+            self._follow_champion(now, "promotion")
 
     def _end_experiment(self, reason: str, now: float) -> None:
         self.watchman.release()

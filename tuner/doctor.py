@@ -15,7 +15,16 @@ from pathlib import Path
 MIN_PYTHON = (3, 11)
 MIN_FREE_BYTES = 1_000_000_000
 OWN_PACKAGES = ("runtime", "store", "tuner")
-DISTRIBUTIONS = ("torch", "transformers", "optuna", "sqlalchemy", "prophet", "streamlit", "nvidia-ml-py", "psutil")
+DISTRIBUTIONS = (
+    "torch",
+    "transformers",
+    "optuna",
+    "sqlalchemy",
+    "prophet",
+    "streamlit",
+    "nvidia-ml-py",
+    "psutil",
+)
 
 
 @dataclass(frozen=True)
@@ -29,12 +38,18 @@ def examine(config: Path | None, data_dir: Path | None) -> list[Check]:
     """Runs every check; one that fails to run is a check that failed."""
     from tuner.settings import load_settings
 
-    checks = [guarded("python", check_python), guarded("packages", check_packages), guarded("names", check_names)]
+    checks = [
+        guarded("python", check_python),
+        guarded("packages", check_packages),
+        guarded("names", check_names),
+    ]
     try:
         settings = load_settings(config, flags={} if data_dir is None else {"data_dir": data_dir})
     except Exception as error:
         return [*checks, Check("settings", False, str(error))]
-    checks.append(Check("settings", True, f"{config or 'defaults'}; mode {settings.mode}, store in {settings.data_dir}"))
+    checks.append(
+        Check("settings", True, f"{config or 'defaults'}; mode {settings.mode}, store in {settings.data_dir}")
+    )
     checks += [
         guarded("model", lambda: check_model(Path(settings.model.location))),
         guarded("port", lambda: check_port(settings.server.host, settings.server.port)),
@@ -66,7 +81,10 @@ def check_packages() -> tuple[bool, str]:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
-        return False, f"missing: {', '.join(missing)}. Run `make setup`, or pip install -e . -c constraints.txt."
+        return (
+            False,
+            f"missing: {', '.join(missing)}. Run `make setup`, or pip install -e . -c constraints.txt.",
+        )
     return True, ", ".join(versions)
 
 
@@ -77,13 +95,19 @@ def check_names() -> tuple[bool, str]:
         found = importlib.util.find_spec(name)
         origin = Path(found.origin).resolve() if found is not None and found.origin else None
         if origin is None or home not in origin.parents:
-            return False, f"`import {name}` finds {origin}, not this project's. Use an environment of its own."
+            return (
+                False,
+                f"`import {name}` finds {origin}, not this project's. Use an environment of its own.",
+            )
     return True, "runtime, store and tuner are this project's"
 
 
 def check_model(folder: Path) -> tuple[bool, str]:
     if not folder.is_dir():
-        return False, f"{folder} is not a folder. Give `model.path` a folder with config.json and *.safetensors."
+        return (
+            False,
+            f"{folder} is not a folder. Give `model.path` a folder with config.json and *.safetensors.",
+        )
     config = folder / "config.json"
     if not config.exists():
         return False, f"{folder} has no config.json."
@@ -103,7 +127,10 @@ def check_port(host: str, port: int) -> tuple[bool, str]:
         try:
             probe.bind((host, port))
         except OSError as error:
-            return False, f"{host}:{port} is in use ({error.strerror}); a running tuner, or choose another with --port."
+            return (
+                False,
+                f"{host}:{port} is in use ({error.strerror}); a running tuner, or choose another with --port.",
+            )
     return True, f"{host}:{port} is free"
 
 
@@ -137,5 +164,8 @@ def check_gpu() -> tuple[bool, str]:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         return True, f"none ({error}); the CPU serves"
-    names = [str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i))) for i in range(pynvml.nvmlDeviceGetCount())]
+    names = [
+        str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)))
+        for i in range(pynvml.nvmlDeviceGetCount())
+    ]
     return True, ", ".join(names)

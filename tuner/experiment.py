@@ -14,8 +14,8 @@ for its level; `holdback` keeps asking, after a promotion, whether the old champ
 import logging
 import secrets
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from runtime.client import Control
@@ -31,7 +31,7 @@ from tuner.guardrail import Limits, Stop, Watch, Watchman
 from tuner.harm import HarmReference, harm_reference
 from tuner.judge import Outcome, PairScore, judge
 from tuner.judge import Verdict as Judgement
-from tuner.objective import SliceMeasure, Timing, measure_slice
+from tuner.objective import SliceMeasure, measure_slice
 from tuner.pairs import (
     ExperimentRules,
     ages_of,
@@ -47,7 +47,8 @@ logger = logging.getLogger(__name__)
 
 PLAN_LEAD_S = 0.5  # between posting a plan and its first slice: a journal write, a loopback call
 
-Predictor = Callable[[Sequence[Timing], float], Mapping[str, float] | None]
+# (start, end) of a pair -> request_id -> the twin's ln(metric), or None where no twin is in use
+Predictor = Callable[[float, float], Mapping[str, float] | None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Decided:
     experiment: Experiment
     verdict: Verdict | None
     pairs: tuple[PairScore, ...]
+    is_harm: bool = False  # stopped because of what the challenger did
 
 
 class ExperimentStage:
@@ -88,9 +90,17 @@ class ExperimentStage:
         twin_fit_id: int | None = None,
     ) -> Experiment:
         experiment = Experiment(
-            experiment_id=f"{kind[0]}{int(now):x}-{uuid.uuid4().hex[:8]}", kind=kind, snapshot_id=snapshot_id,
-            study_id=study_id, champion_config_id=champion.config_id, challenger_config_id=challenger.config_id,
-            created_at=now, state="RUNNING", rules=asdict(rules), seed=secrets.randbits(31), twin_fit_id=twin_fit_id,
+            experiment_id=f"{kind[0]}{int(now):x}-{uuid.uuid4().hex[:8]}",
+            kind=kind,
+            snapshot_id=snapshot_id,
+            study_id=study_id,
+            champion_config_id=champion.config_id,
+            challenger_config_id=challenger.config_id,
+            created_at=now,
+            state="RUNNING",
+            rules=asdict(rules),
+            seed=secrets.randbits(31),
+            twin_fit_id=twin_fit_id,
         )
         with self._store.journal() as session:
             session.add(experiment)
@@ -102,8 +112,11 @@ class ExperimentStage:
             history = decisions.spends_of(session, experiment.snapshot_id, context_key)
             index = len(history) + 1
             level = lord.level(index, [spend.test_index for spend in history if spend.is_rejection])
-            session.add(AlphaSpend(experiment.snapshot_id, context_key, experiment.experiment_id, index, level, now))
+            session.add(
+                AlphaSpend(experiment.snapshot_id, context_key, experiment.experiment_id, index, level, now)
+            )
             stored = session.get(Experiment, experiment.experiment_id)
+            assert stored is not None, "the experiment was recorded when it was opened"
             stored.rules = {**stored.rules, "level": level}
         return level
 
@@ -136,7 +149,12 @@ class ExperimentStage:
         return self._advance(experiment, rules, slices, now, state)
 
     def _advance(
-        self, experiment: Experiment, rules: ExperimentRules, slices: list[Slice], now: float, state: Mapping[str, Any]
+        self,
+        experiment: Experiment,
+        rules: ExperimentRules,
+        slices: list[Slice],
+        now: float,
+        state: Mapping[str, Any],
     ) -> Decided | None:
         last_end_at = max((planned.planned_end_at for planned in slices), default=0.0)
         if now < last_end_at:
@@ -150,23 +168,27 @@ class ExperimentStage:
             return None  # a look is due: the last pair must settle first
         if experiment.kind == "probe" and pairs:
             return self._close(experiment, "DECIDED", "The probe's pair is scored.", now)
-        if is_due and pairs and self._has_news(slices):
+        if pairs:  # proven harm counts at any pair; a gain is looked at on schedule, by the judge itself
             decided = self._look(experiment, rules, slices, pairs, now)
             if decided is not None:
                 return decided
         if num_void > max(3, rules.max_pairs // 3):
-            return self._close(experiment, "STOPPED", f"{num_void} pairs were void; the evidence would be too thin.", now)
+            return self._close(
+                experiment, "STOPPED", f"{num_void} pairs were void; the evidence would be too thin.", now
+            )
         if experiment.kind != "holdback" or not num_planned:
             self._start_pair(experiment, rules, slices, now, state)
         return None
 
-    def _has_news(self, slices: list[Slice]) -> bool:
-        return any(planned.state == "SCORED" for planned in slices)
-
     # -- pairs ---------------------------------------------------------------------------------------------
 
     def _start_pair(
-        self, experiment: Experiment, rules: ExperimentRules, slices: list[Slice], now: float, state: Mapping[str, Any]
+        self,
+        experiment: Experiment,
+        rules: ExperimentRules,
+        slices: list[Slice],
+        now: float,
+        state: Mapping[str, Any],
     ) -> None:
         if state["engine"] != "ready":
             return
@@ -183,38 +205,65 @@ class ExperimentStage:
             self._void(rows, f"The plan was not posted: {error}")
 
     def _post(
-        self, experiment: Experiment, rules: ExperimentRules, slices: list[Slice], rows: list[Slice], state: Mapping[str, Any]
+        self,
+        experiment: Experiment,
+        rules: ExperimentRules,
+        slices: list[Slice],
+        rows: list[Slice],
+        state: Mapping[str, Any],
     ) -> None:
         with self._store.journal() as session:
             configs = {row.config_id: decisions.config_values(session, row.config_id) for row in rows}
         plan = SlicePlan(
-            plan_id=f"{experiment.experiment_id}-{rows[0].pair_index}", experiment_id=experiment.experiment_id,
-            expected_version=state["version"], configs=configs, lease_s=rules.lease_s,
+            plan_id=f"{experiment.experiment_id}-{rows[0].pair_index}",
+            experiment_id=experiment.experiment_id,
+            expected_version=state["version"],
+            configs=configs,
+            lease_s=rules.lease_s,
             slices=tuple(
-                PlannedSlice(row.slice_id, row.arm, row.config_id, row.planned_start_at, row.planned_end_at, row.burn_in_s)
+                PlannedSlice(
+                    row.slice_id,
+                    "challenger" if row.arm == "challenger" else "champion",
+                    row.config_id,
+                    row.planned_start_at,
+                    row.planned_end_at,
+                    row.burn_in_s,
+                )
                 for row in rows
             ),
         )
         self._control.plan(plan)
         self._watchman.watch(
             Watch(
-                plan_id=plan.plan_id, experiment_id=experiment.experiment_id, lease_s=rules.lease_s, until_at=plan.end_at,
-                challenger_slices={row.slice_id: row.planned_start_at + row.burn_in_s for row in rows if row.arm == "challenger"},
+                plan_id=plan.plan_id,
+                experiment_id=experiment.experiment_id,
+                lease_s=rules.lease_s,
+                until_at=plan.end_at,
+                challenger_slices={
+                    row.slice_id: row.planned_start_at + row.burn_in_s
+                    for row in rows
+                    if row.arm == "challenger"
+                },
                 limits=Limits(rules.max_error_ratio, rules.error_min_requests),
-                reference=self._reference(rules, slices, rows), num_engine_restarts=state["num_engine_restarts"],
+                reference=self._reference(rules, slices, rows),
+                num_engine_restarts=state["num_engine_restarts"],
+                champion_before={rows[1].slice_id: rows[0].slice_id} if rows[0].arm == "champion" else {},
+                past_means=rules.champion_means,
             )
         )
 
-    def _reference(self, rules: ExperimentRules, slices: list[Slice], rows: list[Slice]) -> HarmReference | None:
+    def _reference(
+        self, rules: ExperimentRules, slices: list[Slice], rows: list[Slice]
+    ) -> HarmReference | None:
         """The champion's latest scored slice (or its last window before the experiment) as the scale of harm."""
         if rules.metric != "e2e_s" or not rules.champion_means:
             return None
         challenger = next(row for row in rows if row.arm == "challenger")
         scored = [row for row in slices if row.state == "SCORED"]
-        champion = [row for row in scored if row.arm == "champion"]
+        champion = [row for row in scored if row.arm == "champion" and row.measured is not None]
         latest, started_at = rules.champion_means[-1], rows[0].planned_start_at - rules.slice_s
         if champion:
-            latest, started_at = champion[-1].measured, champion[-1].planned_start_at
+            latest, started_at = champion[-1].measured or latest, champion[-1].planned_start_at
         lag = max(1, round((challenger.planned_start_at - started_at) / rules.slice_s))
         slowest = max([rules.champion_slowest_s, *(row.stats.get("max_s") or 0.0 for row in champion)])
         return harm_reference(rules.champion_means, latest, lag, len(scored) - len(champion), slowest or None)
@@ -233,32 +282,56 @@ class ExperimentStage:
             self._void(pair, "The runtime was restarted during the pair.")
             return
         pending = [state["slice_stats"].get(row.slice_id, {}) for row in pair]
-        if any(stats.get("num_pending") for stats in pending) and now < pair[-1].planned_end_at + rules.settle_s:
+        if (
+            any(stats.get("num_pending") for stats in pending)
+            and now < pair[-1].planned_end_at + rules.settle_s
+        ):
             return
-        measures = [self._measure(row, rules, ages_of(stats), predict) for row, stats in zip(pair, pending, strict=True)]
-        scores = [measure.to_score() for measure in measures]
-        thin = [row for row, measure in zip(pair, measures, strict=True) if measure.num_requests < rules.min_requests]
-        if thin or None in scores:
-            self._void(pair, f"Fewer than {rules.min_requests} requests arrived in a slice: too little traffic to score.")
+        span = (pair[0].planned_start_at, pair[-1].planned_end_at)
+        predictions = predict(*span) if predict is not None else None
+        measures = [
+            self._measure(row, rules, ages_of(stats), predictions)
+            for row, stats in zip(pair, pending, strict=True)
+        ]
+        if any(measure.predicted is None for measure in measures):
+            measures = [replace(measure, predicted=None) for measure in measures]  # both slices, or neither
+        if any(measure.num_requests < rules.min_requests or measure.measured is None for measure in measures):
+            self._void(
+                pair, f"A slice saw fewer than {rules.min_requests} requests: too little traffic to score."
+            )
             return
         with self._store.journal() as session:
             for row, measure in zip(pair, measures, strict=True):
-                row.state, row.num_requests, row.num_errors = "SCORED", measure.num_requests, measure.num_errors
+                row.state, row.num_requests, row.num_errors = (
+                    "SCORED",
+                    measure.num_requests,
+                    measure.num_errors,
+                )
                 row.measured, row.predicted = measure.measured, measure.predicted
-                row.response = measure.measured - (measure.predicted or 0.0)
+                row.response = (
+                    None if measure.measured is None else measure.measured - (measure.predicted or 0.0)
+                )
                 row.stats = {**row.stats, **measure.to_dict()}
                 session.merge(row)
 
     def _measure(
-        self, row: Slice, rules: ExperimentRules, pending_ages_s: list[float], predict: Predictor | None
+        self,
+        row: Slice,
+        rules: ExperimentRules,
+        pending_ages_s: list[float],
+        predictions: Mapping[str, float] | None,
     ) -> SliceMeasure:
         scored_from = row.planned_start_at + row.burn_in_s
         with self._store.metrics() as session:
             rows = queries.timings_between(session, scored_from, row.planned_end_at)
-        timings = [timing_of(timing) for timing in rows]
-        predictions = predict(timings, row.planned_end_at) if predict is not None else None
+        scored_s = row.planned_end_at - scored_from
         return measure_slice(
-            timings, pending_ages_s, predictions, rules.metric, rules.limit_s, row.planned_end_at - scored_from
+            [timing_of(timing) for timing in rows],
+            pending_ages_s,
+            predictions,
+            rules.metric,
+            rules.limit_s,
+            scored_s,
         )
 
     def _void(self, pair: list[Slice], reason: str) -> None:
@@ -271,14 +344,21 @@ class ExperimentStage:
     # -- decisions -----------------------------------------------------------------------------------------
 
     def _look(
-        self, experiment: Experiment, rules: ExperimentRules, slices: list[Slice], pairs: list[PairScore], now: float
+        self,
+        experiment: Experiment,
+        rules: ExperimentRules,
+        slices: list[Slice],
+        pairs: list[PairScore],
+        now: float,
     ) -> Decided | None:
         """Asks the judge. A holdback is judged by its caller, which sees all pairs since the promotion."""
         if experiment.kind == "holdback":
             return self._close(experiment, "DECIDED", "The holdback pair is scored.", now)
         with self._store.journal() as session:
             faults = decisions.open_faults(session)
-        judgement = judge(pairs, rules.judge_rules(), guardrails(slices, rules, self._max_error_ratio), faults)
+        judgement = judge(
+            pairs, rules.judge_rules(), guardrails(slices, rules, self._max_error_ratio), faults
+        )
         if judgement.outcome is Outcome.CONTINUE:
             return None
         return self._close(experiment, "DECIDED", judgement.reason, now, judgement, tuple(pairs))
@@ -298,7 +378,9 @@ class ExperimentStage:
         """
         current = [row for row in slices if row.state == "PLANNED"]
         serving = next((row for row in current if row.planned_start_at <= stop.at < row.planned_end_at), None)
-        if stop.kind == "harm" or (serving is not None and serving.arm == "challenger" and "engine" in stop.reason.lower()):
+        if stop.kind == "harm" or (
+            serving is not None and serving.arm == "challenger" and "engine" in stop.reason.lower()
+        ):
             self._void(current, stop.reason)
             return self._close(experiment, "STOPPED", stop.reason, now, outcome=Outcome.REJECT)
         self._void(current, stop.reason)
@@ -336,6 +418,7 @@ class ExperimentStage:
                     spend.is_rejection = outcome is Outcome.PROMOTE
                     session.merge(spend)
             stored = session.get(Experiment, experiment.experiment_id)
+            assert stored is not None, "the experiment was recorded when it was opened"
             stored.state, stored.ended_at, stored.reason = state, now, reason
         experiment.state, experiment.ended_at, experiment.reason = state, now, reason
-        return Decided(experiment, verdict, pairs)
+        return Decided(experiment, verdict, pairs, state == "STOPPED" and outcome is Outcome.REJECT)

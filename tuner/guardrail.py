@@ -9,17 +9,18 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.client import Control
 from runtime.errors import NoPlan, RuntimeFault, RuntimeUnreachable
-from tuner.harm import HarmReference, HarmRule, SliceWatch
+from tuner.harm import HarmReference, HarmRule, SliceWatch, harm_reference
 
 logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.5
+MIN_CHAMPION_REQUESTS = 5
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Watch:
     limits: Limits
     reference: HarmReference | None  # None: the champion is not known well enough yet
     num_engine_restarts: int
+    champion_before: Mapping[str, str] = field(
+        default_factory=dict
+    )  # its slice just before, in the same pair
+    past_means: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -63,23 +68,48 @@ def breach(state: Mapping[str, Any], watch: Watch, rule: HarmRule, now: float) -
     `state` is the runtime's /control/state; only the slices of the challenger are looked at.
     """
     slice_id = state.get("slice_id")
-    if slice_id not in watch.challenger_slices:
+    if slice_id is None or slice_id not in watch.challenger_slices:
         return None
     stats = state["slice_stats"].get(slice_id)
     if stats is None:
         return None
     num_ended = stats["num_finished"] + stats["num_errors"]
-    if num_ended >= watch.limits.min_requests and stats["num_errors"] > watch.limits.max_error_ratio * num_ended:
-        return f"{stats['num_errors']} of {num_ended} requests failed under the challenger (limit {watch.limits.max_error_ratio:.1%})."
-    if watch.reference is None:
+    if (
+        num_ended >= watch.limits.min_requests
+        and stats["num_errors"] > watch.limits.max_error_ratio * num_ended
+    ):
+        return (
+            f"{stats['num_errors']} of {num_ended} requests failed under the challenger "
+            f"(limit {watch.limits.max_error_ratio:.1%})."
+        )
+    reference = latest_reference(state, watch, slice_id)
+    if reference is None:
         return None
     seen = SliceWatch(
         scored_s=max(0.0, now - watch.challenger_slices[slice_id]),
-        num_finished=stats["num_finished"], sum_log=stats["sum_log_e2e"], sumsq_log=stats["sumsq_log_e2e"],
-        num_pending=stats["num_pending"], sum_log_pending_age=stats["sum_log_pending_age"],
+        num_finished=stats["num_finished"],
+        sum_log=stats["sum_log_e2e"],
+        sumsq_log=stats["sumsq_log_e2e"],
+        num_pending=stats["num_pending"],
+        sum_log_pending_age=stats["sum_log_pending_age"],
         oldest_pending_s=stats["oldest_pending_s"],
     )
-    return rule.breach(seen, watch.reference)
+    return rule.breach(seen, reference)
+
+
+def latest_reference(state: Mapping[str, Any], watch: Watch, slice_id: str) -> HarmReference | None:
+    """The champion's slice just before this one where the pair's coin put it there, else the reference at hand."""
+    known = watch.reference
+    stats = state["slice_stats"].get(watch.champion_before.get(slice_id, ""))
+    if known is None or stats is None:
+        return known
+    num_seen = stats["num_finished"] + stats["num_pending"]
+    if num_seen < MIN_CHAMPION_REQUESTS:
+        return known
+    mean_log = (stats["sum_log_e2e"] + stats["sum_log_pending_age"]) / num_seen
+    return (
+        harm_reference(watch.past_means, mean_log, 1, known.num_challenger_slices, known.slowest_s) or known
+    )
 
 
 class Watchman:
@@ -125,7 +155,13 @@ class Watchman:
             self._control.lease(watch.plan_id, watch.lease_s)
             state = self._control.state()
         except NoPlan:
-            self._stop(watch, "lost", "The plan is no longer in force: its lease lapsed, or the engine restarted.", now, False)
+            self._stop(
+                watch,
+                "lost",
+                "The plan is no longer in force: its lease lapsed, or the engine restarted.",
+                now,
+                False,
+            )
             return
         except RuntimeUnreachable as error:
             # The lease may lapse while we try: then the next answer is NoPlan, which says so.

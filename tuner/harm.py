@@ -75,9 +75,9 @@ def harm_reference(
 class HarmRule:
     """Limits of the two rules; z in standard deviations. A mean is believed from `min_requests` finished on."""
 
-    first_z: float = 2.3
-    second_z: float = 2.6
-    later_z: float = 4.0
+    first_z: float = 2.4
+    second_z: float = 2.8
+    later_z: float = 4.6
     min_requests: int = 20
     stall_factor: float = 4.0
     min_stall_s: float = 10.0

@@ -52,6 +52,9 @@ def judge_holdback(differences: Sequence[float], pair_sd: float) -> HoldbackJudg
     gain = 1.0 - math.exp(-mean)
     if log_harm_e_value([-difference for difference in differences], pair_sd) >= -math.log(HARM_ALPHA):
         return HoldbackJudgement(
-            True, f"Over {len(differences)} holdback pairs the promoted configuration is {-gain:.1%} slower than the one before it.", gain
+            True,
+            f"Over {len(differences)} holdback pairs the promoted configuration is {-gain:.1%} slower than "
+            "the one before it.",
+            gain,
         )
     return HoldbackJudgement(False, f"{len(differences)} holdback pairs: the gain is {gain:.1%}.", gain)

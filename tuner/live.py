@@ -48,9 +48,14 @@ class Live:
     def _bare(self, now: float) -> ViewState:
         daemon = self._daemon
         return ViewState(
-            now=now, api_url=daemon.identity["api_url"], model=daemon.identity["model"]["name"],
-            device=daemon.identity["hardware"]["device"], mode=daemon.settings.mode, uptime_s=now - daemon.started_at,
-            doing=daemon.doing, engine=(daemon.state or {}).get("engine", "unknown"),
+            now=now,
+            api_url=daemon.identity["api_url"],
+            model=daemon.identity["model"]["name"],
+            device=daemon.identity["hardware"]["device"],
+            mode=daemon.settings.mode,
+            uptime_s=now - daemon.started_at,
+            doing=daemon.doing,
+            engine=(daemon.state or {}).get("engine", "unknown"),
         )
 
     def _fresh(self, now: float) -> ViewState:
@@ -66,24 +71,42 @@ class Live:
             experiment = self._experiment(session, running[0], state) if running else None
             study = queries.studies(session, limit=1)
             trials = decisions.study_trials(session, study[0].study_id) if study else []
-            probes = tuple(self._probe(session, trial, study[0].champion_config_id) for trial in trials if trial.config_id != study[0].champion_config_id)
+            probes = tuple(
+                self._probe(session, trial, study[0].champion_config_id)
+                for trial in trials
+                if trial.config_id != study[0].champion_config_id
+            )
             notes = queries.notes(session, STORY_LINES)
             waiting = decisions.waiting_recommendations(session)
             champions = decisions.champions_of(session, daemon.snapshot_id)
         with self._reader.metrics() as session:
             minute = queries.request_percentiles(session, now - MINUTE_S, now)
             history = {name: self._history(session, name, now) for name in ("ttft_s", "tpot_s", "e2e_s")}
-            rates = {name: self._last_value(session, name, now) for name in ("requests_per_s", "output_tokens_per_s")}
+            rates = {
+                name: self._last_value(session, name, now)
+                for name in ("requests_per_s", "output_tokens_per_s")
+            }
             gains = self._gains(session, champions, now)
         return ViewState(
-            **{name: getattr(bare, name) for name in ("now", "api_url", "model", "device", "mode", "uptime_s", "doing", "engine")},
-            requests_per_s=rates["requests_per_s"], tokens_per_s=rates["output_tokens_per_s"],
+            **{
+                name: getattr(bare, name)
+                for name in ("now", "api_url", "model", "device", "mode", "uptime_s", "doing", "engine")
+            },
+            requests_per_s=rates["requests_per_s"],
+            tokens_per_s=rates["output_tokens_per_s"],
             error_ratio=None if minute.success_ratio is None else 1.0 - minute.success_ratio,
-            num_running=gauges.get("num_running"), num_waiting=gauges.get("num_waiting"),
-            ttft=latency(minute.ttft, history["ttft_s"]), tpot=latency(minute.tpot, history["tpot_s"]),
-            e2e=latency(minute.e2e, history["e2e_s"]), champion_id=champion.config_id if champion is not None else "–",
-            champion_changes=tuple(f"{name} {default[name]} → {values[name]}" for name in values if values[name] != default[name]),
-            experiment=experiment, probes=probes, gains=gains,
+            num_running=gauges.get("num_running"),
+            num_waiting=gauges.get("num_waiting"),
+            ttft=latency(minute.ttft, history["ttft_s"]),
+            tpot=latency(minute.tpot, history["tpot_s"]),
+            e2e=latency(minute.e2e, history["e2e_s"]),
+            champion_id=champion.config_id if champion is not None else "–",
+            champion_changes=tuple(
+                f"{name} {default[name]} → {values[name]}" for name in values if values[name] != default[name]
+            ),
+            experiment=experiment,
+            probes=probes,
+            gains=gains,
             waiting_for_person=f"tuner approve {waiting[-1].recommendation_id}" if waiting else None,
             story=tuple(StoryLine(note.at, note.text) for note in notes),
         )
@@ -93,21 +116,28 @@ class Live:
         differences = [pair.difference for pair in pairs]
         interval = anytime_interval(differences, 0.05)
         change = describe(
-            decisions.config_values(session, row.challenger_config_id), decisions.config_values(session, row.champion_config_id)
+            decisions.config_values(session, row.challenger_config_id),
+            decisions.config_values(session, row.champion_config_id),
         )
         slice_id = state.get("slice_id") or ""
         look_every = row.rules["look_every"]
         return ExperimentView(
-            kind=row.kind, change=change, num_pairs=len(pairs), max_pairs=row.rules["max_pairs"],
+            kind=row.kind,
+            change=change,
+            num_pairs=len(pairs),
+            max_pairs=row.rules["max_pairs"],
             arm=slice_id.rpartition("-")[2] or None,
             effect_ratio=effect_ratio(sum(differences) / len(differences)) if differences else None,
-            low_ratio=effect_ratio(interval.low) if interval else None, high_ratio=effect_ratio(interval.high) if interval else None,
+            low_ratio=effect_ratio(interval.low) if interval else None,
+            high_ratio=effect_ratio(interval.high) if interval else None,
             level=row.rules["level"] if row.kind == "test" else None,
             next_look_pairs=(len(pairs) // look_every + 1) * look_every if row.kind == "test" else None,
         )
 
     def _probe(self, session: Any, trial: Trial, champion_id: str) -> ProbeView:
-        change = describe(decisions.config_values(session, trial.config_id), decisions.config_values(session, champion_id))
+        change = describe(
+            decisions.config_values(session, trial.config_id), decisions.config_values(session, champion_id)
+        )
         ratio = None if trial.value is None else effect_ratio(trial.value)
         return ProbeView(change, trial.state, ratio, trial.reason or "" if trial.state == "FAIL" else "")
 
@@ -125,7 +155,9 @@ class Live:
             return ()
         first_until = next(row.since_at for row in champions if row.config_id != champions[0].config_id)
         before = self._quiet(session, first_until - 10 * MINUTE_S, first_until, champions[0].config_id)
-        after = self._quiet(session, max(champions[-1].since_at + 5.0, now - 5 * MINUTE_S), now, champions[-1].config_id)
+        after = self._quiet(
+            session, max(champions[-1].since_at + 5.0, now - 5 * MINUTE_S), now, champions[-1].config_id
+        )
         return tuple(
             GainView(name.upper(), getattr(before, name).p95, getattr(after, name).p95)
             for name in ("ttft", "e2e")
@@ -139,5 +171,3 @@ class Live:
 
 def latency(found: Any, history: tuple[float | None, ...]) -> LatencyView:
     return LatencyView(None, None, history) if found is None else LatencyView(found.p50, found.p95, history)
-
-

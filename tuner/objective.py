@@ -68,8 +68,11 @@ class SliceMeasure:
         if self.measured is None:
             return None
         return SliceScore(
-            num_requests=self.num_requests, mean_log_latency=self.measured, mean_log_twin=self.predicted,
-            requests_per_s=self.rate_per_s, mean_prompt_tokens=self.prompt_tokens_mean,
+            num_requests=self.num_requests,
+            mean_log_latency=self.measured,
+            mean_log_twin=self.predicted,
+            requests_per_s=self.rate_per_s,
+            mean_prompt_tokens=self.prompt_tokens_mean,
             mean_output_tokens=self.output_tokens_mean,
         )
 
@@ -94,7 +97,11 @@ def measure_slice(
         limit_s: the SLO on this metric, for the share of requests above it.
         scored_s: length of the scored part.
     """
-    ended = [(timing, timing.value(metric)) for timing in timings if not timing.is_failed and timing.finish_reason != "abort"]
+    ended = [
+        (timing, timing.value(metric))
+        for timing in timings
+        if not timing.is_failed and timing.finish_reason != "abort"
+    ]
     known = [(timing, max(value, MIN_LATENCY_S)) for timing, value in ended if value is not None]
     ages = [max(age, MIN_LATENCY_S) for age in pending_ages_s] if metric != "tpot_s" else []
     values = [value for _, value in known] + ages
@@ -112,9 +119,13 @@ def measure_slice(
         predicted=predicted,
         p95_s=quantile(values, 0.95),
         max_s=max(values, default=None),
-        breach_share=None if limit_s is None or not values else sum(value > limit_s for value in values) / len(values),
+        breach_share=None
+        if limit_s is None or not values
+        else sum(value > limit_s for value in values) / len(values),
         prompt_tokens_mean=mean([timing.prompt_tokens for timing in timings]),
-        output_tokens_mean=mean([timing.output_tokens for timing in timings if timing.finish_reason in ("stop", "length")]),
+        output_tokens_mean=mean(
+            [timing.output_tokens for timing in timings if timing.finish_reason in ("stop", "length")]
+        ),
         rate_per_s=(len(timings) + len(pending_ages_s)) / scored_s,
     )
 

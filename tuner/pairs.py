@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from store.tables import Experiment, Slice, Verdict
-from tuner.coin import Coin
+from tuner.coin import Coin, Order
 from tuner.judge import GuardrailResult, JudgeRules, Outcome, PairScore, SliceScore, score_pair
 from tuner.judge import Verdict as Judgement
 from tuner.objective import Metric, Timing
@@ -31,13 +31,18 @@ class ExperimentRules:
     max_error_ratio: float
     error_min_requests: int
     pair_sd: float
-    champion_means: Sequence[float] = ()  # mean ln(e2e) of the champion's neighbouring windows before the experiment
+    champion_means: Sequence[
+        float
+    ] = ()  # mean ln(e2e) of the champion's neighbouring windows before the experiment
     champion_slowest_s: float = 0.0
 
     def judge_rules(self) -> JudgeRules:
         return JudgeRules(
-            alpha=self.level, max_pairs=self.max_pairs, look_every=self.look_every,
-            min_effect=self.min_effect, harm_pair_sd=self.pair_sd,
+            alpha=self.level,
+            max_pairs=self.max_pairs,
+            look_every=self.look_every,
+            min_effect=self.min_effect,
+            harm_pair_sd=self.pair_sd,
         )
 
 
@@ -48,11 +53,20 @@ def planned_pair(
     config_ids = {"champion": experiment.champion_config_id, "challenger": experiment.challenger_config_id}
     return [
         Slice(
-            slice_id=f"{experiment.experiment_id}-{pair_index}-{arm}", experiment_id=experiment.experiment_id,
-            pair_index=pair_index, position=position, arm=arm, config_id=config_ids[arm], coin=coin.value,
-            coin_hash=coin.coin_hash, planned_start_at=start_at + position * rules.slice_s,
-            planned_end_at=start_at + (position + 1) * rules.slice_s, burn_in_s=rules.burn_in_s,
-            state="PLANNED", boot_id=boot_id, stats={"coin_salt": coin.salt},
+            slice_id=f"{experiment.experiment_id}-{pair_index}-{arm}",
+            experiment_id=experiment.experiment_id,
+            pair_index=pair_index,
+            position=position,
+            arm=arm,
+            config_id=config_ids[arm],
+            coin=coin.value,
+            coin_hash=coin.coin_hash,
+            planned_start_at=start_at + position * rules.slice_s,
+            planned_end_at=start_at + (position + 1) * rules.slice_s,
+            burn_in_s=rules.burn_in_s,
+            state="PLANNED",
+            boot_id=boot_id,
+            stats={"coin_salt": coin.salt},
         )
         for position, arm in enumerate(arms)
     ]
@@ -72,7 +86,7 @@ def scored_pairs(slices: Sequence[Slice]) -> list[PairScore]:
         if any(row.state != "SCORED" for row in pair):
             continue
         arms = {row.arm: row for row in pair}
-        order = "BA" if pair[0].coin else "AB"
+        order: Order = "BA" if pair[0].coin else "AB"
         scored.append(
             score_pair(pair[0].pair_index, order, score_of(arms["champion"]), score_of(arms["challenger"]))
         )
@@ -80,17 +94,28 @@ def scored_pairs(slices: Sequence[Slice]) -> list[PairScore]:
 
 
 def score_of(row: Slice) -> SliceScore:
+    """Raises ValueError for a slice that was not scored."""
     stats = row.stats
+    if row.num_requests is None or row.measured is None:
+        raise ValueError(f"Slice {row.slice_id} is {row.state}: it has no score.")
     return SliceScore(
-        num_requests=row.num_requests, mean_log_latency=row.measured, mean_log_twin=row.predicted,
-        requests_per_s=stats["rate_per_s"], mean_prompt_tokens=stats["prompt_tokens_mean"],
+        num_requests=row.num_requests,
+        mean_log_latency=row.measured,
+        mean_log_twin=row.predicted,
+        requests_per_s=stats["rate_per_s"],
+        mean_prompt_tokens=stats["prompt_tokens_mean"],
         mean_output_tokens=stats["output_tokens_mean"],
     )
 
 
 def timing_of(row: Any) -> Timing:
     return Timing(
-        row.request_id, row.arrived_at, row.prompt_tokens, row.output_tokens, row.first_token_at, row.finished_at,
+        row.request_id,
+        row.arrived_at,
+        row.prompt_tokens,
+        row.output_tokens,
+        row.first_token_at,
+        row.finished_at,
         row.finish_reason,
     )
 
@@ -103,20 +128,30 @@ def ages_of(stats: Mapping[str, Any]) -> list[float]:
     return [math.exp(stats["sum_log_pending_age"] / num_pending)] * num_pending
 
 
-def guardrails(slices: Sequence[Slice], rules: ExperimentRules, max_error_ratio: float) -> list[GuardrailResult]:
+def guardrails(
+    slices: Sequence[Slice], rules: ExperimentRules, max_error_ratio: float
+) -> list[GuardrailResult]:
     """What a promotion must meet besides the gain, over all scored slices of the challenger."""
-    by_arm = {arm: [row for row in slices if row.arm == arm and row.state == "SCORED"] for arm in ("champion", "challenger")}
+    by_arm = {
+        arm: [row for row in slices if row.arm == arm and row.state == "SCORED"]
+        for arm in ("champion", "challenger")
+    }
     results = [errors_guardrail(by_arm, max_error_ratio)]
     p95 = {arm: mean_of(rows, "p95_s") for arm, rows in by_arm.items()}
     if p95["champion"] and p95["challenger"]:
         ratio = p95["challenger"] / p95["champion"]
-        results.append(GuardrailResult("p95 not worse", ratio <= 1.05, f"p95 is {ratio - 1:+.1%} against the champion (limit +5 %)"))
+        results.append(
+            GuardrailResult(
+                "p95 not worse", ratio <= 1.05, f"p95 is {ratio - 1:+.1%} against the champion (limit +5 %)"
+            )
+        )
     breach = {arm: mean_of(rows, "breach_share") for arm, rows in by_arm.items()}
     if breach["champion"] is not None and breach["challenger"] is not None:
         slack = breach["champion"] + 0.01
         results.append(
             GuardrailResult(
-                "SLO", breach["challenger"] <= max(slack, 0.05),
+                "SLO",
+                breach["challenger"] <= max(slack, 0.05),
                 f"{breach['challenger']:.1%} of requests over the SLO, champion {breach['champion']:.1%}",
             )
         )
@@ -148,9 +183,19 @@ def verdict_row(
     now: float,
 ) -> Verdict:
     return Verdict(
-        experiment_id=experiment.experiment_id, decided_at=now, outcome=str(outcome), reason=reason,
-        effect_ratio=judgement.effect_ratio, interval_low_ratio=judgement.interval_low_ratio,
-        interval_high_ratio=judgement.interval_high_ratio, num_pairs=judgement.num_pairs,
-        p_value=judgement.p_value, level=rules.level,
-        evidence={"pairs": [asdict(pair) for pair in pairs], "judgement": judgement.to_dict(), "rules": asdict(rules)},
+        experiment_id=experiment.experiment_id,
+        decided_at=now,
+        outcome=str(outcome),
+        reason=reason,
+        effect_ratio=judgement.effect_ratio,
+        interval_low_ratio=judgement.interval_low_ratio,
+        interval_high_ratio=judgement.interval_high_ratio,
+        num_pairs=judgement.num_pairs,
+        p_value=judgement.p_value,
+        level=rules.level,
+        evidence={
+            "pairs": [asdict(pair) for pair in pairs],
+            "judgement": judgement.to_dict(),
+            "rules": asdict(rules),
+        },
     )

@@ -44,8 +44,14 @@ class PromoteStage:
         with self._store.journal() as session:
             ensure_config(session, target, now)
             change = Change(
-                snapshot_id=self._snapshot_id, kind=kind, from_config_id=None if before is None else before.config_id,
-                to_config_id=target.config_id, created_at=now, reason=reason, state="INTENDED", verdict_id=verdict_id,
+                snapshot_id=self._snapshot_id,
+                kind=kind,
+                from_config_id=None if before is None else before.config_id,
+                to_config_id=target.config_id,
+                created_at=now,
+                reason=reason,
+                state="INTENDED",
+                verdict_id=verdict_id,
             )
             session.add(change)
         return self._carry_out(change, target, now)
@@ -54,16 +60,24 @@ class PromoteStage:
         """Finishes changes that a former life of the daemon had announced and not confirmed."""
         with self._store.journal() as session:
             intended = decisions.intended_changes(session, self._snapshot_id)
-            targets = [EngineConfig.of(decisions.config_values(session, change.to_config_id)) for change in intended]
+            targets = [
+                EngineConfig.of(decisions.config_values(session, change.to_config_id)) for change in intended
+            ]
         for change, target in zip(intended, targets, strict=True):
-            logger.warning("Change %s to %s was announced and not confirmed; carrying it out", change.change_id, target.config_id)
+            logger.warning(
+                "Change %s to %s was announced and not confirmed; carrying it out",
+                change.change_id,
+                target.config_id,
+            )
             self._carry_out(change, target, now)
 
     def _carry_out(self, change: Change, target: EngineConfig, now: float) -> Change:
         try:
             done = self._control.reconfigure(target.values(), None)
             if done["config_id"] != target.config_id:
-                raise InvalidKnob(f"The engine has {done['config_id']} in force after being asked for {target.config_id}.")
+                raise InvalidKnob(
+                    f"The engine has {done['config_id']} in force after being asked for {target.config_id}."
+                )
         except RuntimeFault as error:
             change.state = "FAILED"
             with self._store.journal() as session:
@@ -75,10 +89,22 @@ class PromoteStage:
         with self._store.journal() as session:
             session.merge(change)
             session.add(Champion(self._snapshot_id, target.config_id, now, change.change_id))
-            tell(session, now, "promote", f"{change.kind}: champion is now {target.config_id}. {change.reason}",
-                 {"change_id": change.change_id})
+            tell(
+                session,
+                now,
+                "promote",
+                f"{change.kind}: champion is now {target.config_id}. {change.reason}",
+                {"change_id": change.change_id},
+            )
         write_last_good(
-            self._store.data_dir, LastGood(target.config_id, target.values(), self._snapshot_id, done["version"], now)
+            self._store.data_dir,
+            LastGood(
+                values=target.values(),
+                config_id=target.config_id,
+                snapshot_id=self._snapshot_id,
+                version=done["version"],
+                at=now,
+            ),
         )
         return change
 
@@ -90,7 +116,12 @@ class PromoteStage:
                 older.state, older.decided_at, older.decided_by = "EXPIRED", now, "a newer verdict"
             session.add(recommendation)
             session.flush()
-            tell(session, now, "promote", f"Recommendation {recommendation.recommendation_id} waits for approval: {verdict.reason}")
+            tell(
+                session,
+                now,
+                "promote",
+                f"Recommendation {recommendation.recommendation_id} waits for approval: {verdict.reason}",
+            )
         return recommendation
 
     def decide(self, recommendation_id: int, approve: bool, actor: str, now: float) -> str:
@@ -99,7 +130,10 @@ class PromoteStage:
             recommendation = session.get(Recommendation, recommendation_id)
             if recommendation is None or recommendation.state != "OPEN":
                 state = "unknown" if recommendation is None else recommendation.state
-                return f"Recommendation {recommendation_id} is not open (it is {state}); `tuner status` lists the open ones."
+                return (
+                    f"Recommendation {recommendation_id} is not open (it is {state}); "
+                    "`tuner status` lists the open ones."
+                )
             recommendation.state = "APPROVED" if approve else "REJECTED"
             recommendation.decided_at, recommendation.decided_by = now, actor
             values = decisions.config_values(session, recommendation.config_id)

@@ -37,16 +37,22 @@ class AskRequest:
 
     def to_json(self) -> str:
         return json.dumps(
-            {"region": self.region.to_dict(), "past": [asdict(p) for p in self.past],
-             "sampler": self.sampler, "seed": self.seed}
+            {
+                "region": self.region.to_dict(),
+                "past": [asdict(p) for p in self.past],
+                "sampler": self.sampler,
+                "seed": self.seed,
+            }
         )
 
     @classmethod
     def from_json(cls, text: str) -> "AskRequest":
         data = json.loads(text)
         return cls(
-            SearchSpace.from_dict(data["region"]), [PastTrial(**past) for past in data["past"]],
-            data["sampler"], data["seed"],
+            SearchSpace.from_dict(data["region"]),
+            [PastTrial(**past) for past in data["past"]],
+            data["sampler"],
+            data["seed"],
         )
 
 
@@ -58,7 +64,11 @@ class AskProcess:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         self._child = subprocess.Popen(
             [sys.executable, "-m", "tuner.propose"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         assert self._child.stdin is not None
         self._child.stdin.write(request.to_json())
@@ -118,7 +128,9 @@ def make_sampler(request: AskRequest) -> Any:
     # over the whole space, which on live traffic is not safe.
     num_startup = min(3, len(request.past))
     if request.sampler == "gp":
-        return optuna.samplers.GPSampler(seed=request.seed, n_startup_trials=num_startup, deterministic_objective=False)
+        return optuna.samplers.GPSampler(
+            seed=request.seed, n_startup_trials=num_startup, deterministic_objective=False
+        )
     if request.sampler == "tpe":
         return optuna.samplers.TPESampler(seed=request.seed, n_startup_trials=num_startup)
     return optuna.samplers.RandomSampler(seed=request.seed)
@@ -145,7 +157,11 @@ def past_trials(region: SearchSpace, rows: Sequence[Mapping[str, Any]]) -> list[
     trial outside the trust region cannot be told as it was, and moving it to the border would be a lie.
     A Gaussian process study refuses trials whose constraints differ in number: a missing one is feasible (0).
     """
-    inside = [row for row in rows if all(contains(dimension, row["values"][dimension.name]) for dimension in region.dimensions)]
+    inside = [
+        row
+        for row in rows
+        if all(contains(dimension, row["values"][dimension.name]) for dimension in region.dimensions)
+    ]
     names = sorted({name for row in inside for name in row["constraints"]})
     return [
         PastTrial(

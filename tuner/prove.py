@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,19 @@ def main() -> int:
     if args.data_dir.exists():
         shutil.rmtree(args.data_dir)
     words = [
-        sys.executable, "-m", "tuner.cli", "run", "--config", str(args.config), "--data-dir", str(args.data_dir),
-        "--port", str(args.port), "--plain", "--set", f"learn.champion_s={MEASURE_S + 2 * START_UP_S}",
+        sys.executable,
+        "-m",
+        "tuner.cli",
+        "run",
+        "--config",
+        str(args.config),
+        "--data-dir",
+        str(args.data_dir),
+        "--port",
+        str(args.port),
+        "--plain",
+        "--set",
+        f"learn.champion_s={MEASURE_S + 2 * START_UP_S}",
     ]
     began = time.time()
     child = subprocess.Popen(words)
@@ -64,22 +76,38 @@ def main() -> int:
 def prove(data_dir: Path, child: subprocess.Popen[bytes], began: float) -> dict[str, Any]:
     reader = StoreReader(data_dir)
     start, change = wait_for_promotion(reader, child, began)
-    promoted_s = change.applied_at - began
-    print(f"\nPromoted after {promoted_s:.0f} s: {change.to_config_id}. Measuring it for {MEASURE_S:.0f} s.", flush=True)
-    wait_until(change.applied_at + SETTLE_S + MEASURE_S, child)
+    applied_at = change.applied_at or began
+    promoted_s = applied_at - began
+    print(
+        f"\nPromoted after {promoted_s:.0f} s: {change.to_config_id}. Measuring it for {MEASURE_S:.0f} s.",
+        flush=True,
+    )
+    wait_until(applied_at + SETTLE_S + MEASURE_S, child)
     before = measured(reader, [undisturbed_start(reader, data_dir)], start.to_config_id)
-    after = measured(reader, [(change.applied_at + SETTLE_S, change.applied_at + SETTLE_S + MEASURE_S)], change.to_config_id)
+    after = measured(
+        reader,
+        [(applied_at + SETTLE_S, applied_at + SETTLE_S + MEASURE_S)],
+        change.to_config_id,
+    )
     promoted, default = compare_with_default(reader, data_dir, child, change)
     drop = 1.0 - after["p95_s"] / before["p95_s"]
     excess = promoted["p95_s"] / default["p95_s"] - 1.0
     report = {
-        "promoted_s": round(promoted_s, 1), "drop_ratio": round(drop, 4), "excess_over_default_ratio": round(excess, 4),
-        "before": before, "after": after, "promoted_beside_default": promoted, "default_beside_promoted": default,
+        "promoted_s": round(promoted_s, 1),
+        "drop_ratio": round(drop, 4),
+        "excess_over_default_ratio": round(excess, 4),
+        "before": before,
+        "after": after,
+        "promoted_beside_default": promoted,
+        "default_beside_promoted": default,
         "claims": {
             "promoted within 15 minutes": promoted_s <= MAX_PROMOTION_S,
             "p95 at least 60 % lower": drop >= MIN_DROP,
             "p95 within 10 % of the shipped default": excess <= MAX_EXCESS,
-            "measured for 3 minutes each": min(before["seconds"], after["seconds"], promoted["seconds"], default["seconds"]) >= 180.0,
+            "measured for 3 minutes each": min(
+                before["seconds"], after["seconds"], promoted["seconds"], default["seconds"]
+            )
+            >= 180.0,
             "the whole chain stands in the store": chain_is_whole(data_dir, change),
         },
     }
@@ -87,7 +115,9 @@ def prove(data_dir: Path, child: subprocess.Popen[bytes], began: float) -> dict[
     return report
 
 
-def wait_for_promotion(reader: StoreReader, child: subprocess.Popen[bytes], began: float) -> tuple[Change, Change]:
+def wait_for_promotion(
+    reader: StoreReader, child: subprocess.Popen[bytes], began: float
+) -> tuple[Change, Change]:
     """The change that put the start in force and the one that promoted its successor."""
     while True:
         alive(child)
@@ -118,17 +148,25 @@ def measured(reader: StoreReader, spans: Sequence[tuple[float, float]], config_i
     latencies, num_failed, quiet_s = [], 0, 0.0
     for start_at, end_at in spans:
         with reader.metrics() as session:
-            rows = [row for row in queries.timings_between(session, start_at, end_at) if row.arrival_slice is None]
+            rows = [
+                row for row in queries.timings_between(session, start_at, end_at) if row.arrival_slice is None
+            ]
         rows = [row for row in rows if row.config_id == config_id]
         if rows:
             quiet_s += quiet_seconds([row.arrived_at for row in rows])
-        latencies += [row.finished_at - row.arrived_at for row in rows if row.finish_reason in ("stop", "length")]
+        latencies += [
+            row.finished_at - row.arrived_at for row in rows if row.finish_reason in ("stop", "length")
+        ]
         num_failed += sum(row.finish_reason in ("error", "rejected", "timeout") for row in rows)
     if not latencies:
         raise SystemExit(f"No request was served under {config_id} outside of slices; nothing to compare.")
     return {
-        "config_id": config_id, "seconds": round(quiet_s, 1), "num_requests": len(latencies), "num_failed": num_failed,
-        "p50_s": round(quantile(latencies, 0.50), 4), "p95_s": round(quantile(latencies, 0.95), 4),
+        "config_id": config_id,
+        "seconds": round(quiet_s, 1),
+        "num_requests": len(latencies),
+        "num_failed": num_failed,
+        "p50_s": round(quantile(latencies, 0.50) or 0.0, 4),
+        "p95_s": round(quantile(latencies, 0.95) or 0.0, 4),
         "mean_s": round(sum(latencies) / len(latencies), 4),
     }
 
@@ -136,7 +174,11 @@ def measured(reader: StoreReader, spans: Sequence[tuple[float, float]], config_i
 def quiet_seconds(arrivals: Sequence[float], longest_gap_s: float = 8.0) -> float:
     """Time covered by arrivals; a longer gap is an experiment's slice (or silence), which is not counted."""
     ordered = sorted(arrivals)
-    return sum(min(later - earlier, longest_gap_s) for earlier, later in zip(ordered, ordered[1:], strict=False) if later - earlier <= longest_gap_s)
+    return sum(
+        min(later - earlier, longest_gap_s)
+        for earlier, later in pairwise(ordered)
+        if later - earlier <= longest_gap_s
+    )
 
 
 def compare_with_default(
@@ -153,7 +195,11 @@ def compare_with_default(
     with reader.journal() as session:
         promoted = EngineConfig.of(decisions.config_values(session, change.to_config_id))
     default = default_config(hardware["device"], hardware["num_cores"])
-    print(f"Beside the shipped default ({describe(promoted.values(), default.values())}), {NUM_BLOCKS} blocks of {BLOCK_S:.0f} s.", flush=True)
+    print(
+        f"Beside the shipped default ({describe(promoted.values(), default.values())}), "
+        f"{NUM_BLOCKS} blocks of {BLOCK_S:.0f} s.",
+        flush=True,
+    )
     spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for block in range(NUM_BLOCKS):
         is_default = block % 2 == 1
@@ -163,7 +209,9 @@ def compare_with_default(
         spans[is_default].append((start_at + 2.0, start_at + BLOCK_S))
     control.reconfigure(promoted.values(), None)
     wait_until(time.time() + SETTLE_S, child)
-    return measured(reader, spans[False], promoted.config_id), measured(reader, spans[True], default.config_id)
+    return measured(reader, spans[False], promoted.config_id), measured(
+        reader, spans[True], default.config_id
+    )
 
 
 def chain_is_whole(data_dir: Path, change: Change) -> bool:
@@ -177,8 +225,14 @@ def print_report(report: dict[str, Any], data_dir: Path, change: Change) -> None
     print(f"\n{'':24}{'requests':>9}{'failed':>8}{'seconds':>9}{'p50 s':>9}{'p95 s':>9}{'mean s':>9}")
     for name in ("before", "after", "promoted_beside_default", "default_beside_promoted"):
         row = report[name]
-        print(f"{name:24}{row['num_requests']:>9}{row['num_failed']:>8}{row['seconds']:>9}{row['p50_s']:>9}{row['p95_s']:>9}{row['mean_s']:>9}")
-    print(f"\np95 {report['drop_ratio']:.1%} lower than at the start; {report['excess_over_default_ratio']:+.1%} against the shipped default.")
+        print(
+            f"{name:24}{row['num_requests']:>9}{row['num_failed']:>8}{row['seconds']:>9}"
+            f"{row['p50_s']:>9}{row['p95_s']:>9}{row['mean_s']:>9}"
+        )
+    print(
+        f"\np95 {report['drop_ratio']:.1%} lower than at the start; "
+        f"{report['excess_over_default_ratio']:+.1%} against the shipped default."
+    )
     for claim, holds in report["claims"].items():
         print(f"{'holds ' if holds else 'FAILS '} {claim}")
 

@@ -56,44 +56,86 @@ def status_report(data_dir: Path) -> Report:
         values = decisions.config_values(session, champion.config_id) if champion is not None else {}
         running = decisions.running_experiments(session)
         waiting = [
-            (row, session.get(queries.Verdict, row.verdict_id)) for row in decisions.waiting_recommendations(session)
+            (row, session.get(queries.Verdict, row.verdict_id))
+            for row in decisions.waiting_recommendations(session)
         ]
     now = time.time()
     with reader.metrics() as session:
         minute = queries.request_percentiles(session, now - 60.0, now)
     daemon = daemon_status(data_dir)
     document = {
-        "daemon": daemon, "snapshot_id": None if snapshot is None else snapshot.snapshot_id,
-        "champion": None if champion is None else {"config_id": champion.config_id, "since_at": champion.since_at, "values": values},
+        "daemon": daemon,
+        "snapshot_id": None if snapshot is None else snapshot.snapshot_id,
+        "champion": None
+        if champion is None
+        else {"config_id": champion.config_id, "since_at": champion.since_at, "values": values},
         "experiments": [{"experiment_id": row.experiment_id, "kind": row.kind} for row in running],
         "recommendations": [
-            {"recommendation_id": row.recommendation_id, "config_id": row.config_id, "reason": verdict.reason} for row, verdict in waiting
+            {
+                "recommendation_id": row.recommendation_id,
+                "config_id": row.config_id,
+                "reason": verdict.reason if verdict else "",
+            }
+            for row, verdict in waiting
         ],
-        "last_minute": {"num": minute.num, "success_ratio": minute.success_ratio, "ttft": summary(minute.ttft), "tpot": summary(minute.tpot), "e2e": summary(minute.e2e)},
+        "last_minute": {
+            "num": minute.num,
+            "success_ratio": minute.success_ratio,
+            "ttft": summary(minute.ttft),
+            "tpot": summary(minute.tpot),
+            "e2e": summary(minute.e2e),
+        },
     }
     return Report(tuple(status_lines(document, snapshot)), document)
 
 
 def status_lines(document: dict[str, Any], snapshot: Any) -> list[str]:
     daemon = document["daemon"]
-    lines = ["daemon      " + (f"{daemon['doing']} (mode {daemon['mode']})" if daemon else "not running; the engine may still serve")]
+    lines = [
+        "daemon      "
+        + (
+            f"{daemon['doing']} (mode {daemon['mode']})"
+            if daemon
+            else "not running; the engine may still serve"
+        )
+    ]
     if snapshot is not None:
-        lines.append(f"model       {snapshot.model['name']} on {snapshot.hardware['device']} ({snapshot.hardware['cpu_model']})")
+        lines.append(
+            f"model       {snapshot.model['name']} on {snapshot.hardware['device']} ({snapshot.hardware['cpu_model']})"
+        )
     champion = document["champion"]
     if champion is not None:
         knobs = ", ".join(f"{name} {value}" for name, value in champion["values"].items())
         lines.append(f"champion    {champion['config_id']} since {clock_time(champion['since_at'])}: {knobs}")
     minute = document["last_minute"]
-    lines.append(f"last minute {minute['num']} requests" + "".join(
-        f", {name} p50 {minute[name]['p50_s']:.3f} s p95 {minute[name]['p95_s']:.3f} s" for name in ("ttft", "tpot", "e2e") if minute[name]
-    ))
+    lines.append(
+        f"last minute {minute['num']} requests"
+        + "".join(
+            f", {name} p50 {minute[name]['p50_s']:.3f} s p95 {minute[name]['p95_s']:.3f} s"
+            for name in ("ttft", "tpot", "e2e")
+            if minute[name]
+        )
+    )
     lines += [f"experiment  {row['kind']} {row['experiment_id']}" for row in document["experiments"]]
-    lines += [f"waiting     recommendation {row['recommendation_id']}: {row['reason']} (tuner approve {row['recommendation_id']})" for row in document["recommendations"]]
+    lines += [
+        f"waiting     recommendation {row['recommendation_id']}: {row['reason']} "
+        f"(tuner approve {row['recommendation_id']})"
+        for row in document["recommendations"]
+    ]
     return lines
 
 
 def summary(latencies: Any) -> dict[str, float] | None:
-    return None if latencies is None else {"p50_s": latencies.p50, "p95_s": latencies.p95, "p99_s": latencies.p99, "mean_s": latencies.mean}
+    return (
+        None
+        if latencies is None
+        else {
+            "p50_s": latencies.p50,
+            "p95_s": latencies.p95,
+            "p99_s": latencies.p99,
+            "mean_s": latencies.mean,
+        }
+    )
 
 
 def daemon_status(data_dir: Path) -> dict[str, Any] | None:
@@ -110,7 +152,9 @@ def history_report(data_dir: Path, limit: int) -> Report:
     with StoreReader(data_dir).journal() as session:
         notes = queries.notes(session, limit)
     lines = tuple(f"{clock_time(note.at)}  {note.stage:<10}  {note.text}" for note in notes)
-    document = [{"at": note.at, "stage": note.stage, "text": note.text, "details": note.details} for note in notes]
+    document = [
+        {"at": note.at, "stage": note.stage, "text": note.text, "details": note.details} for note in notes
+    ]
     return Report(lines or ("Nothing has happened yet.",), document)
 
 
@@ -125,7 +169,11 @@ def explain_report(data_dir: Path, what: str | None) -> StoryReport:
             if not promotions:
                 raise UnknownRow("Nothing has been promoted yet; `tuner history` tells what was tried.")
             what = str(promotions[0].change_id)
-        story = explain(session, change_id=int(what)) if what.isdecimal() else explain(session, experiment_id=what)
+        story = (
+            explain(session, change_id=int(what))
+            if what.isdecimal()
+            else explain(session, experiment_id=what)
+        )
     return StoryReport(tuple(story_lines(story)), story_document(story), is_complete(story))
 
 
@@ -148,7 +196,10 @@ def story_lines(story: Explanation) -> list[str]:
     change, verdict, record = story.change, story.verdict, story.record
     lines = []
     if change is not None:
-        lines.append(f"change {change.change_id} ({change.kind}, {change.state}) at {clock_time(change.applied_at)}: {change.reason}")
+        lines.append(
+            f"change {change.change_id} ({change.kind}, {change.state}) at {clock_time(change.applied_at)}: "
+            f"{change.reason}"
+        )
     lines += [f"  {name}: {before} -> {after}" for name, (before, after) in story.changed_knobs.items()]
     if story.study is not None:
         lines.append(f"study {story.study.study_id}: caused by {story.cause}")
@@ -162,7 +213,9 @@ def story_lines(story: Explanation) -> list[str]:
         lines.append(
             f"  effect {percent(verdict.effect_ratio)} (interval {percent(verdict.interval_low_ratio)} to "
             f"{percent(verdict.interval_high_ratio)}), {verdict.num_pairs} pairs, "
-            f"p {verdict.p_value:.2g} at level {verdict.level:.2g}" if verdict.p_value is not None else "  no pair was scored"
+            f"p {verdict.p_value:.2g} at level {verdict.level:.2g}"
+            if verdict.p_value is not None
+            else "  no pair was scored"
         )
     if change is not None and change.commit_us is not None:
         lines.append(f"applied in {change.commit_us:.0f} us as version {change.version}")
@@ -171,10 +224,15 @@ def story_lines(story: Explanation) -> list[str]:
 
 def experiment_lines(record: ExperimentRecord) -> list[str]:
     experiment = record.experiment
-    lines = [f"experiment {experiment.experiment_id} ({experiment.kind}, {experiment.state}): slices of {experiment.rules['slice_s']:g} s"]
+    lines = [
+        f"experiment {experiment.experiment_id} ({experiment.kind}, {experiment.state}): "
+        f"slices of {experiment.rules['slice_s']:g} s"
+    ]
     if record.twin_fit is not None:
         lines.append(f"  {record.twin_fit.reason}")
-    lines.append(f"  {'pair':>4} {'order':>5} {'requests':>9} {'champion s':>11} {'challenger s':>13} {'log ratio':>10}")
+    lines.append(
+        f"  {'pair':>4} {'order':>5} {'requests':>9} {'champion s':>11} {'challenger s':>13} {'log ratio':>10}"
+    )
     for pair in record.pairs:
         champion, challenger = pair.of("champion"), pair.of("challenger")
         if pair.difference is None or champion is None or challenger is None:
@@ -183,7 +241,7 @@ def experiment_lines(record: ExperimentRecord) -> list[str]:
             continue
         order = "AB" if pair.slices[0].arm == "champion" else "BA"
         lines.append(
-            f"  {pair.index:>4} {order:>5} {champion.num_requests + challenger.num_requests:>9} "
+            f"  {pair.index:>4} {order:>5} {(champion.num_requests or 0) + (challenger.num_requests or 0):>9} "
             f"{gmean(champion):>11} {gmean(challenger):>13} {pair.difference:>+10.3f}"
         )
     return lines
@@ -196,12 +254,22 @@ def gmean(row: Any) -> str:
 
 def story_document(story: Explanation) -> dict[str, Any]:
     def row(value: Any) -> dict[str, Any] | None:
-        return None if value is None else {key: item for key, item in vars(value).items() if not key.startswith("_")}
+        return (
+            None
+            if value is None
+            else {key: item for key, item in vars(value).items() if not key.startswith("_")}
+        )
 
     record = story.record
     return {
-        "cause": story.cause, "changed_knobs": story.changed_knobs, "snapshot": row(story.snapshot), "change": row(story.change),
-        "study": row(story.study), "proposal": row(story.proposal), "trial": row(story.trial), "verdict": row(story.verdict),
+        "cause": story.cause,
+        "changed_knobs": story.changed_knobs,
+        "snapshot": row(story.snapshot),
+        "change": row(story.change),
+        "study": row(story.study),
+        "proposal": row(story.proposal),
+        "trial": row(story.trial),
+        "verdict": row(story.verdict),
         "experiment": row(record.experiment) if record is not None else None,
         "slices": [row(one) for one in record.slices] if record is not None else [],
         "twin_fit": row(record.twin_fit) if record is not None else None,

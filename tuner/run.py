@@ -13,9 +13,9 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from logging.handlers import RotatingFileHandler
-from pathlib import Path
 from typing import Any
 
 from runtime.clock import Clock
@@ -23,12 +23,12 @@ from runtime.errors import InvalidKnob
 from runtime.knobs import EngineConfig
 from store.database import Store
 from store.last_good import read_last_good
-from tuner.arrivals import at_rate
 from tuner.api import DaemonServer, write_private
+from tuner.arrivals import at_rate
 from tuner.collect import Collector
 from tuner.daemon import Daemon, Wish
 from tuner.errors import Unavailable
-from tuner.hardware import HostProbe, NvmlProbe, ProcessProbe
+from tuner.hardware import HostProbe, NvmlProbe, Probe, ProcessProbe
 from tuner.settings import Settings, TrafficSettings
 from tuner.snapshot import end_run, initial_config, record_run, record_snapshot
 from tuner.supervisor import RuntimeSupervisor
@@ -41,7 +41,11 @@ CAPACITY_FILE = "capacity.json"
 STOP_TRAFFIC_S = 15.0
 
 
-def run(settings: Settings, watch: Callable[[Daemon, threading.Event], None] | None = None, keep_runtime: bool = False) -> None:
+def run(
+    settings: Settings,
+    watch: Callable[[Daemon, threading.Event], None] | None = None,
+    keep_runtime: bool = False,
+) -> None:
     """Runs until SIGINT or SIGTERM; the second signal ends the process at once.
 
     Args:
@@ -74,21 +78,33 @@ def serve(
     watch: Callable[[Daemon, threading.Event], None] | None,
     stack: contextlib.ExitStack,
 ) -> None:
-    identity = supervisor.client().identity()
-    clock = Clock.started_now()
+    control = supervisor.client()
+    identity = control.identity()
+    # The runtime's clock, which never steps: a plan's instants mean the same on both sides.
+    clock = Clock(control.state()["now"], time.monotonic())
     snapshot_id = record_snapshot(store, identity, clock.now())
     run_id = record_run(store, settings, clock.now())
     stack.callback(end_run, store, run_id, clock)
     initial = initial_config(settings, identity)
-    probes = [HostProbe(settings.data_dir), NvmlProbe(), ProcessProbe(supervisor.pids)]
+    probes: list[Probe] = [HostProbe(settings.data_dir), NvmlProbe(), ProcessProbe(supervisor.pids)]
     collector = Collector(supervisor.client(), store, probes)
     daemon = Daemon(
-        settings, store, supervisor.client(), supervisor.client(), collector, identity, snapshot_id, run_id, clock
+        settings,
+        store,
+        supervisor.client(),
+        supervisor.client(),
+        collector,
+        identity,
+        snapshot_id,
+        run_id,
+        clock,
     )
     daemon.stop_event = stop
     daemon.start(initial)
     stack.callback(daemon.close)
-    api = DaemonServer(settings.data_dir, settings.api.port, lambda: status_of(daemon, supervisor), wisher(daemon))
+    api = DaemonServer(
+        settings.data_dir, settings.api.port, lambda: status_of(daemon, supervisor), wisher(daemon)
+    )
     stack.callback(api.close)
     api.start()
     if settings.traffic is not None:
@@ -110,7 +126,10 @@ def start_values(settings: Settings) -> Mapping[str, Any]:
     try:
         return EngineConfig.of(last_good.values).values()
     except InvalidKnob as error:  # written by a version whose knobs were others
-        logger.warning("The last confirmed configuration does not fit this version (%s); starting from the settings.", error)
+        logger.warning(
+            "The last confirmed configuration does not fit this version (%s); starting from the settings.",
+            error,
+        )
         return settings.knobs.start
 
 
@@ -120,10 +139,17 @@ def start_values(settings: Settings) -> Mapping[str, Any]:
 def status_of(daemon: Daemon, supervisor: RuntimeSupervisor) -> dict[str, Any]:
     """What the daemon knows without reading the store: it answers while a tick runs."""
     return {
-        "pid": os.getpid(), "run_id": daemon.run_id, "snapshot_id": daemon.snapshot_id, "mode": daemon.settings.mode,
-        "is_paused": daemon.is_paused, "doing": daemon.doing, "started_at": daemon.started_at,
-        "api_url": daemon.identity["api_url"], "model": daemon.identity["model"]["name"],
-        "num_failures": dict(daemon.num_failures), "engine": (daemon.state or {}).get("engine", "unknown"),
+        "pid": os.getpid(),
+        "run_id": daemon.run_id,
+        "snapshot_id": daemon.snapshot_id,
+        "mode": daemon.settings.mode,
+        "is_paused": daemon.desk.is_paused,
+        "doing": daemon.doing,
+        "started_at": daemon.started_at,
+        "api_url": daemon.identity["api_url"],
+        "model": daemon.identity["model"]["name"],
+        "num_failures": dict(daemon.num_failures),
+        "engine": (daemon.state or {}).get("engine", "unknown"),
     }
 
 
@@ -147,12 +173,22 @@ def traffic(
     identity = supervisor.client().identity()
     api_url = identity["api_url"]
     if wanted.utilisation is not None:
-        rate = wanted.utilisation * capacity_per_s(settings, wanted, identity, supervisor, initial)
+        share = wanted.utilisation
+        rate = share * capacity_per_s(settings, wanted, identity, supervisor, initial)
         wanted = wanted.model_copy(update={"utilisation": None, "rate_per_s": rate})
-        logger.info("Traffic: %.2f requests/s, %s of the start configuration's capacity", rate, settings.traffic.utilisation)
-    log = open(settings.data_dir / "traffic.log", "ab")
-    words = traffic_command(api_url, wanted, report=settings.data_dir / "traffic.jsonl", vocab_size=identity["model"]["vocab_size"])
-    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        logger.info(
+            "Traffic: %.2f requests/s, %s of the start configuration's capacity",
+            rate,
+            share,
+        )
+    words = traffic_command(
+        api_url,
+        wanted,
+        report=settings.data_dir / "traffic.jsonl",
+        vocab_size=identity["model"]["vocab_size"],
+    )
+    with open(settings.data_dir / "traffic.log", "ab") as log:
+        child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         yield
     finally:
@@ -162,7 +198,6 @@ def traffic(
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-        log.close()
 
 
 def capacity_per_s(
@@ -186,12 +221,18 @@ def capacity_per_s(
     champion = control.state()["champion"]
     control.reconfigure(initial.values(), None)
     words = traffic_command(
-        identity["api_url"], at_rate(wanted, 1.0), duration_s=CAPACITY_S, capacity=True, vocab_size=identity["model"]["vocab_size"]
+        identity["api_url"],
+        at_rate(wanted, 1.0),
+        duration_s=CAPACITY_S,
+        capacity=True,
+        vocab_size=identity["model"]["vocab_size"],
     )
     done = subprocess.run(words, capture_output=True, text=True, timeout=CAPACITY_S + 120)
     control.reconfigure(champion, None)
     if done.returncode != 0:
-        raise Unavailable(f"The start configuration's capacity could not be measured: {done.stderr.strip().splitlines()[-1:]}")
+        raise Unavailable(
+            f"The start configuration's capacity could not be measured: {done.stderr.strip().splitlines()[-1:]}"
+        )
     measured = json.loads(done.stdout.splitlines()[-1])
     write_private(path, json.dumps({"key": key, **measured}))
     return float(measured["requests_per_s"])
@@ -224,4 +265,3 @@ def log_to_file(settings: Settings) -> None:
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
     logging.getLogger("httpx").setLevel(logging.WARNING)
-

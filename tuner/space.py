@@ -20,12 +20,12 @@ MAX_TRUST_STEPS = 4
 
 @dataclass(frozen=True)
 class Dimension:
-    """One knob that may move, with the bounds in force: inclusive, in the knob's unit."""
+    """One knob that may move, with the bounds in force: inclusive, in the knob's unit; a choice knob has none."""
 
     name: str
     kind: str  # int, float, choice
-    low: float | None = None
-    high: float | None = None
+    low: float = 0.0
+    high: float = 0.0
     choices: tuple[str, ...] | None = None
     log: bool = False
 
@@ -68,14 +68,18 @@ def search_space(
         if not wanted or name in deny or report["apply"] != "live" or report["changes_outputs"]:
             continue
         dimension = Dimension(
-            name, report["kind"], report["low"], report["high"],
-            tuple(report["choices"]) if report["choices"] else None, report["log"],
+            name,
+            report["kind"],
+            0.0 if report["low"] is None else report["low"],
+            0.0 if report["high"] is None else report["high"],
+            tuple(report["choices"]) if report["choices"] else None,
+            report["log"],
         )
         if name in bounds:
             dimension = narrowed(dimension, bounds[name])
         if dimension.choices is not None and len(dimension.choices) < 2:
             continue
-        if dimension.low is not None and dimension.low >= dimension.high:
+        if dimension.choices is None and dimension.low >= dimension.high:
             continue
         dimensions.append(dimension)
     return SearchSpace(tuple(dimensions))
@@ -90,7 +94,9 @@ def narrowed(dimension: Dimension, bound: Sequence[Any]) -> Dimension:
 def trust_region(space: SearchSpace, champion: EngineConfig, trust_steps: int) -> SearchSpace:
     """The space within `trust_steps` of the champion's value on every knob. Choices stay whole."""
     values = champion.values()
-    return SearchSpace(tuple(around(dimension, values[dimension.name], trust_steps) for dimension in space.dimensions))
+    return SearchSpace(
+        tuple(around(dimension, values[dimension.name], trust_steps) for dimension in space.dimensions)
+    )
 
 
 def around(dimension: Dimension, value: KnobValue, trust_steps: int) -> Dimension:
@@ -112,7 +118,11 @@ def projected(asked: Mapping[str, KnobValue], champion: EngineConfig, space: Sea
     """The champion with the MAX_CHANGED_KNOBS largest of the asked moves; the others are taken back."""
     by_name = {dimension.name: dimension for dimension in space.dimensions}
     values = champion.values()
-    moves = {name: distance(by_name[name], values[name], value) for name, value in asked.items() if value != values[name]}
+    moves = {
+        name: distance(by_name[name], values[name], value)
+        for name, value in asked.items()
+        if value != values[name]
+    }
     kept = sorted(moves, key=lambda name: -moves[name])[:MAX_CHANGED_KNOBS]
     return champion.patched({name: asked[name] for name in kept})
 
@@ -136,8 +146,9 @@ def is_allowed(config: EngineConfig, champion: EngineConfig, space: SearchSpace)
             return f"`{name}` may not move here: the engine or the settings exclude it."
         if dimension.choices is not None and value not in dimension.choices:
             return f"`{name}` must be one of {', '.join(dimension.choices)}, but got {value}."
-        if dimension.low is not None and not dimension.low <= float(value) <= dimension.high:
-            return f"`{name}` must be in [{dimension.low:g}, {dimension.high:g}] {knob_named(name).unit}, but got {value}."
+        if dimension.choices is None and not dimension.low <= float(value) <= dimension.high:
+            bounds = f"[{dimension.low:g}, {dimension.high:g}] {knob_named(name).unit}"
+            return f"`{name}` must be in {bounds}, but got {value}."
     return None
 
 

@@ -59,7 +59,14 @@ class StudyStage:
         with self._store.journal() as session:
             return decisions.running_study(session, self._snapshot_id)
 
-    def start(self, champion: EngineConfig, identity: Mapping[str, Any], state: Mapping[str, Any], cause: str, now: float) -> Study:
+    def start(
+        self,
+        champion: EngineConfig,
+        identity: Mapping[str, Any],
+        state: Mapping[str, Any],
+        cause: str,
+        now: float,
+    ) -> Study:
         """Opens a study and enqueues champion, default and presets, which the trust region does not bind."""
         knobs = self._settings.knobs
         space = search_space(state["knobs"], knobs.allow, knobs.deny, knobs.bounds)
@@ -69,9 +76,14 @@ class StudyStage:
             steps = self._settings.search.trust_steps if last is None else last.trust_steps
             steps = trust_after(outcomes[-1], steps) if outcomes else steps
             study = Study(
-                snapshot_id=self._snapshot_id, champion_config_id=champion.config_id, created_at=now, cause=cause,
-                objective=self._settings.objective.model_dump(), space=space.to_dict(),
-                seed=self._settings.search.seed, trust_steps=steps,
+                snapshot_id=self._snapshot_id,
+                champion_config_id=champion.config_id,
+                created_at=now,
+                cause=cause,
+                objective=self._settings.objective.model_dump(),
+                space=space.to_dict(),
+                seed=self._settings.search.seed,
+                trust_steps=steps,
             )
             session.add(study)
             session.flush()
@@ -85,8 +97,13 @@ class StudyStage:
                 if config.config_id not in seen:
                     seen.add(config.config_id)
                     self._propose(session, study.study_id, config, f"preset: {name}", cause, now)
-            tell(session, now, "propose", f"Study {study.study_id} starts ({cause}): {len(space.dimensions)} knobs may move, "
-                 f"{len(seen) - 1} known points are probed first.")
+            tell(
+                session,
+                now,
+                "propose",
+                f"Study {study.study_id} starts ({cause}): {len(space.dimensions)} knobs may move, "
+                f"{len(seen) - 1} known points are probed first.",
+            )
         self._num_repeats = 0
         return study
 
@@ -126,7 +143,12 @@ class StudyStage:
         try:
             if self._ask is None:
                 rows = [self._as_row(trial) for trial in trials if trial.state == "COMPLETE"]
-                request = AskRequest(region, past_trials(region, rows), self._settings.search.sampler, study.seed + len(trials) + self._num_repeats)
+                request = AskRequest(
+                    region,
+                    past_trials(region, rows),
+                    self._settings.search.sampler,
+                    study.seed + len(trials) + self._num_repeats,
+                )
                 self._ask = AskProcess(request, now)
                 return Wanted("wait")
             asked = self._ask.poll(now)
@@ -143,8 +165,15 @@ class StudyStage:
             return Wanted("wait")
         self._num_repeats = 0
         with self._store.journal() as session:
-            self._propose(session, study.study_id, config, f"search: {self._settings.search.sampler}", study.cause, now)
-            tell(session, now, "propose", f"Next to probe: {describe(config.values(), champion.values())} ({self._settings.search.sampler}).")
+            self._propose(
+                session, study.study_id, config, f"search: {self._settings.search.sampler}", study.cause, now
+            )
+            tell(
+                session,
+                now,
+                "propose",
+                f"Next to probe: {describe(config.values(), champion.values())} ({self._settings.search.sampler}).",
+            )
         return Wanted("wait")
 
     # -- what came back ------------------------------------------------------------------------------------
@@ -164,15 +193,21 @@ class StudyStage:
             if decided.pairs:
                 trial.state, trial.value = "COMPLETE", decided.pairs[0].difference
                 trial.constraints = {"harm": -1.0}
-            elif decided.experiment.state == "STOPPED" and is_harm(decided):
+            elif decided.is_harm:
                 # Optuna's samplers never read failed trials: harm is told as a complete, infeasible one.
                 trial.state, trial.value, trial.constraints = "COMPLETE", HARM_VALUE, {"harm": 1.0}
             else:
                 trial.state = "FAIL"
-            champion = EngineConfig.of(decisions.config_values(session, decided.experiment.champion_config_id))
+            champion = EngineConfig.of(
+                decisions.config_values(session, decided.experiment.champion_config_id)
+            )
             probed = EngineConfig.of(decisions.config_values(session, trial.config_id))
             change = describe(probed.values(), champion.values())
-            result = f"{math.exp(trial.value) - 1:+.0%}" if trial.value is not None else f"no value ({trial.reason})"
+            result = (
+                f"{math.exp(trial.value) - 1:+.0%}"
+                if trial.value is not None
+                else f"no value ({trial.reason})"
+            )
             tell(session, now, "trial", f"Probe of {change}: {result}", {"trial_id": trial.trial_id})
 
     def forget_interrupted(self, now: float) -> None:
@@ -183,7 +218,9 @@ class StudyStage:
 
     # -- rows ----------------------------------------------------------------------------------------------
 
-    def _propose(self, session: Any, study_id: int, config: EngineConfig, origin: str, cause: str, now: float) -> Trial:
+    def _propose(
+        self, session: Any, study_id: int, config: EngineConfig, origin: str, cause: str, now: float
+    ) -> Trial:
         ensure_config(session, config, now)
         session.flush()
         proposal = Proposal(study_id, config.config_id, now, origin, cause)
@@ -198,19 +235,22 @@ class StudyStage:
             return EngineConfig.of(decisions.config_values(session, config_id))
 
     def _as_row(self, trial: Trial) -> dict[str, Any]:
-        return {"values": self._config(trial.config_id).values(), "value": trial.value, "constraints": trial.constraints}
+        return {
+            "values": self._config(trial.config_id).values(),
+            "value": trial.value,
+            "constraints": trial.constraints,
+        }
 
 
 def candidates(trials: Sequence[Trial], min_effect: float) -> list[Trial]:
     """Trials worth a test, the largest probed gain first: feasible, and better than the minimum effect."""
     limit = math.log(1.0 - min_effect)
     good = [
-        trial for trial in trials
-        if trial.state == "COMPLETE" and trial.value is not None and trial.value <= limit
+        trial
+        for trial in trials
+        if trial.state == "COMPLETE"
+        and trial.value is not None
+        and trial.value <= limit
         and all(slack <= 0 for slack in trial.constraints.values())
     ]
-    return sorted(good, key=lambda trial: trial.value)
-
-
-def is_harm(decided: Decided) -> bool:
-    return not (decided.experiment.reason or "").startswith("interrupted")
+    return sorted(good, key=lambda trial: trial.value or 0.0)

@@ -9,8 +9,8 @@ and predicts ln(latency) request by request; the judge subtracts it. Two uses:
 
 Why the judge's twin starts each pair from the real backlog: a replay that only follows its own drifts away
 whenever the host is a little slower than it was, and empties its queue minutes before or after the engine
-does. On the Azure code trace that alone made the sd of a pair 0.26 log units instead of 0.07 (benchmark
-`azure`), at the same measured effect.
+does. On the Azure code trace that alone made the sd of a pair 0.24 log units instead of 0.10 (benchmark
+`azure`); a challenger with 10 % faster steps shows the same effect either way.
 
 Why the sign-flip test stays exact: a prediction uses arrivals, lengths, earlier parameters and the backlog
 at the start of the pair. If the challenger changes nothing, none of these depends on any coin. However wrong

@@ -1,7 +1,7 @@
 """Trains the demo model: a 5.5 M parameter Qwen2 decoder on Python's own library and documentation.
 
-    python runtime/demo_model/train.py corpus    # sources -> build/demo_model/{train,validation,held_out}.npz, tokenizer
-    python runtime/demo_model/train.py train     # -> build/demo_model/best.pt  (GPU: minutes, 2 CPU cores: --minutes 45)
+    python runtime/demo_model/train.py corpus    # sources -> build/demo_model/*.npz (three splits), tokenizer
+    python runtime/demo_model/train.py train     # -> build/demo_model/best.pt (GPU: minutes; 2 cores: --minutes 45)
     python runtime/demo_model/train.py export    # -> model.safetensors (bfloat16), config, tokenizer, beside this file
     python runtime/demo_model/train.py evaluate  # held-out bits per byte of the shipped files, and of a token 5-gram
 
@@ -18,6 +18,7 @@ import math
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +41,13 @@ MAX_TEST_FILE_BYTES = 60_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("step", choices=["corpus", "train", "export", "evaluate"])
-    parser.add_argument("--build", type=Path, default=Path("build/demo_model"), help="folder of the intermediate files")
+    parser.add_argument(
+        "--build", type=Path, default=Path("build/demo_model"), help="folder of the intermediate files"
+    )
     parser.add_argument("--docs", type=Path, default=Path("/usr/share/doc/python3.11/html/_sources"))
     parser.add_argument("--minutes", type=float, default=45.0, help="training time")
     parser.add_argument("--batch-tokens", type=int, default=16_384)
@@ -79,7 +84,7 @@ def make_corpus(args: argparse.Namespace) -> None:
         num_bytes = sum(len(text.encode()) for text in documents)
         tokens: list[int] = []
         for encoding in tokenizer.encode_batch(documents + (chats if split == "train" else [])):
-            tokens += [bos] + encoding.ids
+            tokens += [bos, *encoding.ids]
         np.savez(args.build / f"{split}.npz", tokens=np.array(tokens, dtype=np.uint16), num_bytes=num_bytes)
         print(f"{split}: {len(documents)} files, {num_bytes / 1e6:.2f} MB, {len(tokens) / 1e6:.2f} M tokens")
     print(f"chats from docstrings (in train): {len(chats)}")
@@ -101,7 +106,9 @@ def library_files() -> list[tuple[str, str]]:
 def documentation_files(docs: Path) -> list[tuple[str, str]]:
     paths = sorted(docs.rglob("*.rst.txt"))
     if not paths:
-        raise SystemExit(f"No documentation sources in {docs}. Install Debian's python3.11-doc, or name them with --docs.")
+        raise SystemExit(
+            f"No documentation sources in {docs}. Install Debian's python3.11-doc, or name them with --docs."
+        )
     return [(f"doc/{path.relative_to(docs)}", path.read_text(encoding="utf-8")) for path in paths]
 
 
@@ -118,7 +125,9 @@ def docstring_chats(text: str) -> list[str]:
         return []
     chats = []
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+        if isinstance(
+            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        ) and not node.name.startswith("_"):
             doc = ast.get_docstring(node)
             if doc and len(doc) > 40:
                 chats.append(f"{USER}What does `{node.name}` do?{ASSISTANT}{doc}{EOS}")
@@ -128,7 +137,7 @@ def docstring_chats(text: str) -> list[str]:
 # --- training -------------------------------------------------------------------------------------
 
 
-def model_config():
+def model_config() -> Any:
     from transformers import Qwen2Config
 
     return Qwen2Config(
@@ -157,12 +166,17 @@ def train(args: argparse.Namespace) -> None:
     rng = np.random.default_rng(args.seed)
     tokens = torch.from_numpy(load_split(args.build, "train")[0].astype(np.int64)).to(device)
     model = Qwen2ForCausalLM(model_config()).to(device)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, {len(tokens) / 1e6:.1f} M tokens")
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
+        f"{len(tokens) / 1e6:.1f} M tokens"
+    )
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-        lr=0.0, betas=(0.9, 0.95), fused=True,
+        lr=0.0,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     peak, length = 3e-3, CONTEXT_TOKENS if device == "cuda" else 512
     rows = max(1, args.batch_tokens // length)
@@ -175,7 +189,10 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = rate
         if done >= next_check or done >= 1.0:
             bits = bits_per_byte(model, *load_split(args.build, "validation"), device)
-            print(f"step {step}, {step * rows * length / 1e6:.0f} M tokens, {done:.0%}: validation {bits:.4f} bits/byte", flush=True)
+            print(
+                f"step {step}, {step * rows * length / 1e6:.0f} M tokens, {done:.0%}: validation {bits:.4f} bits/byte",
+                flush=True,
+            )
             if bits < best:
                 best = bits
                 torch.save(model.state_dict(), args.build / "best.pt")
@@ -199,7 +216,7 @@ def load_split(build: Path, split: str) -> tuple[np.ndarray, int]:
         return file["tokens"], int(file["num_bytes"])
 
 
-def bits_per_byte(model, tokens: np.ndarray, num_bytes: int, device: str) -> float:
+def bits_per_byte(model: Any, tokens: np.ndarray, num_bytes: int, device: str) -> float:
     """Total code length of `tokens` over bytes of text; windows of 2048 overlap by half, each token is scored once."""
     import torch
 
@@ -212,7 +229,9 @@ def bits_per_byte(model, tokens: np.ndarray, num_bytes: int, device: str) -> flo
             if len(window) <= first:
                 break
             logits = model(input_ids=window[None], use_cache=False).logits[0].float()
-            losses = torch.nn.functional.cross_entropy(logits[first - 1 : -1], window[first:], reduction="sum")
+            losses = torch.nn.functional.cross_entropy(
+                logits[first - 1 : -1], window[first:], reduction="sum"
+            )
             total += float(losses)
     return total / math.log(2) / num_bytes
 
@@ -229,8 +248,11 @@ def export(args: argparse.Namespace) -> None:
     model.to(torch.bfloat16).save_pretrained(HERE)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(args.build / "tokenizer.json"),
-        bos_token=BOS, eos_token=EOS, pad_token=EOS,
-        model_max_length=CONTEXT_TOKENS, clean_up_tokenization_spaces=False,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=CONTEXT_TOKENS,
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(HERE)
@@ -246,16 +268,22 @@ def evaluate(args: argparse.Namespace) -> None:
     tokens, num_bytes = load_split(args.build, "held_out")
     model_bits = bits_per_byte(model, tokens, num_bytes, "cpu")
     ngram_bits = ngram_bits_per_byte(load_split(args.build, "train")[0], tokens, num_bytes)
-    print(json.dumps({
-        "parameters_millions": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
-        "held_out_bytes": num_bytes,
-        "held_out_tokens": len(tokens),
-        "model_bits_per_byte": round(model_bits, 4),
-        "token_5gram_bits_per_byte": round(ngram_bits, 4),
-    }))
+    print(
+        json.dumps(
+            {
+                "parameters_millions": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+                "held_out_bytes": num_bytes,
+                "held_out_tokens": len(tokens),
+                "model_bits_per_byte": round(model_bits, 4),
+                "token_5gram_bits_per_byte": round(ngram_bits, 4),
+            }
+        )
+    )
 
 
-def ngram_bits_per_byte(train_tokens: np.ndarray, tokens: np.ndarray, num_bytes: int, order: int = 5) -> float:
+def ngram_bits_per_byte(
+    train_tokens: np.ndarray, tokens: np.ndarray, num_bytes: int, order: int = 5
+) -> float:
     """Interpolated token n-gram with Witten-Bell smoothing down to the uniform distribution.
 
     p(w | h) = (count(h w) + types(h) * p(w | shorter h)) / (count(h) + types(h)).

@@ -36,9 +36,10 @@ def pieces(decode: object, tokens: Sequence[int]) -> list[str]:
 
 @given(st.text(max_size=40))
 def test_pieces_put_together_are_the_text(text: str) -> None:
-    assert "".join(pieces(decode_bytes, text.encode("utf-8", errors="replace"))) == text.encode(
-        "utf-8", errors="replace"
-    ).decode()
+    assert (
+        "".join(pieces(decode_bytes, text.encode("utf-8", errors="replace")))
+        == text.encode("utf-8", errors="replace").decode()
+    )
 
 
 @given(st.lists(st.integers(0, 255), max_size=200))

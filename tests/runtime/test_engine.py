@@ -36,11 +36,15 @@ def submission(id: str, prompt: list[int] = PROMPT, max_tokens: int = 8, **field
 
 
 def tokens_of(frames: list[Frame], id: str) -> list[int]:
-    return [item[1] for frame in frames if frame["op"] == "tokens" for item in frame["items"] if item[0] == id]
+    return [
+        item[1] for frame in frames if frame["op"] == "tokens" for item in frame["items"] if item[0] == id
+    ]
 
 
 def ends_of(frames: list[Frame]) -> dict[str, str]:
-    return {item[0]: item[2] for frame in frames if frame["op"] == "tokens" for item in frame["items"] if item[2]}
+    return {
+        item[0]: item[2] for frame in frames if frame["op"] == "tokens" for item in frame["items"] if item[2]
+    }
 
 
 # -- in this process ----------------------------------------------------------------------------------------------
@@ -102,7 +106,9 @@ def test_a_text_ends_at_a_stop_token_and_at_the_end_token_unless_ignored(folder:
         model.lm_head.weight.zero_()
         model.lm_head.weight[EOS] = 1e-3
         model.model.norm.weight.abs_()
-        model.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([EOS]), 1.0))
+        model.lm_head.register_forward_hook(
+            lambda module, args, out: out.index_fill(-1, torch.tensor([EOS]), 1.0)
+        )
 
     here = InProcess(folder, always_end)
     here.engine.submit(submission("ends", ignore_eos=False))
@@ -151,7 +157,9 @@ def test_a_request_that_does_not_fit_fails_with_the_reason(folder: Path) -> None
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB, 2**40])
-def test_a_prompt_with_tokens_that_the_model_does_not_know_fails_with_the_reason(folder: Path, token: int) -> None:
+def test_a_prompt_with_tokens_that_the_model_does_not_know_fails_with_the_reason(
+    folder: Path, token: int
+) -> None:
     here = InProcess(folder)
     here.engine.submit(submission("odd", prompt=[5, token]))
     assert [(f["op"], f["kind"]) for f in here.frames] == [("failed", "invalid_request")]
@@ -171,7 +179,9 @@ def test_an_idle_engine_waits_for_its_next_gauge_at_most(folder: Path) -> None:
     assert here.engine.idle_s() == 0.0
 
 
-def test_a_pool_that_memory_cannot_hold_becomes_a_smaller_one(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pool_that_memory_cannot_hold_becomes_a_smaller_one(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     loaded = load_model(folder, torch.device("cpu"), torch.float32)
     executor = Executor(loaded, kv_tokens=10**12, config=EngineConfig())
     assert executor.pool.num_tokens < 10**12 and "was asked for" in caplog.text
@@ -226,7 +236,9 @@ class EngineChild:
         return self.wait_for(lambda frame: frame["op"] == "reply")
 
     def wait_for_end(self, id: str) -> None:
-        self.wait_for(lambda frame: frame["op"] == "tokens" and any(i[0] == id and i[2] for i in frame["items"]))
+        self.wait_for(
+            lambda frame: frame["op"] == "tokens" and any(i[0] == id and i[2] for i in frame["items"])
+        )
 
     def close(self) -> None:
         self.link.close()
@@ -323,4 +335,7 @@ def test_a_damaged_model_ends_the_process_with_its_own_exit_code(tmp_path: Path)
 
 def test_the_engine_module_does_not_load_torch_before_its_thread_environment_is_set() -> None:
     code = "import sys, runtime.engine; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), check=False).returncode
+        == 0
+    )

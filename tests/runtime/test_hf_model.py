@@ -145,10 +145,14 @@ def packed_rows(rows: list[tuple[int, int]], scattered: bool, rng: np.random.Gen
     new_tokens = np.array([new for _, new in rows])
     positions = np.concatenate([np.arange(start, start + new) for start, new in rows])
     owners = np.repeat(np.arange(len(rows)), new_tokens)
-    slots = tables[owners, positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
+    slots = (
+        tables[owners, positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
+    )
     row_starts = np.concatenate(([0], np.cumsum(new_tokens)))
     contexts = np.array([start + new for start, new in rows])
-    return PackedBatch(positions, positions, slots, row_starts, contexts, tables, row_starts[1:] - 1, BLOCK_TOKENS)
+    return PackedBatch(
+        positions, positions, slots, row_starts, contexts, tables, row_starts[1:] - 1, BLOCK_TOKENS
+    )
 
 
 def slots_of(packed: PackedBatch, row: int) -> Tensor:
@@ -166,10 +170,14 @@ def test_every_form_of_attention_agrees_with_the_plain_one(
     scattered: bool, padded: bool, window: int | None, special: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime.attention, "PADDED_MIN_ROWS_CPU", 1 if padded else 1000)
-    monkeypatch.setattr(runtime.attention, "_has_fused_gqa", lambda query, value: padded)  # both are the forms of a GPU
+    monkeypatch.setattr(
+        runtime.attention, "_has_fused_gqa", lambda query, value: padded
+    )  # both are the forms of a GPU
     monkeypatch.setattr(runtime.attention, "PADDED_MAX_TOKENS", 48)  # so that the rows form three groups
     generator = torch.Generator().manual_seed(0)
-    packed = packed_rows([(9, 1), (0, 1), (30, 1), (4, 1), (0, 7), (13, 10)], scattered, np.random.default_rng(0))
+    packed = packed_rows(
+        [(9, 1), (0, 1), (30, 1), (4, 1), (0, 7), (13, 10)], scattered, np.random.default_rng(0)
+    )
     step = StepTensors.of(packed, torch.device("cpu"))
     assert len(step.padded) == (3 if padded else 0) and len(step.rows) == (2 if padded else 6)
 
@@ -177,7 +185,10 @@ def test_every_form_of_attention_agrees_with_the_plain_one(
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     attention = PagedAttention()
-    keys, values = random(KV_HEADS, NUM_BLOCKS * BLOCK_TOKENS, DIM), random(KV_HEADS, NUM_BLOCKS * BLOCK_TOKENS, DIM)
+    keys, values = (
+        random(KV_HEADS, NUM_BLOCKS * BLOCK_TOKENS, DIM),
+        random(KV_HEADS, NUM_BLOCKS * BLOCK_TOKENS, DIM),
+    )
     used = torch.cat([slots_of(packed, row) for row in range(6)])
     unused = torch.ones(keys.shape[1], dtype=torch.bool).index_fill_(0, used, False)
     keys[:, unused], values[:, unused] = torch.nan, torch.nan  # nothing of another request may be read
@@ -197,6 +208,12 @@ def test_every_form_of_attention_agrees_with_the_plain_one(
         grouped = query[0, :, new].unflatten(0, (KV_HEADS, GROUP))
         cached = slots_of(packed, row)
         expected = attend_plain(
-            grouped, keys[:, cached], values[:, cached], allowed, 0.3, extra.get("softcap"), extra.get("s_aux")
+            grouped,
+            keys[:, cached],
+            values[:, cached],
+            allowed,
+            0.3,
+            extra.get("softcap"),
+            extra.get("s_aux"),
         )
         torch.testing.assert_close(out[0, new], expected.permute(2, 0, 1, 3).flatten(1, 2))

@@ -8,8 +8,14 @@ from runtime.errors import InvalidKnob
 from runtime.knobs import KNOBS, EngineConfig, default_config, knob_named, knob_reports, presets
 
 NAMES = (
-    "max_num_seqs", "max_batched_tokens", "prefill_chunk", "policy", "batch_wait_ms", "threads_decode",
-    "threads_prefill", "max_queued_requests",
+    "max_num_seqs",
+    "max_batched_tokens",
+    "prefill_chunk",
+    "policy",
+    "batch_wait_ms",
+    "threads_decode",
+    "threads_prefill",
+    "max_queued_requests",
 )
 
 
@@ -23,7 +29,9 @@ def test_every_default_passes_its_own_check():
 
 def test_config_id_depends_on_every_knob_and_on_nothing_else():
     base = EngineConfig()
-    others = {base.patched({knob.name: knob.choices[1] if knob.choices else knob.high}).config_id for knob in KNOBS}
+    others = {
+        base.patched({knob.name: knob.choices[1] if knob.choices else knob.high}).config_id for knob in KNOBS
+    }
     assert len(others | {base.config_id}) == len(KNOBS) + 1
     assert EngineConfig.of(dict(reversed(list(base.values().items())))).config_id == base.config_id
 
@@ -51,8 +59,10 @@ def test_whole_floats_become_ints():
 def test_config_round_trips_through_its_values(data):
     values = {
         knob.name: data.draw(
-            st.sampled_from(knob.choices) if knob.choices
-            else st.integers(int(knob.low), int(knob.high)) if knob.kind == "int"
+            st.sampled_from(knob.choices)
+            if knob.choices
+            else st.integers(int(knob.low), int(knob.high))
+            if knob.kind == "int"
             else st.floats(knob.low, knob.high)
         )
         for knob in KNOBS

@@ -5,7 +5,9 @@ from torch import nn
 from runtime import linear
 from runtime.linear import pack_linears
 
-needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+needs_mkldnn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
+)
 
 
 @needs_mkldnn

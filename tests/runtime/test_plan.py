@@ -10,7 +10,10 @@ CHALLENGER = EngineConfig.of({"max_num_seqs": 8})
 
 def plan(plan_id="p1", version=0, start=10.0, lease_s=5.0):
     return SlicePlan(
-        plan_id, "e1", version, {c.config_id: c.values() for c in (CHAMPION, CHALLENGER)},
+        plan_id,
+        "e1",
+        version,
+        {c.config_id: c.values() for c in (CHAMPION, CHALLENGER)},
         (
             PlannedSlice("s1", "challenger", CHALLENGER.config_id, start, start + 10, 2.0),
             PlannedSlice("s2", "champion", CHAMPION.config_id, start + 10, start + 20, 2.0),

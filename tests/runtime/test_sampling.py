@@ -27,12 +27,15 @@ def test_temperature_zero_takes_the_likeliest_token() -> None:
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 1000), st.integers(0, 5), st.sampled_from([1.0, 0.7]))
-def test_a_seeded_draw_does_not_depend_on_the_batch(seed: int, position: int, others: int, top_p: float) -> None:
+def test_a_seeded_draw_does_not_depend_on_the_batch(
+    seed: int, position: int, others: int, top_p: float
+) -> None:
     logits = random_logits(1, seed % 1000)
     alone = sample(logits, [asked(seed=seed, top_p=top_p, num_output=position)])
     company = [asked(temperature=float(i % 2), top_p=0.5 + 0.5 * (i % 3 == 0), seed=i) for i in range(others)]
     together = sample(
-        torch.cat((random_logits(others, 7), logits)), [*company, asked(seed=seed, top_p=top_p, num_output=position)]
+        torch.cat((random_logits(others, 7), logits)),
+        [*company, asked(seed=seed, top_p=top_p, num_output=position)],
     )
     assert together[-1] == alone[0]
 

@@ -10,7 +10,9 @@ from runtime.request import Request
 from runtime.scheduler import MAX_OVERTAKEN_S, Batch, Scheduler
 
 
-def scheduler(num_blocks: int = 64, block_tokens: int = 4, max_model_len: int = 256, **knobs: object) -> Scheduler:
+def scheduler(
+    num_blocks: int = 64, block_tokens: int = 4, max_model_len: int = 256, **knobs: object
+) -> Scheduler:
     return Scheduler(BlockPool(num_blocks, block_tokens), EngineConfig.of(knobs), max_model_len)
 
 
@@ -151,7 +153,9 @@ def test_a_preempted_request_computes_its_own_output_again_as_prompt() -> None:
     token, again = 10, None
     while again is None:
         batch = s.schedule(0.0)
-        if any(r.num_preemptions and start == 0 for r, start in zip(batch.requests, batch.starts, strict=True)):
+        if any(
+            r.num_preemptions and start == 0 for r, start in zip(batch.requests, batch.starts, strict=True)
+        ):
             again = s.pack(batch)
         s.finish_step(batch, [token] * len(batch.sampled_requests()), 0.0)
         token += 1
@@ -212,7 +216,9 @@ LENGTHS = st.tuples(st.integers(1, 40), st.integers(1, 24))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data(), st.integers(16, 40), st.lists(LENGTHS, min_size=1, max_size=25), st.lists(CONFIGS, min_size=1))
+@given(
+    st.data(), st.integers(16, 40), st.lists(LENGTHS, min_size=1, max_size=25), st.lists(CONFIGS, min_size=1)
+)
 def test_every_request_finishes_whatever_the_knobs_do(
     data: st.DataObject, num_blocks: int, lengths: list[tuple[int, int]], configs: list[dict[str, object]]
 ) -> None:
@@ -253,6 +259,8 @@ def test_every_request_finishes_whatever_the_knobs_do(
     if all(config["policy"] == "fcfs" for config in configs):
         seen = [int(id) for id in first_admissions]
         admitted_at = {int(one.id): one.admitted_at for one in finished}
-        assert all(admitted_at[a] <= admitted_at[b] for a, b in zip(sorted(seen), sorted(seen)[1:], strict=False))
+        assert all(
+            admitted_at[a] <= admitted_at[b] for a, b in zip(sorted(seen), sorted(seen)[1:], strict=False)
+        )
     if s.num_preemptions == 0:
         assert num_computed == sum(one.prompt_tokens + one.max_tokens - 1 for one in finished)

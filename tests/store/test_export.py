@@ -11,6 +11,7 @@ from store.errors import BadExport, UnknownRow
 from store.export import Proof, export_yaml, proof_of_champion, read_export
 from store.tables import Champion, Change, Config, RequestTiming, Snapshot
 from tests.store.story import NEW, NEW_VALUES, OLD, OLD_VALUES, SNAPSHOT, T0
+from tuner.settings import load_settings
 from tuner.settings_file import read_settings_file
 
 GOLDEN = Path(__file__).parent / "golden" / "export.yaml"
@@ -150,6 +151,14 @@ def test_every_value_of_every_knob_is_read_back_as_it_was(tmp_path: Path, values
     assert read_settings_file(path)["knobs"]["start"] == values, (
         "the reader of settings is stricter than YAML"
     )
+
+
+def test_the_exported_file_is_one_to_start_with(told: Store, tmp_path: Path) -> None:
+    path = tmp_path / "exported.yaml"
+    path.write_text(export_yaml(proof_in(told), "0.1.0"), encoding="utf-8")
+    settings = load_settings(path, environ={})
+    assert settings.knobs.start == NEW_VALUES
+    assert settings.evidence is not None and settings.evidence["config_id"] == NEW
 
 
 def test_numbers_that_repeat_are_written_out(told: Store) -> None:

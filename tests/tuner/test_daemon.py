@@ -53,8 +53,15 @@ class World:
         snapshot_id = record_snapshot(self.store, IDENTITY, self.clock.now())
         run_id = record_run(self.store, self.settings, self.clock.now())
         self.daemon = Daemon(
-            self.settings, self.store, self.runtime, self.runtime, Collector(self.runtime, self.store, [], monotonic=self.clock.now), IDENTITY,
-            snapshot_id, run_id, self.clock,
+            self.settings,
+            self.store,
+            self.runtime,
+            self.runtime,
+            Collector(self.runtime, self.store, [], monotonic=self.clock.now),
+            IDENTITY,
+            snapshot_id,
+            run_id,
+            self.clock,
         )
         self.daemon.watchman.start = lambda: None  # its looks happen in virtual time, below
         bits = random.Random(7)
@@ -163,7 +170,10 @@ def test_coin_stands_in_the_journal_before_the_engine_hears_of_the_pair(world):
     def plan(posted):
         with one.store.journal() as session:
             rows = decisions.slices_of(session, posted.experiment_id)
-        seen.append(all(row.coin_hash and row.state in ("PLANNED", "SCORED", "VOID") for row in rows) and len(rows) >= 2)
+        seen.append(
+            all(row.coin_hash and row.state in ("PLANNED", "SCORED", "VOID") for row in rows)
+            and len(rows) >= 2
+        )
         return accept(posted)
 
     one.runtime.plan = plan
@@ -201,18 +211,21 @@ def test_pause_ends_the_experiment_and_survives_a_restart(world):
     one.run(200, lambda: one.runtime.runner.plan is not None)
     assert one.wish("pause") == "Tuning is paused; the champion serves."
     one.run(5)
-    assert one.runtime.runner.plan is None and one.daemon.is_paused
+    assert one.runtime.runner.plan is None and one.daemon.desk.is_paused
     one.crash()
     one.start()
     one.run(5)
-    assert one.daemon.is_paused
+    assert one.daemon.desk.is_paused
     assert one.wish("resume") == "Tuning goes on."
 
 
 def test_challengers_that_are_slower_are_never_promoted_and_the_worst_is_stopped_in_its_slice(world):
     one = world(
-        rate_per_s=8.0, knobs={"start": {}}, learn={"champion_s": 150},
-        experiment={"slice_s": 16, "burn_in_s": 3, "min_requests": 3}, search={"max_probes": 4, "sampler": "random"},
+        rate_per_s=8.0,
+        knobs={"start": {}},
+        learn={"champion_s": 150},
+        experiment={"slice_s": 16, "burn_in_s": 3, "min_requests": 3},
+        search={"max_probes": 4, "sampler": "random"},
     )
     one.runtime.slowdown = lambda config: 1.0 if config == one.daemon._champion else 3.0
     one.run(400, lambda: any(row.state == "STOPPED" for row in one.rows(Experiment)))
@@ -240,8 +253,12 @@ def test_crash_in_a_challengers_slice_leaves_the_champion_and_loses_no_row(world
     ids = [row.request_id for row in rows]
     unfinished = len(one.runtime._arrived)
     assert len(ids) == len(set(ids))
-    assert one.runtime._num_requests - unfinished - len(ids) <= 5  # those of the last half second wait in the buffer
-    interrupted = [row for row in one.rows(Slice) if row.void_reason and row.void_reason.startswith("interrupted")]
+    assert (
+        one.runtime._num_requests - unfinished - len(ids) <= 5
+    )  # those of the last half second wait in the buffer
+    interrupted = [
+        row for row in one.rows(Slice) if row.void_reason and row.void_reason.startswith("interrupted")
+    ]
     assert interrupted and all(row.state == "VOID" for row in interrupted)
 
 
@@ -271,7 +288,10 @@ def test_change_announced_before_a_crash_is_carried_out_by_the_next_daemon(world
     one = world()
     one.run(5)
     target = EngineConfig.of({"max_num_seqs": 5})
-    reconfigure, one.runtime.reconfigure = one.runtime.reconfigure, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    reconfigure, one.runtime.reconfigure = (
+        one.runtime.reconfigure,
+        lambda *a: (_ for _ in ()).throw(KeyboardInterrupt),
+    )
     with pytest.raises(KeyboardInterrupt):
         one.daemon.promotion.apply("promote", target, "because", one.clock.at)
     one.runtime.reconfigure = reconfigure

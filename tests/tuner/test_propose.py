@@ -14,7 +14,11 @@ REGION = trust_region(SPACE, CHAMPION, 1)
 
 def rows(*values):
     return [
-        {"values": CHAMPION.patched({"max_num_seqs": n}).values(), "value": value, "constraints": {"harm": -1.0}}
+        {
+            "values": CHAMPION.patched({"max_num_seqs": n}).values(),
+            "value": value,
+            "constraints": {"harm": -1.0},
+        }
         for n, value in values
     ]
 

@@ -20,7 +20,13 @@ CHAMPION = EngineConfig.of({"max_num_seqs": 2, "batch_wait_ms": 50, "max_batched
 
 def test_space_holds_what_the_engine_reports_as_searched():
     assert SPACE.names == (
-        "max_num_seqs", "max_batched_tokens", "prefill_chunk", "policy", "batch_wait_ms", "threads_decode", "threads_prefill",
+        "max_num_seqs",
+        "max_batched_tokens",
+        "prefill_chunk",
+        "policy",
+        "batch_wait_ms",
+        "threads_decode",
+        "threads_prefill",
     )
     seqs = SPACE.dimensions[0]
     assert (seqs.low, seqs.high, seqs.log) == (1, 64, True)
@@ -53,9 +59,13 @@ def test_champion_outside_narrowed_bounds_keeps_a_valid_region():
 
 knob_values = st.fixed_dictionaries(
     {
-        "max_num_seqs": st.integers(1, 64), "max_batched_tokens": st.integers(16, 32768),
-        "prefill_chunk": st.integers(16, 16384), "policy": st.sampled_from(["fcfs", "shortest_prefill"]),
-        "batch_wait_ms": st.floats(0, 200), "threads_decode": st.integers(1, 4), "threads_prefill": st.integers(1, 4),
+        "max_num_seqs": st.integers(1, 64),
+        "max_batched_tokens": st.integers(16, 32768),
+        "prefill_chunk": st.integers(16, 16384),
+        "policy": st.sampled_from(["fcfs", "shortest_prefill"]),
+        "batch_wait_ms": st.floats(0, 200),
+        "threads_decode": st.integers(1, 4),
+        "threads_prefill": st.integers(1, 4),
     }
 )
 
