@@ -26,8 +26,13 @@ PADDED_MAX_TOKENS = 131_072
 
 
 def attend_plain(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scaling: float,
-    softcap: float | None = None, sinks: Tensor | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention written out, the specification of every other form here.
 
@@ -99,7 +104,9 @@ class PaddedRows:
             hidden = column >= self.contexts[:, None]
             if window is not None:
                 hidden |= column < self.contexts[:, None] - window
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+                hidden, float("-inf")
+            )
             self.biases[window, dtype] = bias[:, None, None]
         return self.biases[window, dtype]
 
@@ -120,7 +127,14 @@ class StepTensors:
     def of(cls, packed: PackedBatch, device: torch.device) -> "StepTensors":
         """Moves the step to the device in a single copy and decides the form of attention of each row."""
         tables = packed.block_tables.astype(np.int64)
-        parts = (packed.token_ids, packed.positions, packed.slots, packed.last_tokens, packed.contexts, tables.ravel())
+        parts = (
+            packed.token_ids,
+            packed.positions,
+            packed.slots,
+            packed.last_tokens,
+            packed.contexts,
+            tables.ravel(),
+        )
         flat = torch.from_numpy(np.concatenate(parts)).to(device)
         token_ids, positions, slots, last_tokens, contexts, blocks = flat.split([part.size for part in parts])
         blocks = blocks.view(tables.shape)
@@ -194,9 +208,15 @@ class PagedAttention:
         self.step: StepTensors | None = None
 
     def attend(
-        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
-        scaling: float | None = None, sliding_window: int | None = None,
-        softcap: float | None = None, s_aux: Tensor | None = None,
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
     ) -> Tensor:
         """query: [1, heads, T, D]; key, value: [1, kv_heads, T, D]. Returns [1, T, heads, Dv]."""
         step = self.step
@@ -209,7 +229,9 @@ class PagedAttention:
         special = softcap is not None or s_aux is not None
         outputs = []
         for rows in step.padded:
-            outputs.append(_attend_padded(grouped, keys, values, rows, scaling, sliding_window, softcap, s_aux))
+            outputs.append(
+                _attend_padded(grouped, keys, values, rows, scaling, sliding_window, softcap, s_aux)
+            )
         by_token = grouped.permute(2, 0, 1, 3).split(1) if step.has_single_rows else ()
         for row in step.rows:
             k, v = row.gather(keys), row.gather(values)
@@ -244,14 +266,26 @@ def _attend_chunk(
     plain = window is None or context <= window
     if plain and _has_fused_gqa(query, value):
         out = scaled_dot_product_attention(
-            query.flatten(0, 1)[None], key[None], value[None], scale=scaling, enable_gqa=True,
-            **({"is_causal": True} if num_new == context else {"attn_mask": causal_lower_right(num_new, context)}),
+            query.flatten(0, 1)[None],
+            key[None],
+            value[None],
+            scale=scaling,
+            enable_gqa=True,
+            **(
+                {"is_causal": True}
+                if num_new == context
+                else {"attn_mask": causal_lower_right(num_new, context)}
+            ),
         )[0].unflatten(0, query.shape[:2])
     else:  # KV heads as the batch, so that the group shares keys and values without a copy
         shape = (*query.shape[:2], -1, -1)
         causal = plain and num_new == context
         out = scaled_dot_product_attention(
-            query, key[:, None].expand(shape), value[:, None].expand(shape), scale=scaling, is_causal=causal,
+            query,
+            key[:, None].expand(shape),
+            value[:, None].expand(shape),
+            scale=scaling,
+            is_causal=causal,
             attn_mask=None if causal else row.allowed(window if not plain else None, query.device),
         )
     return out.permute(2, 0, 1, 3)
@@ -264,13 +298,21 @@ def _has_fused_gqa(query: Tensor, value: Tensor) -> bool:
 
 
 def _attend_padded(
-    grouped: Tensor, keys: Tensor, values: Tensor, rows: PaddedRows, scaling: float, window: int | None,
-    softcap: float | None, sinks: Tensor | None,
+    grouped: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: PaddedRows,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Decode rows in one call. Returns [rows, kv_heads, group, Dv]."""
     count = rows.last - rows.first
     query = grouped[:, :, rows.first : rows.last].permute(2, 0, 1, 3)  # [rows, kv_heads, group, D]
-    k, v = (pool.index_select(1, rows.index).unflatten(1, (count, -1)).transpose(0, 1) for pool in (keys, values))
+    k, v = (
+        pool.index_select(1, rows.index).unflatten(1, (count, -1)).transpose(0, 1) for pool in (keys, values)
+    )
     bias = rows.bias(window, query.dtype)
     if softcap is None and sinks is None:
         return scaled_dot_product_attention(query, k, v, attn_mask=bias, scale=scaling)
@@ -282,9 +324,18 @@ def _attend_padded(
 
 
 def registered_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
-    scaling: float | None = None, **options: Any,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls; the module carries the `PagedAttention` of its model (or its probe)."""
-    known = {name: options[name] for name in ("sliding_window", "softcap", "s_aux") if options.get(name) is not None}
+    known = {
+        name: options[name]
+        for name in ("sliding_window", "softcap", "s_aux")
+        if options.get(name) is not None
+    }
     return module.paged_attention.attend(module, query, key, value, scaling, **known), None

@@ -40,7 +40,9 @@ THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_
 class Engine:
     """Advances requests one step at a time under the configuration in force, and tells `send` what happened."""
 
-    def __init__(self, executor: "Executor", runner: PlanRunner, clock: Clock, send: Callable[[Frame], None]) -> None:
+    def __init__(
+        self, executor: "Executor", runner: PlanRunner, clock: Clock, send: Callable[[Frame], None]
+    ) -> None:
         self._executor = executor
         self._runner = runner
         self._clock = clock
@@ -118,7 +120,12 @@ class Engine:
         self._apply_plan()
 
     def _controls(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-        return {"reconfigure": self._reconfigure, "plan": self._plan, "lease": self._lease, "abort": self._abort}
+        return {
+            "reconfigure": self._reconfigure,
+            "plan": self._plan,
+            "lease": self._lease,
+            "abort": self._abort,
+        }
 
     def _reconfigure(self, args: dict[str, Any]) -> dict[str, Any]:
         done = self._runner.commit(args["patch"], args.get("expected_version"), self._clock.now())
@@ -224,7 +231,9 @@ def serve(link: socket.socket, options: argparse.Namespace) -> None:
             if frame["op"] == "stop":
                 return
             if frame["op"] not in handlers:
-                raise LinkBroken(f"A frame must be one of {', '.join(handlers)} or stop, but got {frame['op']!r}.")
+                raise LinkBroken(
+                    f"A frame must be one of {', '.join(handlers)} or stop, but got {frame['op']!r}."
+                )
             handlers[frame["op"]](frame)
         rest = []
         engine.step()
@@ -240,7 +249,9 @@ def _first_frame(reader: FrameReader) -> tuple[Frame, list[Frame]]:
     return frames[0], frames[1:]
 
 
-def _prepare(options: argparse.Namespace, hello: Frame) -> "tuple[Executor, PlanRunner, list[dict[str, Any]]]":
+def _prepare(
+    options: argparse.Namespace, hello: Frame
+) -> "tuple[Executor, PlanRunner, list[dict[str, Any]]]":
     """Loads the model and decides the first configuration: our default, then what the front end insists on."""
     for name, value in THREAD_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -256,7 +267,9 @@ def _prepare(options: argparse.Namespace, hello: Frame) -> "tuple[Executor, Plan
     torch.set_num_interop_threads(1)
     device = resolve_device(options.device)
     cores = num_cores()
-    config = default_config("cuda" if device.type == "cuda" else "cpu", cores).patched(hello.get("config") or {})
+    config = default_config("cuda" if device.type == "cuda" else "cpu", cores).patched(
+        hello.get("config") or {}
+    )
     loaded = load_model(options.model, device, resolve_dtype(options.dtype, device), options.max_model_len)
     executor = Executor(loaded, options.kv_tokens, config)
     gc.collect()
@@ -282,10 +295,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
     parser.add_argument("--kv-tokens", type=int, help="tokens of the KV pool (default: by free memory)")
-    parser.add_argument("--max-model-len", type=int, help="tokens of prompt and output (default: the model's)")
+    parser.add_argument(
+        "--max-model-len", type=int, help="tokens of prompt and output (default: the model's)"
+    )
     parser.add_argument("--log-level", default="info")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s")
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s"
+    )
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
             link.connect(options.socket)

@@ -123,7 +123,9 @@ class Executor:
         self._model.allocate(pool.num_blocks)
         before = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
         for threads, rows in product({config.threads_prefill, config.threads_decode}, WARM_UP_ROWS):
-            tried = config.patched({"threads_prefill": threads, "threads_decode": threads, "max_num_seqs": rows})
+            tried = config.patched(
+                {"threads_prefill": threads, "threads_decode": threads, "max_num_seqs": rows}
+            )
             scheduler = Scheduler(pool, tried, self._loaded.max_model_len)
             for request in _warm_up_requests(rows, prompt_tokens):
                 scheduler.add(request)
@@ -166,7 +168,9 @@ class Executor:
             except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on a CPU
                 if "memory" not in str(error).lower() or num_blocks < 4:
                     raise
-                log.warning("a KV pool of %d tokens did not fit, trying half: %s", num_blocks * BLOCK_TOKENS, error)
+                log.warning(
+                    "a KV pool of %d tokens did not fit, trying half: %s", num_blocks * BLOCK_TOKENS, error
+                )
                 num_blocks //= 2
 
 

@@ -50,8 +50,15 @@ class ShapeProbe:
         self.shapes: dict[int, KVShape] = {}
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None,
-        sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
     ) -> Tensor:
         _, kv_heads, num_tokens, dim = key.shape
         self.shapes[module.layer_idx] = KVShape(kv_heads, dim, value.shape[-1], key.dtype)
@@ -107,7 +114,9 @@ class HFModel:
 
     def _call(self, token_ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
         if self._keeps_logits:
-            out = self.model(input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
+            out = self.model(
+                input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=keep
+            )
             return out.logits[0]
         return self.model(input_ids=token_ids, position_ids=positions, use_cache=False).logits[0, keep]
 
@@ -159,7 +168,9 @@ class HFModel:
         for name, at in (("whole", -1), ("half", PROBE_TOKENS // 2 - 1)):
             error = relative_error(logits[name], expected[at])
             if not error <= limit:
-                raise self._unsupported(f"its logits differ from those of transformers by {error:.2g} > {limit:g}")
+                raise self._unsupported(
+                    f"its logits differ from those of transformers by {error:.2g} > {limit:g}"
+                )
 
     def _unsupported(self, reason: str) -> ModelError:
         name = (self.model.config.architectures or [type(self.model).__name__])[0]

@@ -28,7 +28,11 @@ def pack_linears(model: nn.Module, memory_bytes: int) -> int:
     """
     num_packed = 0
     for module in model.modules():
-        if type(module) is not nn.Linear or module.weight.device.type != "cpu" or module.weight.dtype != torch.float32:
+        if (
+            type(module) is not nn.Linear
+            or module.weight.device.type != "cpu"
+            or module.weight.dtype != torch.float32
+        ):
             continue
         memory_bytes -= module.weight.nbytes
         if memory_bytes < 0:
@@ -37,7 +41,9 @@ def pack_linears(model: nn.Module, memory_bytes: int) -> int:
         if packed is None:
             break
         if not _agrees(module, packed):
-            log.warning("a %s layer gave other results when packed; it stays plain", tuple(module.weight.shape))
+            log.warning(
+                "a %s layer gave other results when packed; it stays plain", tuple(module.weight.shape)
+            )
             continue
         object.__setattr__(module, "forward", packed.forward)
         num_packed += 1

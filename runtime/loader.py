@@ -15,7 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from runtime.errors import ModelError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library itself
 
 
@@ -30,7 +35,7 @@ class LoadedModel:
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one."""
+    """ "auto" is CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -39,7 +44,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is float32 on a CPU and bfloat16 on CUDA."""
+    """ "auto" is float32 on a CPU and bfloat16 on CUDA."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
@@ -104,7 +109,9 @@ def read_config(folder: Path) -> PretrainedConfig:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a foreign file: whatever transformers' many checks raise
-        raise ModelError(f"config.json in {folder} describes no model that transformers knows: {error}") from error
+        raise ModelError(
+            f"config.json in {folder} describes no model that transformers knows: {error}"
+        ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(
             f"{folder} holds a {config.model_type} model, which is not a causal language model of transformers. "
@@ -129,7 +136,9 @@ def weight_files(folder: Path) -> list[Path]:
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ModelError(f"{folder} has no .safetensors weights. Other formats are not read; convert the model first.")
+        raise ModelError(
+            f"{folder} has no .safetensors weights. Other formats are not read; convert the model first."
+        )
     for file in files:
         _check_whole(file)
     return files
@@ -151,7 +160,9 @@ def _check_whole(file: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{file} is damaged: {error}. Download the model again.") from error
     if announced != size:
-        raise ModelError(f"{file} is truncated: {announced} bytes announced, {size} found. Download the model again.")
+        raise ModelError(
+            f"{file} is truncated: {announced} bytes announced, {size} found. Download the model again."
+        )
 
 
 class _DigestThread:
@@ -180,7 +191,9 @@ def _max_model_len(config: PretrainedConfig, asked: int | None) -> int:
     if asked is None:
         return trained
     if not 16 <= asked <= trained:
-        raise ModelError(f"--max-model-len must be in [16, {trained}] tokens for this model, but got {asked}.")
+        raise ModelError(
+            f"--max-model-len must be in [16, {trained}] tokens for this model, but got {asked}."
+        )
     return asked
 
 

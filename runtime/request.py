@@ -59,7 +59,13 @@ class Request:
         token_ids = np.zeros(len(prompt) + max(0, max_tokens), dtype=np.int32)
         token_ids[: len(prompt)] = prompt
         return cls(
-            id, len(prompt), max_tokens, arrived_at, token_ids, sampling or SamplingParams(), frozenset(stop_token_ids)
+            id,
+            len(prompt),
+            max_tokens,
+            arrived_at,
+            token_ids,
+            sampling or SamplingParams(),
+            frozenset(stop_token_ids),
         )
 
     @classmethod

@@ -34,7 +34,10 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     device = logits.device
     temperatures = torch.tensor([request.sampling.temperature for request in requests], device=device)
     uniforms = torch.from_numpy(
-        uniform([request.sampling.seed for request in requests], [request.num_output_tokens for request in requests])
+        uniform(
+            [request.sampling.seed for request in requests],
+            [request.num_output_tokens for request in requests],
+        )
     ).to(device)
     logits = logits.float()
     highest = logits.amax(dim=-1, keepdim=True)
@@ -50,7 +53,9 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         ordered, order = probabilities[nucleus].sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered
         ordered = ordered.masked_fill(before >= top_p[:, None], 0.0)
-        ordered[:, 0] = ordered[:, 0].clamp(min=torch.finfo(ordered.dtype).tiny)  # top_p 0 keeps the likeliest
+        ordered[:, 0] = ordered[:, 0].clamp(
+            min=torch.finfo(ordered.dtype).tiny
+        )  # top_p 0 keeps the likeliest
         tokens[nucleus] = order.gather(1, _invert(ordered, uniforms[nucleus])[:, None])[:, 0]
     return tokens
 

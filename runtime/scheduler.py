@@ -100,7 +100,9 @@ class Seats:
         self.known: IntArray = np.zeros(0, np.int64)  # tokens whose ids are known
         self.computed: IntArray = np.zeros(0, np.int64)  # tokens whose keys and values are cached
         self.last_token: IntArray = np.zeros(0, np.int64)
-        self.turn: IntArray = np.zeros(0, np.int64)  # rises with every row served: the lowest has gone without longest
+        self.turn: IntArray = np.zeros(
+            0, np.int64
+        )  # rises with every row served: the lowest has gone without longest
         self.num_blocks: IntArray = np.zeros(0, np.int64)
         self.blocks: NDArray[np.int32] = np.zeros((0, max_blocks), np.int32)
         self._empty: list[int] = []
@@ -248,7 +250,9 @@ class Scheduler:
         for row in np.flatnonzero(~at_end):  # pieces of prompts: few, and copied whole
             request, start = batch.requests[row], batch.starts[row]
             assert request.token_ids is not None, "a replayed request cannot be packed"
-            token_ids[row_starts[row] : row_starts[row + 1]] = request.token_ids[start : start + batch.new_tokens[row]]
+            token_ids[row_starts[row] : row_starts[row + 1]] = request.token_ids[
+                start : start + batch.new_tokens[row]
+            ]
         return PackedBatch(
             token_ids=token_ids,
             positions=positions,
@@ -334,7 +338,10 @@ class Scheduler:
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self._next_waiting(now)
             # One more block stays free for each running request, or the next steps would preempt again.
-            if self.pool.blocks_for(request.num_tokens) + len(self.running) > self.pool.num_free and self.running:
+            if (
+                self.pool.blocks_for(request.num_tokens) + len(self.running) > self.pool.num_free
+                and self.running
+            ):
                 break
             self.waiting.remove(request)
             tokens = min(request.num_tokens, self.config.prefill_chunk, budget)

@@ -17,6 +17,7 @@ from store.tables import (
     Config,
     Experiment,
     OperatorAction,
+    Proposal,
     Recommendation,
     Slice,
     Study,
@@ -113,6 +114,16 @@ def outcomes_of_study(session: Session, study_id: int) -> Sequence[str]:
 
 def study_trials(session: Session, study_id: int) -> Sequence[Trial]:
     return session.scalars(select(Trial).where(Trial.study_id == study_id).order_by(Trial.trial_id)).all()
+
+
+def predictions_of(session: Session, proposal_ids: Sequence[int]) -> dict[int, float | None]:
+    """proposal_id -> log ratio to the champion that the replay predicted, None where there was no replay."""
+    rows = session.execute(
+        select(Proposal.proposal_id, Proposal.predicted_log_ratio).where(
+            Proposal.proposal_id.in_(proposal_ids)
+        )
+    )
+    return dict(rows)
 
 
 def running_trials(session: Session) -> Sequence[Trial]:

@@ -78,7 +78,7 @@ class Daemon:
         self.watchman = Watchman(watch_control, HarmRule(), clock.now)
         self.experiments = ExperimentStage(store, control, self.watchman, settings.guardrail.max_error_ratio)
         self.promotion = PromoteStage(store, control, snapshot_id)
-        self.studies = StudyStage(store, settings, snapshot_id)
+        self.studies = StudyStage(store, settings, snapshot_id, identity)
         self.twins = TwinStage(store, snapshot_id, identity)
         self.probation = Probation(store, settings, snapshot_id)
         self.desk = WishDesk(store, self.promotion, self._end_experiment)
@@ -289,7 +289,7 @@ class Daemon:
             self.doing = f"Nothing better was found last time; the next search starts in {rest_left_s:.0f} s."
             return None
         cause, self._cause = self._cause, "schedule"
-        return self.studies.start(self._champion, self.identity, state, cause, now)
+        return self.studies.start(self._champion, state, cause, now)
 
     def _advance_study(self, study: Study, now: float) -> None:
         wanted = self.studies.next(study, self._champion, now)
@@ -300,7 +300,8 @@ class Daemon:
         elif wanted.config is not None:
             experiment = self._open(wanted.kind, wanted.config, study.study_id, now)
             if wanted.kind == "probe" and wanted.trial is not None:
-                self.studies.begin(wanted.trial, experiment)
+                predicted = self.twins.predicted_log_ratio(self._metric, wanted.config)
+                self.studies.begin(wanted.trial, experiment, predicted)
 
     def _open(self, kind: str, challenger: EngineConfig, study_id: int | None, now: float) -> Experiment:
         fit = self.twins.fit

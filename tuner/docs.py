@@ -18,7 +18,7 @@ from store.metrics import METRICS
 from tuner import errors
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("runtime", "store", "tuner", "dashboard")
+PACKAGES = ("runtime", "store", "tuner")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

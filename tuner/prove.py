@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def prove(data_dir: Path, child: subprocess.Popen[bytes], began: float) -> dict[
         flush=True,
     )
     wait_until(applied_at + SETTLE_S + MEASURE_S, child)
-    before = measured(reader, [undisturbed_start(reader, data_dir)], start.to_config_id)
+    before = measured(reader, [undisturbed_start(reader, data_dir)], start.to_config_id, is_warm=False)
     after = measured(
         reader,
         [(applied_at + SETTLE_S, applied_at + SETTLE_S + MEASURE_S)],
@@ -143,17 +142,27 @@ def undisturbed_start(reader: StoreReader, data_dir: Path) -> tuple[float, float
     return started_at + START_UP_S, first
 
 
-def measured(reader: StoreReader, spans: Sequence[tuple[float, float]], config_id: str) -> dict[str, Any]:
-    """End-to-end latency of the requests that arrived in the spans outside all slices and under this configuration."""
+def measured(
+    reader: StoreReader, spans: Sequence[tuple[float, float]], config_id: str, is_warm: bool = True
+) -> dict[str, Any]:
+    """End-to-end latency of the requests that arrived in the spans outside all slices.
+
+    `config_id` is what served them; a request that waited so long that another configuration made its first
+    token counts where nothing else was chosen for it (`is_warm` False: the start, with its backlog).
+    """
     latencies, num_failed, quiet_s = [], 0, 0.0
     for start_at, end_at in spans:
+        with reader.journal() as session:
+            slices = queries.slices_between(session, start_at, end_at)
+        quiet_s += end_at - start_at
+        quiet_s -= sum(
+            min(row.planned_end_at, end_at) - max(row.planned_start_at, start_at) for row in slices
+        )
         with reader.metrics() as session:
             rows = [
                 row for row in queries.timings_between(session, start_at, end_at) if row.arrival_slice is None
             ]
-        rows = [row for row in rows if row.config_id == config_id]
-        if rows:
-            quiet_s += quiet_seconds([row.arrived_at for row in rows])
+        rows = [row for row in rows if not is_warm or row.config_id == config_id]
         latencies += [
             row.finished_at - row.arrived_at for row in rows if row.finish_reason in ("stop", "length")
         ]
@@ -169,16 +178,6 @@ def measured(reader: StoreReader, spans: Sequence[tuple[float, float]], config_i
         "p95_s": round(quantile(latencies, 0.95) or 0.0, 4),
         "mean_s": round(sum(latencies) / len(latencies), 4),
     }
-
-
-def quiet_seconds(arrivals: Sequence[float], longest_gap_s: float = 8.0) -> float:
-    """Time covered by arrivals; a longer gap is an experiment's slice (or silence), which is not counted."""
-    ordered = sorted(arrivals)
-    return sum(
-        min(later - earlier, longest_gap_s)
-        for earlier, later in pairwise(ordered)
-        if later - earlier <= longest_gap_s
-    )
 
 
 def compare_with_default(

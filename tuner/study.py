@@ -27,6 +27,7 @@ from tuner.space import SearchSpace, clipped, is_allowed, projected, search_spac
 logger = logging.getLogger(__name__)
 
 HARM_VALUE = math.log(2.0)  # what a probe that was stopped for harm teaches the sampler: twice as slow
+TIE_LOG = 0.1  # log units; a single pair does not tell ten percent apart
 MAX_TESTS = 3  # candidates of one study that may spend a level
 MAX_REPEATS = 3  # asks in a row that only named known points: the region is searched
 
@@ -43,8 +44,12 @@ class Wanted:
 class StudyStage:
     """Drives the one study that may be under way."""
 
-    def __init__(self, store: Store, settings: Settings, snapshot_id: str) -> None:
+    def __init__(
+        self, store: Store, settings: Settings, snapshot_id: str, identity: Mapping[str, Any]
+    ) -> None:
         self._store, self._settings, self._snapshot_id = store, settings, snapshot_id
+        hardware = identity["hardware"]
+        self._presets = presets(hardware["device"], hardware["num_cores"])
         self._ask: AskProcess | None = None
         self._num_repeats = 0
 
@@ -62,7 +67,6 @@ class StudyStage:
     def start(
         self,
         champion: EngineConfig,
-        identity: Mapping[str, Any],
         state: Mapping[str, Any],
         cause: str,
         now: float,
@@ -91,8 +95,7 @@ class StudyStage:
             champion_trial.state, champion_trial.value, champion_trial.ended_at = "COMPLETE", 0.0, now
             champion_trial.reason = "The champion against itself is 0 by definition."
             seen = {champion.config_id}
-            hardware = identity["hardware"]
-            for name, preset in presets(hardware["device"], hardware["num_cores"]).items():
+            for name, preset in self._presets.items():
                 config = clipped(preset, champion, space)
                 if config.config_id not in seen:
                     seen.add(config.config_id)
@@ -127,10 +130,18 @@ class StudyStage:
         num_probed = sum(trial.config_id != champion.config_id for trial in trials)
         if num_probed < self._settings.search.max_probes and self._num_repeats < MAX_REPEATS:
             return self._search(study, champion, trials, now)
-        for trial in candidates(trials, self._settings.objective.min_effect):
+        for trial in self._queue(trials):
             if trial.config_id not in tested and len(tested) < MAX_TESTS:
                 return Wanted("test", trial, self._config(trial.config_id))
         return Wanted("nothing")
+
+    def _queue(self, trials: Sequence[Trial]) -> list[Trial]:
+        with self._store.journal() as session:
+            predicted = decisions.predictions_of(session, [trial.proposal_id for trial in trials])
+            values = {trial.config_id: decisions.config_values(session, trial.config_id) for trial in trials}
+        default = self._presets["default"]
+        surprise = {id: len(EngineConfig.of(known).changes_from(default)) for id, known in values.items()}
+        return candidates(trials, self._settings.objective.min_effect, predicted, surprise)
 
     def _search(self, study: Study, champion: EngineConfig, trials: Sequence[Trial], now: float) -> Wanted:
         """Starts or polls the ask in the child; a new point becomes a WAITING trial at the next call."""
@@ -178,10 +189,13 @@ class StudyStage:
 
     # -- what came back ------------------------------------------------------------------------------------
 
-    def begin(self, trial: Trial, experiment: Experiment) -> None:
+    def begin(self, trial: Trial, experiment: Experiment, predicted_log_ratio: float | None) -> None:
         trial.state, trial.experiment_id = "RUNNING", experiment.experiment_id
         with self._store.journal() as session:
             session.merge(trial)
+            proposal = session.get(Proposal, trial.proposal_id)
+            assert proposal is not None, "a trial has its proposal"
+            proposal.predicted_log_ratio = predicted_log_ratio
 
     def end(self, decided: Decided, now: float) -> None:
         """Turns a finished probe into its trial's value. A probe without a pair is tried once more, then given up."""
@@ -208,7 +222,11 @@ class StudyStage:
                 if trial.value is not None
                 else f"no value ({trial.reason})"
             )
-            tell(session, now, "trial", f"Probe of {change}: {result}", {"trial_id": trial.trial_id})
+            prior = decisions.predictions_of(session, [trial.proposal_id])[trial.proposal_id]
+            foretold = "" if prior is None else f" (the replay foretold {math.exp(prior) - 1:+.0%})"
+            tell(
+                session, now, "trial", f"Probe of {change}: {result}{foretold}", {"trial_id": trial.trial_id}
+            )
 
     def forget_interrupted(self, now: float) -> None:
         """A trial whose probe died with the daemon waits again."""
@@ -242,15 +260,36 @@ class StudyStage:
         }
 
 
-def candidates(trials: Sequence[Trial], min_effect: float) -> list[Trial]:
-    """Trials worth a test, the largest probed gain first: feasible, and better than the minimum effect."""
+def candidates(
+    trials: Sequence[Trial],
+    min_effect: float,
+    predicted: Mapping[int, float | None],
+    surprise: Mapping[str, int],
+) -> list[Trial]:
+    """Trials worth a test, the most promising first: feasible, and probed better than the minimum effect.
+
+    One pair is a noisy probe, so its log ratio is averaged with the replay's prediction where there is one.
+    What then lies within TIE_LOG of the best is a tie, and a tie goes to the configuration nearest to the
+    shipped default: luck among many candidates favours the odd ones.
+
+    Args:
+        predicted: proposal_id -> the replay's log ratio to the champion.
+        surprise: config_id -> number of knobs that differ from the shipped default.
+    """
     limit = math.log(1.0 - min_effect)
-    good = [
-        trial
-        for trial in trials
-        if trial.state == "COMPLETE"
-        and trial.value is not None
-        and trial.value <= limit
-        and all(slack <= 0 for slack in trial.constraints.values())
-    ]
-    return sorted(good, key=lambda trial: trial.value or 0.0)
+    promise = {}
+    for trial in trials:
+        feasible = all(slack <= 0 for slack in trial.constraints.values())
+        if trial.state == "COMPLETE" and trial.value is not None and trial.value <= limit and feasible:
+            prior = predicted.get(trial.proposal_id)
+            promise[trial.trial_id] = trial.value if prior is None else (trial.value + prior) / 2
+    if not promise:
+        return []
+    best = min(promise.values())
+    good = [trial for trial in trials if trial.trial_id in promise]
+
+    def place(trial: Trial) -> tuple[bool, int, float]:
+        is_tie = promise[trial.trial_id] <= best + TIE_LOG
+        return (not is_tie, surprise[trial.config_id] if is_tie else 0, promise[trial.trial_id])
+
+    return sorted(good, key=place)

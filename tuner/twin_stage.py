@@ -7,7 +7,7 @@ the daemon changes: what an experiment subtracts was fixed before its first coin
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from tuner.twin import ServedRequest, TwinParameters, calibrate_twin, predict_pa
 logger = logging.getLogger(__name__)
 
 WINDOW_S = 6.0  # windows in which the twin's error is looked at: half a short slice
+MAX_REPLAYED = 500  # requests in the replay that ranks candidates: about a second of the tick
 MAX_STRETCH_S = 900.0  # older steps tell of another hour
 AFTER_PAIR_S = 30.0  # arrivals after a pair that still keep the engine busy with its requests
 
@@ -34,12 +35,15 @@ class TwinStage:
     def __init__(self, store: Store, snapshot_id: str, identity: Mapping[str, Any]) -> None:
         self._store, self._snapshot_id, self._identity = store, snapshot_id, identity
         self._parameters: TwinParameters | None = None
+        self._fitted: TwinParameters | None = None  # also where it predicts too badly to be subtracted
+        self._served: list[ServedRequest] = []
+        self._champion_log: float | None = None
         self.fit: TwinFit | None = None
         self.windows = ChampionWindows((), 0.0)
 
     def forget(self) -> None:
         """The champion changed: its twin is no longer the twin of anything."""
-        self._parameters, self.fit = None, None
+        self._parameters, self._fitted, self._champion_log, self.fit = None, None, None, None
 
     def prepare(self, champion: EngineConfig, since_at: float, now: float, slice_s: float) -> TwinFit | None:
         """Fits on the champion's own stretch [since_at, now]. None where too few steps were seen."""
@@ -82,7 +86,33 @@ class TwinStage:
                 f"{error.reason} A step is predicted to {fitted.relative_error:.1%}.",
             )
         self._parameters = parameters if error.usable else None
+        self._fitted, self._served, self._champion_log = parameters, served, None
         return self.fit
+
+    def predicted_log_ratio(self, metric: Metric, challenger: EngineConfig) -> float | None:
+        """What the replay of the champion's own arrivals makes of a configuration, against the champion's replay.
+
+        A prior: it ranks candidates and never decides. It knows nothing of knobs that change a step's own
+        speed (threads), and extrapolates from the batches that the champion formed.
+        """
+        if self._fitted is None or metric == "tpot_s":
+            return None
+        if self._champion_log is None:
+            self._champion_log = self._replayed_log(metric, self._fitted.config)
+        log = self._replayed_log(metric, challenger)
+        return None if log is None or self._champion_log is None else log - self._champion_log
+
+    def _replayed_log(self, metric: Metric, config: EngineConfig) -> float | None:
+        assert self._fitted is not None, "asked only after a fit"
+        served = self._served[-MAX_REPLAYED:]
+        if not served:
+            return None
+        found = predict_pair(
+            replace(self._fitted, config=config), served, served[0].arrived_at, math.inf
+        ).values()
+        return (
+            fmean(seen.log_e2e if metric == "e2e_s" else seen.log_ttft for seen in found) if found else None
+        )
 
     def predict(self, metric: Metric, start_at: float, end_at: float) -> dict[str, float] | None:
         """request_id -> ln(metric) under the champion, for the requests that arrived in a pair.

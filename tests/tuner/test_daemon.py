@@ -141,6 +141,17 @@ def test_poor_start_is_replaced_by_a_proven_configuration(winner):
     assert "promote" in history_report(winner.data_dir, 100).to_text()
 
 
+def test_replay_ranks_candidates_before_they_are_probed(winner):
+    with winner.store.journal() as session:
+        study = decisions.last_study(session, winner.daemon.snapshot_id)
+        trials = decisions.study_trials(session, study.study_id)
+        predicted = decisions.predictions_of(session, [trial.proposal_id for trial in trials])
+    probed = [trial for trial in trials if trial.value]
+    assert probed and all(
+        predicted[trial.proposal_id] < 0 for trial in probed
+    )  # the poor start loses to each
+
+
 def test_every_test_pays_a_level_and_ends_with_a_verdict(winner):
     verdict = winner.rows(Verdict)[0]
     with winner.store.journal() as session:
