@@ -123,7 +123,7 @@ def predictions_of(session: Session, proposal_ids: Sequence[int]) -> dict[int, f
             Proposal.proposal_id.in_(proposal_ids)
         )
     )
-    return dict(rows)
+    return {row.proposal_id: row.predicted_log_ratio for row in rows}
 
 
 def running_trials(session: Session) -> Sequence[Trial]:

@@ -286,7 +286,7 @@ class Change(JournalBase):
 
     change_id: Mapped[int] = mapped_column(Integer, primary_key=True, init=False)
     snapshot_id: Mapped[str] = mapped_column(ForeignKey("snapshot.snapshot_id"))
-    kind: Mapped[str]  # start, promote, rollback, person
+    kind: Mapped[str]  # start, promote, rollback, restore (an edit from outside was undone)
     from_config_id: Mapped[str | None] = mapped_column(ForeignKey("config.config_id"))
     to_config_id: Mapped[str] = mapped_column(ForeignKey("config.config_id"))
     created_at: Mapped[float]

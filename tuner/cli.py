@@ -211,6 +211,16 @@ def doctor(config: ConfigOption = None, data_dir: DataDir = None, as_json: AsJso
         sys.exit(69)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def bench(context: typer.Context) -> None:
+    """Benchmarks of the statistics: aa, azure --trace FILE, harm; each with --help."""
+    from tuner.bench_judge import main as bench_judge
+
+    sys.exit(bench_judge(context.args))
+
+
 def show(report: Any, as_json: bool) -> None:
     printer: Callable[[], str] = report.to_json if as_json else report.to_text
     print(printer())

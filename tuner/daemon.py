@@ -121,7 +121,7 @@ class Daemon:
         while not self.stop_event.is_set():
             began = self.clock.now()
             self.tick(began)
-            on_tick()
+            self._stage("supervise", began, lambda now: on_tick())
             self.stop_event.wait(max(0.05, interval_s - (self.clock.now() - began)))
 
     def close(self) -> None:
@@ -146,8 +146,10 @@ class Daemon:
     def tick(self, now: float) -> None:
         self.state = None
         self._stage("collect", now, self._collect)
-        self._stage("wishes", now, self._grant_wishes)
         state = self._ready_state()
+        if state is not None:  # before the wishes: what they change is not in this state yet
+            self._stage("restore", now, lambda now: self._restore_champion(now, state))
+        self._stage("wishes", now, self._grant_wishes)
         if state is None:
             self.doing = "Waiting for the engine."
             self._stretch_since = now
@@ -162,6 +164,17 @@ class Daemon:
                 if self.desk.is_paused
                 else "Observing: this mode never changes the engine."
             )
+
+    def _restore_champion(self, now: float, state: Mapping[str, Any]) -> None:
+        """An edit behind our back: what serves must be what the journal says, or no slice means anything."""
+        found = state["champion_config_id"]
+        if found == self._champion.config_id or self.desk.is_paused or self.settings.mode == "observe":
+            return
+        self._end_experiment("interrupted: the engine's champion was changed from outside", now)
+        self.promotion.apply(
+            "restore", self._champion, f"The engine served {found}, which nobody here decided.", now
+        )
+        self._stretch_since = now
 
     def _ready_state(self) -> Mapping[str, Any] | None:
         return self.state if self.state is not None and self.state["engine"] == "ready" else None

@@ -35,7 +35,7 @@ class PromoteStage:
     def apply(
         self, kind: str, target: EngineConfig, reason: str, now: float, verdict_id: int | None = None
     ) -> Change:
-        """Reconfigures the engine to `target` and records it. kind: start, promote, rollback, person.
+        """Reconfigures the engine to `target` and records it. kind: start, promote, rollback, restore.
 
         Raises:
             RuntimeFault: the engine refused or did not answer; the change is FAILED, the champion unchanged.

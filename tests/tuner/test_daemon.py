@@ -312,6 +312,15 @@ def test_change_announced_before_a_crash_is_carried_out_by_the_next_daemon(world
     assert [change.state for change in one.rows(Change)].count("INTENDED") == 0
 
 
+def test_edit_from_outside_is_undone_and_told(world):
+    one = world()
+    one.run(10)
+    one.runtime.reconfigure({"max_num_seqs": 7})
+    one.run(3)
+    assert one.runtime.runner.champion == EngineConfig.of(POOR)
+    assert [change.kind for change in one.rows(Change)] == ["start", "restore"]
+
+
 def test_other_model_does_not_inherit_the_champion(world):
     one = world()
     other = {**IDENTITY, "model": {**IDENTITY["model"], "weights_sha256": "1" * 64}}
