@@ -305,7 +305,7 @@ class Daemon:
         return self.studies.start(self._champion, state, cause, now)
 
     def _advance_study(self, study: Study, now: float) -> None:
-        wanted = self.studies.next(study, self._champion, now)
+        wanted = self.studies.next(study, self._champion, self.twins.raw_pair_sd, now)
         if wanted.kind == "wait":
             self.doing = "Searching for the next configuration to probe."
         elif wanted.kind == "nothing":

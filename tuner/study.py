@@ -27,7 +27,7 @@ from tuner.space import SearchSpace, clipped, is_allowed, projected, search_spac
 logger = logging.getLogger(__name__)
 
 HARM_VALUE = math.log(2.0)  # what a probe that was stopped for harm teaches the sampler: twice as slow
-TIE_LOG = 0.1  # log units; a single pair does not tell ten percent apart
+MIN_TIE_LOG = 0.1  # log units; however quiet the traffic, one pair does not tell ten percent apart
 MAX_TESTS = 3  # candidates of one study that may spend a level
 MAX_REPEATS = 3  # asks in a row that only named known points: the region is searched
 
@@ -119,7 +119,7 @@ class StudyStage:
 
     # -- what comes next -----------------------------------------------------------------------------------
 
-    def next(self, study: Study, champion: EngineConfig, now: float) -> Wanted:
+    def next(self, study: Study, champion: EngineConfig, pair_sd: float | None, now: float) -> Wanted:
         """The next probe or test; `wait` while a child searches; `nothing` when the study has said its all."""
         with self._store.journal() as session:
             trials = decisions.study_trials(session, study.study_id)
@@ -130,18 +130,21 @@ class StudyStage:
         num_probed = sum(trial.config_id != champion.config_id for trial in trials)
         if num_probed < self._settings.search.max_probes and self._num_repeats < MAX_REPEATS:
             return self._search(study, champion, trials, now)
-        for trial in self._queue(trials):
+        for trial in self._queue(trials, pair_sd):
             if trial.config_id not in tested and len(tested) < MAX_TESTS:
                 return Wanted("test", trial, self._config(trial.config_id))
         return Wanted("nothing")
 
-    def _queue(self, trials: Sequence[Trial]) -> list[Trial]:
+    def _queue(self, trials: Sequence[Trial], pair_sd: float | None) -> list[Trial]:
         with self._store.journal() as session:
             predicted = decisions.predictions_of(session, [trial.proposal_id for trial in trials])
             values = {trial.config_id: decisions.config_values(session, trial.config_id) for trial in trials}
         default = self._presets["default"]
         surprise = {id: len(EngineConfig.of(known).changes_from(default)) for id, known in values.items()}
-        return candidates(trials, self._settings.objective.min_effect, predicted, surprise)
+        tie_log = max(
+            MIN_TIE_LOG, (pair_sd or 0.0) / 2
+        )  # half: the replay, which is steadier, is averaged in
+        return candidates(trials, self._settings.objective.min_effect, predicted, surprise, tie_log)
 
     def _search(self, study: Study, champion: EngineConfig, trials: Sequence[Trial], now: float) -> Wanted:
         """Starts or polls the ask in the child; a new point becomes a WAITING trial at the next call."""
@@ -265,16 +268,18 @@ def candidates(
     min_effect: float,
     predicted: Mapping[int, float | None],
     surprise: Mapping[str, int],
+    tie_log: float = MIN_TIE_LOG,
 ) -> list[Trial]:
     """Trials worth a test, the most promising first: feasible, and probed better than the minimum effect.
 
     One pair is a noisy probe, so its log ratio is averaged with the replay's prediction where there is one.
-    What then lies within TIE_LOG of the best is a tie, and a tie goes to the configuration nearest to the
+    What then lies within `tie_log` of the best is a tie, and a tie goes to the configuration nearest to the
     shipped default: luck among many candidates favours the odd ones.
 
     Args:
         predicted: proposal_id -> the replay's log ratio to the champion.
         surprise: config_id -> number of knobs that differ from the shipped default.
+        tie_log: log units by which one pair misses the truth.
     """
     limit = math.log(1.0 - min_effect)
     promise = {}
@@ -289,7 +294,7 @@ def candidates(
     good = [trial for trial in trials if trial.trial_id in promise]
 
     def place(trial: Trial) -> tuple[bool, int, float]:
-        is_tie = promise[trial.trial_id] <= best + TIE_LOG
+        is_tie = promise[trial.trial_id] <= best + tie_log
         return (not is_tie, surprise[trial.config_id] if is_tie else 0, promise[trial.trial_id])
 
     return sorted(good, key=place)

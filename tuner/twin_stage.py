@@ -41,6 +41,11 @@ class TwinStage:
         self.fit: TwinFit | None = None
         self.windows = ChampionWindows((), 0.0)
 
+    @property
+    def raw_pair_sd(self) -> float | None:
+        """The spread of a pair of the champion's own windows, log units; None where too few were seen."""
+        return None if self.fit is None else self.fit.parameters["error"]["raw_sd"]
+
     def forget(self) -> None:
         """The champion changed: its twin is no longer the twin of anything."""
         self._parameters, self._fitted, self._champion_log, self.fit = None, None, None, None

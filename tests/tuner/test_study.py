@@ -10,10 +10,10 @@ def trial(number, value, config_id, constraints=None):
     return one
 
 
-def order(trials, predicted=None, surprise=None):
+def order(trials, predicted=None, surprise=None, tie_log=0.1):
     predicted = predicted or {}
     surprise = surprise or {one.config_id: 1 for one in trials}
-    return [one.config_id for one in candidates(trials, 0.03, predicted, surprise)]
+    return [one.config_id for one in candidates(trials, 0.03, predicted, surprise, tie_log)]
 
 
 def test_largest_probed_gain_comes_first():
@@ -38,3 +38,10 @@ def test_tie_goes_to_the_configuration_nearest_to_the_default():
     trials = [trial(1, -0.95, "odd"), trial(2, -0.90, "default"), trial(3, -0.50, "far behind")]
     surprise = {"odd": 3, "default": 0, "far behind": 0}
     assert order(trials, surprise=surprise) == ["default", "odd", "far behind"]
+
+
+def test_noisy_traffic_widens_the_tie():
+    trials = [trial(1, -1.35, "odd"), trial(2, -1.05, "default")]
+    surprise = {"odd": 1, "default": 0}
+    assert order(trials, surprise=surprise) == ["odd", "default"]
+    assert order(trials, surprise=surprise, tie_log=0.31) == ["default", "odd"]
