@@ -207,6 +207,40 @@ def spend_of(session: Session, experiment_id: str) -> AlphaSpend | None:
     return session.scalars(select(AlphaSpend).where(AlphaSpend.experiment_id == experiment_id)).first()
 
 
+def unheeded_promotion(session: Session, snapshot_id: str, champion_config_id: str) -> Verdict | None:
+    """The newest PROMOTE against this champion that led to nothing yet: a death, or an engine that did not answer."""
+    verdict = session.scalars(
+        select(Verdict)
+        .join(Experiment, Experiment.experiment_id == Verdict.experiment_id)
+        .where(
+            Verdict.outcome == "PROMOTE",
+            Experiment.snapshot_id == snapshot_id,
+            Experiment.champion_config_id == champion_config_id,
+        )
+        .order_by(Verdict.verdict_id.desc())
+        .limit(1)
+    ).first()
+    if verdict is None:
+        return None
+    changed = select(Change.change_id).where(
+        Change.verdict_id == verdict.verdict_id, Change.state == "APPLIED"
+    )
+    recommended = select(Recommendation.recommendation_id).where(
+        Recommendation.verdict_id == verdict.verdict_id
+    )
+    heeded = session.scalars(changed).first() is not None or session.scalars(recommended).first() is not None
+    return None if heeded else verdict
+
+
+def ended_probes(session: Session) -> Sequence[Experiment]:
+    """Experiments that are over although their trial still counts as running."""
+    return session.scalars(
+        select(Experiment)
+        .join(Trial, Trial.experiment_id == Experiment.experiment_id)
+        .where(Trial.state == "RUNNING", Experiment.state != "RUNNING")
+    ).all()
+
+
 def verdict_of(session: Session, experiment_id: str) -> Verdict | None:
     return session.scalars(select(Verdict).where(Verdict.experiment_id == experiment_id)).first()
 

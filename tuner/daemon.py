@@ -19,6 +19,7 @@ from runtime.errors import RuntimeFault
 from runtime.knobs import EngineConfig
 from store import decisions
 from store.database import Store
+from store.samples import let_age
 from store.tables import Experiment, Study
 from tuner.collect import Collector
 from tuner.error_rate import Lord
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAIR_SD = 0.2  # log units, until probes of this champion have shown the real one
 MAX_BACK_OFF_S = 60.0
+AGE_EVERY_S = 3600.0
 
 
 @dataclass
@@ -76,7 +78,9 @@ class Daemon:
         self.identity, self.snapshot_id, self.run_id = identity, snapshot_id, run_id
         self.collector = collector
         self.watchman = Watchman(watch_control, HarmRule(), clock.now)
-        self.experiments = ExperimentStage(store, control, self.watchman, settings.guardrail.max_error_ratio)
+        self.experiments = ExperimentStage(
+            store, control, self.watchman, settings.guardrail.max_error_ratio, clock.now
+        )
         self.promotion = PromoteStage(store, control, snapshot_id)
         self.studies = StudyStage(store, settings, snapshot_id, identity)
         self.twins = TwinStage(store, snapshot_id, identity)
@@ -91,6 +95,7 @@ class Daemon:
         self._back_off: dict[str, BackOff] = {}
         self._champion = EngineConfig()  # known from `start` on
         self._stretch_since = self.started_at  # since when the champion has served alone
+        self._aged_at = self.started_at
         self._cause = "start"
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -114,7 +119,7 @@ class Daemon:
         self._champion = champion
         self.watchman.start()
 
-    def run(self, on_tick: Callable[[], None] = lambda: None) -> None:
+    def run(self, on_tick: Callable[[], object] = lambda: None) -> None:
         """Ticks until asked to stop. The interval counts from start to start; a late tick is not made up for."""
         interval_s = self.settings.collect.interval_s
         self._stretch_since = self.clock.now()  # what came before was preparation: the measured capacity, say
@@ -155,15 +160,15 @@ class Daemon:
             self._stretch_since = now
             return
         self._stage("experiment", now, lambda now: self._experiment(now, state))
+        self._stage("heed", now, self._heed)
         if self.settings.mode != "observe" and self.settings.search.enabled and not self.desk.is_paused:
             self._stage("search", now, lambda now: self._search(now, state))
             self._stage("probation", now, self._probation)
-        elif self._running() is None:
+        else:
             self.doing = (
-                "Paused by a person."
-                if self.desk.is_paused
-                else "Observing: this mode never changes the engine."
+                "Paused by a person." if self.desk.is_paused else "Observing: no experiments in this mode."
             )
+        self._stage("age", now, self._let_age)
 
     def _restore_champion(self, now: float, state: Mapping[str, Any]) -> None:
         """An edit behind our back: what serves must be what the journal says, or no slice means anything."""
@@ -196,6 +201,13 @@ class Daemon:
         # The collector reads the state before it drains: what the state calls ended stands in the store.
         self.state = self.collector.collect(now).state
 
+    def _let_age(self, now: float) -> None:
+        """Once an hour: old metrics become coarser or go. The journal keeps everything."""
+        if now - self._aged_at >= AGE_EVERY_S:
+            with self.store.metrics() as session:
+                let_age(session, now)
+            self._aged_at = now
+
     # -- experiments ---------------------------------------------------------------------------------------
 
     def _running(self) -> Experiment | None:
@@ -219,9 +231,7 @@ class Daemon:
             decided.experiment.kind,
             decided.experiment.reason,
         )
-        if decided.experiment.kind == "probe":
-            self.studies.end(decided, now)
-        elif decided.experiment.kind == "test":
+        if decided.experiment.kind == "test":
             self._decided(decided, now)
 
     def _decided(self, decided: Decided, now: float) -> None:
@@ -236,18 +246,37 @@ class Daemon:
                 {"experiment_id": verdict.experiment_id, "verdict_id": verdict.verdict_id},
             )
         study = self.studies.current()
-        if verdict.outcome != Outcome.PROMOTE:
-            return
-        if study is not None:
+        if verdict.outcome == Outcome.PROMOTE and study is not None:
             self.studies.finish(study, "DONE", "A challenger won.", now)
-        config_id = decided.experiment.challenger_config_id
-        if self.settings.mode == "approve":
-            self.promotion.recommend(verdict, config_id, now)
-            return
+
+    def _heed(self, now: float) -> None:
+        """Acts on what was decided and not acted on yet, in this life of the daemon or in an earlier one."""
         with self.store.journal() as session:
-            target = EngineConfig.of(decisions.config_values(session, config_id))
-        self.promotion.apply("promote", target, verdict.reason, now, verdict.verdict_id)
-        self._follow_champion(now, "promotion")
+            probes = [
+                Decided(
+                    experiment,
+                    None,
+                    tuple(scored_pairs(decisions.slices_of(session, experiment.experiment_id))),
+                )
+                for experiment in decisions.ended_probes(session)
+            ]
+            verdict = decisions.unheeded_promotion(session, self.snapshot_id, self._champion.config_id)
+            experiment = None if verdict is None else session.get(Experiment, verdict.experiment_id)
+            values = (
+                None
+                if experiment is None
+                else decisions.config_values(session, experiment.challenger_config_id)
+            )
+        for probe in probes:
+            self.studies.end(probe, now)
+        if verdict is None or values is None:
+            return
+        target = EngineConfig.of(values)
+        if self.settings.mode == "approve":
+            self.promotion.recommend(verdict, target.config_id, now)
+        elif self.settings.mode == "auto":
+            self.promotion.apply("promote", target, verdict.reason, now, verdict.verdict_id)
+            self._follow_champion(now, "promotion")
 
     def _follow_champion(self, now: float, cause: str) -> None:
         """After anything that may have moved the champion: learn the new one from the beginning."""
@@ -310,14 +339,15 @@ class Daemon:
             self.doing = "Searching for the next configuration to probe."
         elif wanted.kind == "nothing":
             self.studies.finish(study, "DONE", "Every candidate was probed; none is left to test.", now)
+            self.twins.forget()  # the next study starts from fresh windows of the champion
         elif wanted.config is not None:
+            predicted = self.twins.predicted_log_ratio(self._metric, wanted.config)
             experiment = self._open(wanted.kind, wanted.config, study.study_id, now)
             if wanted.kind == "probe" and wanted.trial is not None:
-                predicted = self.twins.predicted_log_ratio(self._metric, wanted.config)
                 self.studies.begin(wanted.trial, experiment, predicted)
 
     def _open(self, kind: str, challenger: EngineConfig, study_id: int | None, now: float) -> Experiment:
-        fit = self.twins.fit
+        fit, fdr = self.twins.fit, self.settings.experiment.fdr
         experiment = self.experiments.open(
             kind,
             self.snapshot_id,
@@ -327,23 +357,14 @@ class Daemon:
             now,
             study_id,
             fit.twin_fit_id if fit is not None and fit.is_used else None,
+            Lord(alpha=fdr, w0=fdr) if kind == "test" else None,
         )
         if kind == "test":
-            level = self.experiments.pay(
-                experiment,
-                Lord(alpha=self.settings.experiment.fdr, w0=self.settings.experiment.fdr),
-                self._metric,
-                now,
-            )
             change = describe(challenger.values(), self._champion.values())
+            level, cap = experiment.rules["level"], self.settings.experiment.max_pairs
             with self.store.journal() as session:
-                tell(
-                    session,
-                    now,
-                    "experiment",
-                    f"Test of {change} begins: level {level:.2%}, at most {self.settings.experiment.max_pairs} pairs.",
-                    {"experiment_id": experiment.experiment_id},
-                )
+                text = f"Test of {change} begins: level {level:.2%}, at most {cap} pairs."
+                tell(session, now, "experiment", text, {"experiment_id": experiment.experiment_id})
         return experiment
 
     @property
@@ -352,7 +373,6 @@ class Daemon:
 
     def _rules(self, kind: str) -> ExperimentRules:
         own, guard = self.settings.experiment, self.settings.guardrail
-        limits = [slo.limit for slo in self.settings.slos if slo.metric == self._metric]
         is_test = kind == "test"
         return ExperimentRules(
             metric=self._metric,
@@ -365,7 +385,8 @@ class Daemon:
             settle_s=own.settle_s,
             lease_s=own.lease_s,
             min_requests=own.min_requests,
-            limit_s=min(limits, default=None),
+            slos=[slo.model_dump() for slo in self.settings.slos],
+            is_holdback=kind == "holdback",
             max_error_ratio=guard.max_error_ratio,
             error_min_requests=guard.min_requests,
             pair_sd=self._pair_sd(),
@@ -400,7 +421,7 @@ class Daemon:
         """While the last promotion is on probation: a holdback pair when one is due, rollback when it turned bad."""
         if self._running() is not None or self.studies.current() is not None:
             return
-        due = self.probation.step(now, self._pair_sd())
+        due = self.probation.step(now)
         if due.rollback_reason is not None:
             logger.warning(self.promotion.rollback("previous", due.rollback_reason, now))
             self._follow_champion(now, "rollback")
@@ -418,6 +439,9 @@ class Daemon:
         self.watchman.release()
         plan_id = self.state.get("plan_id") if self.state else None
         if plan_id:
-            self.control.abort(plan_id, reason)
+            try:
+                self.control.abort(plan_id, reason)
+            except RuntimeFault as error:  # nobody renews the lease any more: it ends the plan
+                logger.warning("Plan %s not aborted: %s", plan_id, error)
         self.experiments.interrupt(now, reason)
         self.studies.forget_interrupted(now)

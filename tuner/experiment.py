@@ -37,14 +37,18 @@ from tuner.pairs import (
     ages_of,
     guardrails,
     pairs_of,
+    plan_id_of,
     planned_pair,
     scored_pairs,
+    settle_s,
     timing_of,
     verdict_row,
 )
 
 logger = logging.getLogger(__name__)
 
+HARM_PREFIX = "harm: "
+MAX_STRAY_RATIO = 0.05  # requests of a slice that the engine did not count to it
 PLAN_LEAD_S = 0.5  # between posting a plan and its first slice: a journal write, a loopback call
 
 # (start, end) of a pair -> request_id -> the twin's ln(metric), or None where no twin is in use
@@ -58,7 +62,11 @@ class Decided:
     experiment: Experiment
     verdict: Verdict | None
     pairs: tuple[PairScore, ...]
-    is_harm: bool = False  # stopped because of what the challenger did
+
+    @property
+    def is_harm(self) -> bool:
+        """Stopped because of what the challenger did."""
+        return (self.experiment.reason or "").startswith(HARM_PREFIX)
 
 
 class ExperimentStage:
@@ -70,9 +78,10 @@ class ExperimentStage:
         control: Control,
         watchman: Watchman,
         max_error_ratio: float,
+        clock: Callable[[], float],
         random_bits: Callable[[int], int] = secrets.randbits,
     ) -> None:
-        self._store, self._control, self._watchman = store, control, watchman
+        self._store, self._control, self._watchman, self._clock = store, control, watchman, clock
         self._max_error_ratio = max_error_ratio
         self._random_bits = random_bits
 
@@ -88,7 +97,9 @@ class ExperimentStage:
         now: float,
         study_id: int | None = None,
         twin_fit_id: int | None = None,
+        lord: Lord | None = None,
     ) -> Experiment:
+        """Records an experiment. With `lord` it is a test and takes the next level of its stream, in one commit."""
         experiment = Experiment(
             experiment_id=f"{kind[0]}{int(now):x}-{uuid.uuid4().hex[:8]}",
             kind=kind,
@@ -103,22 +114,16 @@ class ExperimentStage:
             twin_fit_id=twin_fit_id,
         )
         with self._store.journal() as session:
-            session.add(experiment)
+            if lord is not None:
+                history = decisions.spends_of(session, snapshot_id, rules.metric)
+                index = len(history) + 1
+                level = lord.level(index, [spend.test_index for spend in history if spend.is_rejection])
+                experiment.rules = {**experiment.rules, "level": level}
+                spend = AlphaSpend(snapshot_id, rules.metric, experiment.experiment_id, index, level, now)
+                session.add_all([experiment, spend])
+            else:
+                session.add(experiment)
         return experiment
-
-    def pay(self, experiment: Experiment, lord: Lord, context_key: str, now: float) -> float:
-        """Takes the next LORD++ level of the stream for this test, and writes that down before any pair."""
-        with self._store.journal() as session:
-            history = decisions.spends_of(session, experiment.snapshot_id, context_key)
-            index = len(history) + 1
-            level = lord.level(index, [spend.test_index for spend in history if spend.is_rejection])
-            session.add(
-                AlphaSpend(experiment.snapshot_id, context_key, experiment.experiment_id, index, level, now)
-            )
-            stored = session.get(Experiment, experiment.experiment_id)
-            assert stored is not None, "the experiment was recorded when it was opened"
-            stored.rules = {**stored.rules, "level": level}
-        return level
 
     def interrupt(self, now: float, reason: str) -> list[Decided]:
         """Closes whatever a former life of the daemon left running. The engine went back by itself."""
@@ -137,7 +142,7 @@ class ExperimentStage:
             experiment = running[0]
             slices = decisions.slices_of(session, experiment.experiment_id)
         rules = ExperimentRules(**experiment.rules)
-        stop = self._stop_of(experiment)
+        stop = self._stop_of(slices)
         if stop is not None:
             decided = self._stopped(experiment, slices, stop, now)
             if decided is not None:
@@ -194,7 +199,9 @@ class ExperimentStage:
             return
         pair_index = max((planned.pair_index for planned in slices), default=-1) + 1
         coin = draw_coin(experiment.experiment_id, pair_index, self._random_bits)
-        rows = planned_pair(experiment, rules, pair_index, coin, now + PLAN_LEAD_S, state["boot_id"])
+        rows = planned_pair(
+            experiment, rules, pair_index, coin, self._clock() + PLAN_LEAD_S, state["boot_id"]
+        )
         with self._store.journal() as session:  # the coin stands before the engine hears of the pair
             session.add_all(rows)
         try:
@@ -215,7 +222,7 @@ class ExperimentStage:
         with self._store.journal() as session:
             configs = {row.config_id: decisions.config_values(session, row.config_id) for row in rows}
         plan = SlicePlan(
-            plan_id=f"{experiment.experiment_id}-{rows[0].pair_index}",
+            plan_id=plan_id_of(rows[0]),
             experiment_id=experiment.experiment_id,
             expected_version=state["version"],
             configs=configs,
@@ -256,7 +263,7 @@ class ExperimentStage:
         self, rules: ExperimentRules, slices: list[Slice], rows: list[Slice]
     ) -> HarmReference | None:
         """The champion's latest scored slice (or its last window before the experiment) as the scale of harm."""
-        if rules.metric != "e2e_s" or not rules.champion_means:
+        if rules.metric != "e2e_s" or not rules.champion_means or rules.is_holdback:
             return None
         challenger = next(row for row in rows if row.arm == "challenger")
         scored = [row for row in slices if row.state == "SCORED"]
@@ -282,17 +289,18 @@ class ExperimentStage:
             self._void(pair, "The runtime was restarted during the pair.")
             return
         pending = [state["slice_stats"].get(row.slice_id, {}) for row in pair]
-        if (
-            any(stats.get("num_pending") for stats in pending)
-            and now < pair[-1].planned_end_at + rules.settle_s
-        ):
+        if now < pair[-1].planned_end_at + settle_s(rules, pending):
             return
         span = (pair[0].planned_start_at, pair[-1].planned_end_at)
         predictions = predict(*span) if predict is not None else None
-        measures = [
+        measured = [
             self._measure(row, rules, ages_of(stats), predictions)
             for row, stats in zip(pair, pending, strict=True)
         ]
+        measures = [measure for measure in measured if measure is not None]
+        if len(measures) < len(measured):
+            self._void(pair, "A slice did not run as planned: the engine served something else in it.")
+            return
         if any(measure.predicted is None for measure in measures):
             measures = [replace(measure, predicted=None) for measure in measures]  # both slices, or neither
         if any(measure.num_requests < rules.min_requests or measure.measured is None for measure in measures):
@@ -320,17 +328,21 @@ class ExperimentStage:
         rules: ExperimentRules,
         pending_ages_s: list[float],
         predictions: Mapping[str, float] | None,
-    ) -> SliceMeasure:
+    ) -> SliceMeasure | None:
+        """None where the slice did not run as planned: the engine counted its requests to another."""
         scored_from = row.planned_start_at + row.burn_in_s
         with self._store.metrics() as session:
             rows = queries.timings_between(session, scored_from, row.planned_end_at)
+        num_stray = sum(timing.arrival_slice != row.slice_id for timing in rows)
+        if num_stray > max(1, MAX_STRAY_RATIO * len(rows)):
+            return None
         scored_s = row.planned_end_at - scored_from
         return measure_slice(
             [timing_of(timing) for timing in rows],
             pending_ages_s,
             predictions,
             rules.metric,
-            rules.limit_s,
+            rules.slo_limits(),
             scored_s,
         )
 
@@ -363,10 +375,12 @@ class ExperimentStage:
             return None
         return self._close(experiment, "DECIDED", judgement.reason, now, judgement, tuple(pairs))
 
-    def _stop_of(self, experiment: Experiment) -> Stop | None:
+    def _stop_of(self, slices: list[Slice]) -> Stop | None:
+        """The stop of a pair that is not scored yet; one that comes late for an earlier pair is no news."""
+        open_plans = {plan_id_of(row) for row in slices if row.state == "PLANNED"}
         while not self._watchman.stops.empty():
             stop = self._watchman.stops.get_nowait()
-            if stop.experiment_id == experiment.experiment_id:
+            if stop.plan_id in open_plans:
                 return stop
         return None
 
@@ -378,11 +392,10 @@ class ExperimentStage:
         """
         current = [row for row in slices if row.state == "PLANNED"]
         serving = next((row for row in current if row.planned_start_at <= stop.at < row.planned_end_at), None)
-        if stop.kind == "harm" or (
-            serving is not None and serving.arm == "challenger" and "engine" in stop.reason.lower()
-        ):
+        by_challenger = serving is not None and serving.arm == "challenger"
+        if stop.kind == "harm" or (stop.kind == "engine" and by_challenger):
             self._void(current, stop.reason)
-            return self._close(experiment, "STOPPED", stop.reason, now, outcome=Outcome.REJECT)
+            return self._close(experiment, "STOPPED", HARM_PREFIX + stop.reason, now, outcome=Outcome.REJECT)
         self._void(current, stop.reason)
         return None
 
@@ -421,4 +434,4 @@ class ExperimentStage:
             assert stored is not None, "the experiment was recorded when it was opened"
             stored.state, stored.ended_at, stored.reason = state, now, reason
         experiment.state, experiment.ended_at, experiment.reason = state, now, reason
-        return Decided(experiment, verdict, pairs, state == "STOPPED" and outcome is Outcome.REJECT)
+        return Decided(experiment, verdict, pairs)

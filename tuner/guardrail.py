@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.5
 MIN_CHAMPION_REQUESTS = 5
+PLAN_END_S = 1.0  # a plan that is gone this close to its end has simply ended
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a plan ended early. kind: harm (the challenger's doing) or lost (the plan is no longer in force)."""
+    """Why a plan ended early. kind: harm (the challenger's doing), engine (its process ended), lost (nobody's)."""
 
     experiment_id: str
     plan_id: str
@@ -143,8 +144,14 @@ class Watchman:
         while not self._ended.wait(WATCH_INTERVAL_S):
             with self._lock:
                 watch = self._watch
-            if watch is not None:
+            if watch is None:
+                continue
+            try:
                 self.look(watch, self._clock())
+            except (
+                Exception
+            ):  # this thread must outlive every surprise; without renewal the lease ends the plan
+                logger.exception("The look at %s failed", watch.plan_id)
 
     def look(self, watch: Watch, now: float) -> None:
         """One iteration: renew, look, stop if need be."""
@@ -155,10 +162,13 @@ class Watchman:
             self._control.lease(watch.plan_id, watch.lease_s)
             state = self._control.state()
         except NoPlan:
+            if self._clock() >= watch.until_at - PLAN_END_S:
+                self._forget(watch)  # it ended while we asked
+                return
             self._stop(
                 watch,
                 "lost",
-                "The plan is no longer in force: its lease lapsed, or the engine restarted.",
+                "The plan is no longer in force: its lease lapsed, or it was aborted.",
                 now,
                 False,
             )
@@ -172,7 +182,7 @@ class Watchman:
             return
         in_challenger = state.get("slice_id") in watch.challenger_slices
         if state["num_engine_restarts"] != watch.num_engine_restarts:
-            self._stop(watch, "lost", "The engine process ended and was restarted.", now, in_challenger)
+            self._stop(watch, "engine", "The engine process ended and was restarted.", now, in_challenger)
             return
         reason = breach(state, watch, self._rule, now)
         if reason is not None:

@@ -58,7 +58,9 @@ class SliceMeasure:
     predicted: float | None
     p95_s: float | None
     max_s: float | None
-    breach_share: float | None  # of requests over the SLO on this metric
+    slos: dict[
+        str, float
+    ]  # SLO by name -> what it limits here: a share of requests over it, a mean, an error share
     prompt_tokens_mean: float | None
     output_tokens_mean: float | None
     rate_per_s: float
@@ -80,12 +82,43 @@ class SliceMeasure:
         return asdict(self)
 
 
+# Share of requests that may be over the limit of a quantile.
+ALLOWED_OVER = {"p50": 0.50, "p95": 0.05, "p99": 0.01}
+
+
+@dataclass(frozen=True)
+class SLOLimit:
+    """A limit on p50, p95, p99 or mean of a latency (s), or on the share of errors."""
+
+    metric: str
+    statistic: str
+    limit: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric} {self.statistic} <= {self.limit:g}"
+
+    @property
+    def allowed(self) -> float:
+        """What `seen` may be at most: a quantile is kept as the share of requests over its limit."""
+        return ALLOWED_OVER.get(self.statistic, self.limit)
+
+    def seen(self, timings: Sequence[Timing]) -> float | None:
+        if self.metric == "errors":
+            return sum(timing.is_failed for timing in timings) / len(timings) if timings else None
+        metric: Metric = self.metric  # type: ignore[assignment]  # settings admit nothing else
+        values = [value for timing in timings if (value := timing.value(metric)) is not None]
+        if self.statistic == "mean":
+            return mean(values)
+        return sum(value > self.limit for value in values) / len(values) if values else None
+
+
 def measure_slice(
     timings: Sequence[Timing],
     pending_ages_s: Sequence[float],
     predictions: Mapping[str, float] | None,
     metric: Metric,
-    limit_s: float | None,
+    slos: Sequence[SLOLimit],
     scored_s: float,
 ) -> SliceMeasure:
     """Measures the requests of a slice's scored part.
@@ -94,7 +127,7 @@ def measure_slice(
         timings: requests that arrived in the scored part and ended.
         pending_ages_s: seconds since arrival of those that did not; they count with their age.
         predictions: request_id -> the twin's ln(metric); None where no twin is in use.
-        limit_s: the SLO on this metric, for the share of requests above it.
+        slos: limits that users were promised.
         scored_s: length of the scored part.
     """
     ended = [
@@ -119,9 +152,7 @@ def measure_slice(
         predicted=predicted,
         p95_s=quantile(values, 0.95),
         max_s=max(values, default=None),
-        breach_share=None
-        if limit_s is None or not values
-        else sum(value > limit_s for value in values) / len(values),
+        slos={slo.name: seen for slo in slos if (seen := slo.seen(timings)) is not None},
         prompt_tokens_mean=mean([timing.prompt_tokens for timing in timings]),
         output_tokens_mean=mean(
             [timing.output_tokens for timing in timings if timing.finish_reason in ("stop", "length")]

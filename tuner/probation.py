@@ -13,6 +13,8 @@ from tuner.holdback import holdback_share, judge_holdback, seconds_between_pairs
 from tuner.pairs import scored_pairs
 from tuner.settings import Settings
 
+MIN_PAIRS = 10  # the e-value cannot reach its limit before eight
+
 
 @dataclass(frozen=True)
 class Due:
@@ -23,12 +25,12 @@ class Due:
 
 
 class Probation:
-    """The last promotion by verdict, for as long as the settings say."""
+    """The last promotion by verdict, for as long as the settings say and until MIN_PAIRS pairs are scored."""
 
     def __init__(self, store: Store, settings: Settings, snapshot_id: str) -> None:
         self._store, self._settings, self._snapshot_id = store, settings, snapshot_id
 
-    def step(self, now: float, pair_sd: float) -> Due:
+    def step(self, now: float) -> Due:
         if self._settings.holdback.share == 0.0:
             return Due()
         with self._store.journal() as session:
@@ -38,14 +40,16 @@ class Probation:
             if change.verdict_id is None or change.from_config_id is None:
                 return Due()
             applied_at = change.applied_at
-            if now > applied_at + self._settings.holdback.duration_s:
-                return Due()
             verdict = session.get(Verdict, change.verdict_id)
             earlier = decisions.experiments_against(session, "holdback", change.from_config_id, applied_at)
             slices = [decisions.slices_of(session, experiment.experiment_id) for experiment in earlier]
             former = EngineConfig.of(decisions.config_values(session, change.from_config_id))
         differences = [pair.difference for one in slices for pair in scored_pairs(one)]
-        judgement = judge_holdback(differences, pair_sd)
+        is_over = now > applied_at + self._settings.holdback.duration_s and len(differences) >= MIN_PAIRS
+        if is_over or verdict is None:
+            return Due()
+        # The scale was fixed by the test, before the first holdback pair: the e-value needs that.
+        judgement = judge_holdback(differences, verdict.evidence["rules"]["pair_sd"])
         if judgement.is_harmful:
             return Due(rollback_reason=judgement.reason)
         effect_ratio = (

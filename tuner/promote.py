@@ -60,10 +60,12 @@ class PromoteStage:
         """Finishes changes that a former life of the daemon had announced and not confirmed."""
         with self._store.journal() as session:
             intended = decisions.intended_changes(session, self._snapshot_id)
+            for overtaken in intended[:-1]:
+                overtaken.state = "FAILED"
             targets = [
-                EngineConfig.of(decisions.config_values(session, change.to_config_id)) for change in intended
+                EngineConfig.of(decisions.config_values(session, one.to_config_id)) for one in intended[-1:]
             ]
-        for change, target in zip(intended, targets, strict=True):
+        for change, target in zip(intended[-1:], targets, strict=True):
             logger.warning(
                 "Change %s to %s was announced and not confirmed; carrying it out",
                 change.change_id,
@@ -88,6 +90,14 @@ class PromoteStage:
         change.prepare_s, change.commit_us = done["prepare_s"], done["commit_us"]
         with self._store.journal() as session:
             session.merge(change)
+            if change.from_config_id != change.to_config_id:
+                for overtaken in decisions.waiting_recommendations(session):
+                    # It was proven against a champion that is gone.
+                    overtaken.state, overtaken.decided_at, overtaken.decided_by = (
+                        "EXPIRED",
+                        now,
+                        "the champion changed",
+                    )
             session.add(Champion(self._snapshot_id, target.config_id, now, change.change_id))
             tell(
                 session,
@@ -134,14 +144,34 @@ class PromoteStage:
                     f"Recommendation {recommendation_id} is not open (it is {state}); "
                     "`tuner status` lists the open ones."
                 )
-            recommendation.state = "APPROVED" if approve else "REJECTED"
-            recommendation.decided_at, recommendation.decided_by = now, actor
+            if not approve:
+                recommendation.state, recommendation.decided_at, recommendation.decided_by = (
+                    "REJECTED",
+                    now,
+                    actor,
+                )
             values = decisions.config_values(session, recommendation.config_id)
             verdict_id = recommendation.verdict_id
         if not approve:
             return f"Recommendation {recommendation_id} is rejected; the champion stays."
         change = self.apply("promote", EngineConfig.of(values), f"Approved by {actor}.", now, verdict_id)
+        with self._store.journal() as session:
+            approved = session.get(Recommendation, recommendation_id)
+            assert approved is not None, "it was read above"
+            approved.state, approved.decided_at, approved.decided_by = "APPROVED", now, actor
         return f"Recommendation {recommendation_id} is applied as change {change.change_id}."
+
+    def can_roll_back(self, to: str) -> bool:
+        with self._store.journal() as session:
+            history = decisions.champions_of(session, self._snapshot_id)
+        return rollback_target([row.config_id for row in history], to) is not None
+
+    def is_open(self, recommendation_id: int) -> bool:
+        with self._store.journal() as session:
+            return any(
+                row.recommendation_id == recommendation_id
+                for row in decisions.waiting_recommendations(session)
+            )
 
     def rollback(self, to: str, reason: str, now: float) -> str:
         """Returns to the previous champion, or with `initial` to the first one of this snapshot."""

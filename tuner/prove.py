@@ -62,7 +62,9 @@ def main() -> int:
         f"learn.champion_s={MEASURE_S + 2 * START_UP_S}",
     ]
     began = time.time()
-    child = subprocess.Popen(words)
+    child = subprocess.Popen(
+        words, start_new_session=True
+    )  # Ctrl-C is for us; the child gets one signal, from us
     try:
         report = prove(args.data_dir, child, began)
     finally:

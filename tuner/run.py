@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from logging.handlers import RotatingFileHandler
 from typing import Any
 
+from runtime.client import read_runtime_file
 from runtime.clock import Clock
 from runtime.errors import InvalidKnob
 from runtime.knobs import EngineConfig
@@ -62,12 +63,15 @@ def run(
         stop = threading.Event()
         stack.enter_context(signals_set(stop))
         supervisor = RuntimeSupervisor(settings)
-        supervisor.attach_or_start(start_values(settings), stop.is_set)
-        if not keep_runtime:
-            stack.callback(supervisor.stop)
+        # A runtime that served before we came goes on serving when we fail to start.
+        is_ours = read_runtime_file(supervisor.run_dir) is None
+        owned = [is_ours and not keep_runtime]
+        stack.callback(lambda: supervisor.stop() if owned[0] else None)
         stack.callback(supervisor.close)
+        supervisor.attach_or_start(start_values(settings), stop.is_set)
         if not stop.is_set():
             serve(settings, store, supervisor, stop, watch, stack)
+            owned[0] = not keep_runtime  # it was ours to run, so it is ours to stop
 
 
 def serve(
@@ -109,7 +113,14 @@ def serve(
     api.start()
     if settings.traffic is not None:
         stack.enter_context(traffic(settings, settings.traffic, supervisor, initial))
-    loop = threading.Thread(target=daemon.run, args=(supervisor.check,), name="daemon")
+
+    def tick_on() -> None:
+        try:
+            daemon.run(supervisor.check)
+        finally:
+            stop.set()  # a loop that ended, however, ends the command: nobody would tick, and it would look alive
+
+    loop = threading.Thread(target=tick_on, name="daemon")
     loop.start()
     stack.callback(loop.join)
     stack.callback(stop.set)
@@ -227,8 +238,10 @@ def capacity_per_s(
         capacity=True,
         vocab_size=identity["model"]["vocab_size"],
     )
-    done = subprocess.run(words, capture_output=True, text=True, timeout=CAPACITY_S + 120)
-    control.reconfigure(champion, None)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=CAPACITY_S + 120)
+    finally:
+        control.reconfigure(champion, None)
     if done.returncode != 0:
         raise Unavailable(
             f"The start configuration's capacity could not be measured: {done.stderr.strip().splitlines()[-1:]}"

@@ -115,10 +115,8 @@ class SearchSettings(Section):
     """False measures and notices, and proposes nothing."""
     max_probes: int = Field(default=6, ge=1, le=1000)
     """Candidates that a study may probe on live traffic."""
-    num_startup: int = Field(default=4, ge=0, le=1000)
-    """Proposals drawn at random before the sampler's model is used."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
-    """Seed of the sampler and of the coins."""
+    """Seed of the sampler. Coins have none: they come from the operating system, and stand in the journal."""
     rest_s: float = Field(default=900.0, ge=0)
     """Seconds between the end of a study and the next scheduled one."""
     trust_steps: int = Field(default=1, ge=1, le=4)
@@ -140,8 +138,6 @@ class ExperimentSettings(Section):
     """Pairs between two looks at the evidence."""
     fdr: float = Field(default=0.05, gt=0, le=0.2)
     """Share of false promotions among all promotions that the stream of experiments is held to."""
-    confidence_floor: float = Field(default=0.95, ge=0.95, lt=1)
-    """No single promotion is made on less confidence than this."""
     lease_s: float = Field(default=MAX_LEASE_S, gt=0, le=MAX_LEASE_S)
     """Seconds after which the engine is back at the champion when the daemon is silent."""
     settle_s: float = Field(default=4.0, ge=0, le=600)
@@ -170,9 +166,7 @@ class HoldbackSettings(Section):
     share: float = Field(default=0.05, ge=0, le=0.1)
     """Share of the time served by the former champion; 0 is off."""
     duration_s: float = Field(default=1800.0, gt=0)
-    """Seconds of probation after a promotion."""
-    max_harm_ratio: float = Field(default=1.1, ge=1, le=10)
-    """The promotion is taken back when it is this much slower than the former champion."""
+    """Seconds of probation after a promotion; it lasts longer where ten holdback pairs need longer."""
 
 
 class GuardrailSettings(Section):
@@ -182,8 +176,6 @@ class GuardrailSettings(Section):
     """Share of failed requests."""
     min_requests: int = Field(default=20, ge=1)
     """Requests before a ratio is looked at."""
-    max_slowdown_ratio: float = Field(default=1.5, gt=1, le=100)
-    """How many times slower than expected."""
 
 
 class CollectSettings(Section):

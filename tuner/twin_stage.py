@@ -49,6 +49,7 @@ class TwinStage:
     def forget(self) -> None:
         """The champion changed: its twin is no longer the twin of anything."""
         self._parameters, self._fitted, self._champion_log, self.fit = None, None, None, None
+        self.windows = ChampionWindows((), 0.0)
 
     def prepare(self, champion: EngineConfig, since_at: float, now: float, slice_s: float) -> TwinFit | None:
         """Fits on the champion's own stretch [since_at, now]. None where too few steps were seen."""

@@ -55,12 +55,13 @@ class WishDesk:
             self.is_paused = False
             return "Tuning goes on."
         if wish.action == "rollback":
-            self.end_experiment("interrupted: rolled back by a person", now)
             target = str(wish.arguments.get("to", "previous"))
+            if self.promotion.can_roll_back(target):
+                self.end_experiment("interrupted: rolled back by a person", now)
             return self.promotion.rollback(target, f"Asked for by {wish.actor}.", now)
         if wish.action in ("approve", "reject"):
             number = int(wish.arguments["recommendation_id"])
-            if wish.action == "approve":
+            if wish.action == "approve" and self.promotion.is_open(number):
                 self.end_experiment("interrupted: another configuration was approved", now)
             return self.promotion.decide(number, wish.action == "approve", wish.actor, now)
         raise ValueError(f"Unknown action {wish.action!r}; known: pause, resume, rollback, approve, reject.")

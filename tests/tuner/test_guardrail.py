@@ -83,9 +83,14 @@ def test_lost_plan_is_no_harm():
     assert stop.kind == "lost" and not stop.in_challenger
 
 
+def test_plan_that_ends_while_we_ask_is_not_lost():
+    _, stop, watched = look(state(), lease=NoPlan("gone"), now=99.5)
+    assert stop is None and watched is None
+
+
 def test_restarted_engine_ends_the_plan_and_says_who_served():
     _, stop, _ = look(state(restarts=1))
-    assert stop.kind == "lost" and stop.in_challenger
+    assert stop.kind == "engine" and stop.in_challenger
 
 
 def test_unreachable_runtime_leaves_the_decision_to_the_lease():
