@@ -184,7 +184,7 @@ class Daemon:
     def _ready_state(self) -> Mapping[str, Any] | None:
         return self.state if self.state is not None and self.state["engine"] == "ready" else None
 
-    def _stage(self, name: str, now: float, stage: Callable[[float], None]) -> None:
+    def _stage(self, name: str, now: float, stage: Callable[[float], object]) -> None:
         """The one broad `except`: logged with its trace, counted, backed off."""
         back_off = self._back_off.setdefault(name, BackOff())
         if now < back_off.until_at:

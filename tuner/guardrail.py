@@ -5,6 +5,7 @@ lease of the plan in force and looks at the engine's own counters for the challe
 daemon hangs or dies, this thread stops too, the lease lapses and the engine returns to the champion.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.client import Control
-from runtime.errors import NoPlan, RuntimeFault, RuntimeUnreachable
+from runtime.errors import EngineNotReady, RuntimeFault, RuntimeUnreachable
 from tuner.harm import HarmReference, HarmRule, SliceWatch, harm_reference
 
 logger = logging.getLogger(__name__)
@@ -161,24 +162,12 @@ class Watchman:
         try:
             self._control.lease(watch.plan_id, watch.lease_s)
             state = self._control.state()
-        except NoPlan:
-            if self._clock() >= watch.until_at - PLAN_END_S:
-                self._forget(watch)  # it ended while we asked
-                return
-            self._stop(
-                watch,
-                "lost",
-                "The plan is no longer in force: its lease lapsed, or it was aborted.",
-                now,
-                False,
-            )
-            return
         except RuntimeUnreachable as error:
             # The lease may lapse while we try: then the next answer is NoPlan, which says so.
             logger.warning("Lease of %s not renewed: %s", watch.plan_id, error)
             return
         except RuntimeFault as error:
-            self._stop(watch, "lost", str(error), now, False)
+            self._lost(watch, error, now)
             return
         in_challenger = state.get("slice_id") in watch.challenger_slices
         if state["num_engine_restarts"] != watch.num_engine_restarts:
@@ -188,6 +177,19 @@ class Watchman:
         if reason is not None:
             self._abort(watch, reason)
             self._stop(watch, "harm", reason, now, True)
+
+    def _lost(self, watch: Watch, error: RuntimeFault, now: float) -> None:
+        """The plan is gone. Whether its engine died decides who is to blame; at its end nobody is."""
+        if self._clock() >= watch.until_at - PLAN_END_S:
+            self._forget(watch)  # it ended while we asked
+            return
+        died = isinstance(error, EngineNotReady)
+        with contextlib.suppress(RuntimeFault):
+            died = died or self._control.state()["num_engine_restarts"] != watch.num_engine_restarts
+        if died:
+            self._stop(watch, "engine", "The engine process ended and was restarted.", now, False)
+        else:
+            self._stop(watch, "lost", f"The plan is no longer in force: {error}", now, False)
 
     def _abort(self, watch: Watch, reason: str) -> None:
         for attempt in range(3):

@@ -231,6 +231,9 @@ class RuntimeSupervisor:
             return self._ready(file)
         if engine != "failed" and self._clock() < self._until_s:
             return None
+        if engine == "failed" and self._ended_within(self._process, TERM_GRACE_S):
+            # It ended by itself, and its exit code says more than we could.
+            return runtime_process.start_error(self._process.exit_code, self.log_path, self._log_since)
         self._process.kill()
         self._ended_within(self._process, TERM_GRACE_S)
         complaint = runtime_process.last_complaint(self.log_path, self._log_since)

@@ -80,7 +80,7 @@ def test_killed_daemon_loses_no_request_and_no_row_and_the_next_one_attaches(tmp
     config.write_text(SETTINGS)
     run_dir = data_dir / "run"
     daemon = start_daemon(config, data_dir, log)
-    clients = None
+    clients, control = None, None
     try:
         file = wait_for(
             lambda: (data_dir / "daemon.json").exists() and read_runtime_file(run_dir), daemon, log
@@ -120,6 +120,8 @@ def test_killed_daemon_loses_no_request_and_no_row_and_the_next_one_attaches(tmp
     finally:
         if clients is not None:
             clients.end()
+        if control is not None:
+            control.close()
         daemon.send_signal(signal.SIGTERM)
         daemon.wait(90)
     assert read_runtime_file(run_dir) is None, "SIGTERM to the daemon drains and stops the runtime"

@@ -32,7 +32,7 @@ def test_demo_starts_poorly_and_makes_its_own_traffic() -> None:
     assert demo.mode == "auto"
     assert demo.knobs.start == {"max_num_seqs": 2, "batch_wait_ms": 50.0, "max_batched_tokens": 64}
     assert demo.traffic is not None and demo.traffic.utilisation == 0.87
-    assert (demo.experiment.slice_s, demo.experiment.burn_in_s) == (12.0, 3.0)
+    assert (demo.experiment.slice_s, demo.experiment.burn_in_s) == (15.0, 4.0)
     assert Path(demo.model.location, "config.json").is_file()
 
 
