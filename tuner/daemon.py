@@ -134,15 +134,7 @@ class Daemon:
         now = self.clock.now()
         self.watchman.close()
         self.studies.close()
-        for decided in self.experiments.interrupt(now, "interrupted: the daemon was stopped"):
-            plan_id = self.state.get("plan_id") if self.state else None
-            if plan_id:
-                try:
-                    self.control.abort(plan_id, "the daemon stops")
-                except RuntimeFault as error:
-                    logger.warning(
-                        "Plan %s of %s not aborted: %s", plan_id, decided.experiment.experiment_id, error
-                    )
+        self._end_experiment("interrupted: the daemon was stopped", now)
         while not self.wishes.empty():
             self.wishes.get_nowait().answer.set_result("The daemon is stopping.")
 

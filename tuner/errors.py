@@ -10,9 +10,7 @@ TunerError                   70  internal: a defect, please report it
 │   └── DaemonNotRunning         no daemon answers for this data folder
 └── Busy                     75  try again later, or elsewhere
     ├── PortInUse                another process listens there
-    ├── DaemonAlreadyRunning     another daemon has this data folder
-    ├── OtherRuntime             the runtime found there serves another model
-    └── StoreBusy                the store is locked, or a newer version of the tuner wrote it
+    └── OtherRuntime             the runtime found there serves another model
 
 0 is success. The numbers follow sysexits.h (EX_NOINPUT, EX_UNAVAILABLE, EX_SOFTWARE, EX_TEMPFAIL).
 """
@@ -76,13 +74,5 @@ class PortInUse(Busy):
     """Raised when another process listens on the port."""
 
 
-class DaemonAlreadyRunning(Busy):
-    """Raised when another daemon has the data folder."""
-
-
 class OtherRuntime(Busy):
     """Raised when the runtime that serves from this data folder serves another model than the one asked for."""
-
-
-class StoreBusy(Busy):
-    """Raised when the store is locked, or was written by a newer version of the tuner."""

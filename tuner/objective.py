@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from store.latency import percentile
 from tuner.judge import SliceScore
 
 Metric = Literal["e2e_s", "ttft_s", "tpot_s"]
@@ -166,11 +167,4 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
-    """Linear interpolation between order statistics (Hyndman and Fan's type 7, numpy's default)."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    at = share * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+    return percentile(sorted(values), share) if values else None
