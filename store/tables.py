@@ -17,8 +17,8 @@ Json = dict[str, Any]
 
 Which = Literal["journal", "metrics"]  # of the two files
 SCHEMA_VERSIONS: dict[Which, int] = {
-    "journal": 1,
-    "metrics": 1,
+    "journal": 2,
+    "metrics": 2,
 }  # newest Alembic revision, and the file's user_version
 
 # Without names, later revisions could not drop or change a constraint.
@@ -124,6 +124,7 @@ class Study(JournalBase):
     state: Mapped[str] = mapped_column(default="RUNNING")  # RUNNING, DONE, STOPPED
     ended_at: Mapped[float | None] = mapped_column(default=None)
     reason: Mapped[str | None] = mapped_column(default=None)
+    anomaly_id: Mapped[int | None] = mapped_column(default=None)  # the condition that started it
 
 
 class Proposal(JournalBase):
@@ -179,7 +180,7 @@ class TwinFit(JournalBase):
 
 
 class Experiment(JournalBase):
-    """Champion against challenger on live traffic. kind: probe (one pair), test, holdback."""
+    """Champion against challenger on live traffic. kind: probe (one pair), test, holdback, aa (against itself)."""
 
     __tablename__ = "experiment"
 
@@ -196,6 +197,8 @@ class Experiment(JournalBase):
     twin_fit_id: Mapped[int | None] = mapped_column(ForeignKey("twin_fit.twin_fit_id"), default=None)
     ended_at: Mapped[float | None] = mapped_column(default=None)
     reason: Mapped[str | None] = mapped_column(default=None)
+    # What it can find and how long that takes, as known before its first pair; see `tuner.planning`.
+    planning: Mapped[Json] = mapped_column(default_factory=dict, server_default="{}")
 
 
 class Slice(JournalBase):
@@ -300,7 +303,11 @@ class Change(JournalBase):
 
 
 class Anomaly(JournalBase):
-    """A window outside its rule or forecast. kind: fault (freezes tuning) or condition (starts a study)."""
+    """A window outside its rule or forecast, from its first bad moment to its last.
+
+    kind: fault (freezes tuning, voids slices) or condition (starts a study). layer: A (rule), B (statistics of
+    the last hours) or C (forecast). severity: page or ticket. `change_id` is the change that came just before it.
+    """
 
     __tablename__ = "anomaly"
 
@@ -313,6 +320,36 @@ class Anomaly(JournalBase):
     limit: Mapped[float]
     reason: Mapped[str]
     ended_at: Mapped[float | None] = mapped_column(default=None)
+    layer: Mapped[str] = mapped_column(String(1), default="A", server_default="A")
+    severity: Mapped[str] = mapped_column(default="ticket", server_default="ticket")
+    label: Mapped[str] = mapped_column(default="", server_default="")
+    worst: Mapped[float | None] = mapped_column(default=None)  # the observed value furthest from the limit
+    change_id: Mapped[int | None] = mapped_column(default=None)
+    details: Mapped[Json] = mapped_column(default_factory=dict, server_default="{}")
+
+
+class QualityCheck(JournalBase):
+    """Known tokens through one configuration, teacher-forced, against another.
+
+    kind: periodic (the champion against the reference of its snapshot) or challenger (before its first slice).
+    """
+
+    __tablename__ = "quality_check"
+
+    quality_check_id: Mapped[int] = mapped_column(Integer, primary_key=True, init=False)
+    snapshot_id: Mapped[str] = mapped_column(ForeignKey("snapshot.snapshot_id"))
+    kind: Mapped[str]
+    config_id: Mapped[str] = mapped_column(ForeignKey("config.config_id"))
+    reference_config_id: Mapped[str] = mapped_column(ForeignKey("config.config_id"))
+    checked_at: Mapped[float]
+    num_positions: Mapped[int]
+    delta_nll: Mapped[float]  # mean over positions of NLL less the reference's, nats a token
+    delta_nll_high: Mapped[float]  # upper end of its one-sided 95 % interval
+    top1_agreement: Mapped[float]  # share of positions where both find the same token likeliest
+    top1_low: Mapped[float]  # lower end of its one-sided 95 % interval
+    is_passed: Mapped[bool]
+    reason: Mapped[str]
+    details: Mapped[Json] = mapped_column(default_factory=dict)
 
 
 class OperatorAction(JournalBase):
@@ -327,6 +364,7 @@ class OperatorAction(JournalBase):
     requested_at: Mapped[float]
     state: Mapped[str]  # DONE, REFUSED
     answer: Mapped[str]
+    role: Mapped[str] = mapped_column(default="operator", server_default="operator")  # viewer, operator
 
 
 class Note(JournalBase):
@@ -355,6 +393,23 @@ class Sample(MetricsBase):
     at: Mapped[float] = mapped_column(primary_key=True)
     value: Mapped[float]
     config_id: Mapped[str | None] = mapped_column(default=None)
+
+
+class SampleRollup(MetricsBase):
+    """The samples of one metric in one bin of `bin_s` seconds (60 or 3600), which starts at `at`."""
+
+    __tablename__ = "sample_rollup"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+    metric: Mapped[str] = mapped_column(String(64), primary_key=True)
+    label: Mapped[str] = mapped_column(String(32), primary_key=True)
+    bin_s: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[float] = mapped_column(primary_key=True)
+    num_samples: Mapped[int]
+    mean: Mapped[float]
+    low: Mapped[float]
+    high: Mapped[float]
+    config_id: Mapped[str | None] = mapped_column(default=None)  # None where more than one served
 
 
 class RequestTiming(MetricsBase):
@@ -445,3 +500,22 @@ class Forecast(MetricsBase):
     expected: Mapped[float]
     low: Mapped[float]
     high: Mapped[float]
+
+
+class ForecastFit(MetricsBase):
+    """The last fit of one metric's forecast. state: LEARNING, FITTED, FAILED; it is stale by its age."""
+
+    __tablename__ = "forecast_fit"
+
+    metric: Mapped[str] = mapped_column(String(64), primary_key=True)
+    state: Mapped[str]
+    tried_at: Mapped[float]
+    reason: Mapped[str]
+    fitted_at: Mapped[float | None] = mapped_column(default=None)
+    num_points: Mapped[int] = mapped_column(default=0)
+    history_s: Mapped[float] = mapped_column(default=0.0)
+    residual_scale: Mapped[float | None] = mapped_column(
+        default=None
+    )  # in the fitted scale, log units if is_log
+    is_log: Mapped[bool] = mapped_column(default=False)
+    fit_s: Mapped[float] = mapped_column(default=0.0)
