@@ -8,11 +8,15 @@ from store.tables import (
     Change,
     Config,
     Experiment,
+    ForecastFit,
     Note,
+    OperatorAction,
     Proposal,
+    QualityCheck,
     Recommendation,
     RequestTiming,
     Run,
+    SampleRollup,
     Slice,
     Snapshot,
     Study,
@@ -23,7 +27,7 @@ from store.tables import (
 
 T0 = 1_790_000_000.0  # 2026-09-21
 SNAPSHOT, OLD, NEW = "snap-1", "aaaaaaaaaaaa", "bbbbbbbbbbbb"
-TEST, PROBE, HOLDBACK = "t1", "p1", "h1"
+TEST, PROBE, HOLDBACK, AA = "t1", "p1", "h1", "a1"
 
 OLD_VALUES = {"max_num_seqs": 16, "prefill_chunk": 256, "policy": "fcfs", "batch_wait_ms": 0.0}
 NEW_VALUES = OLD_VALUES | {"prefill_chunk": 64, "policy": "shortest_prefill"}
@@ -43,6 +47,7 @@ def write_story(store: Store) -> None:
         session.add_all(_decision())
     with store.metrics() as session:
         session.add_all(_timings())
+        session.add_all(_what_was_measured())
 
 
 def _who_ran() -> list[object]:
@@ -77,11 +82,44 @@ def _search() -> list[object]:
             seed=7,
             trust_steps=1,
             state="DONE",
+            anomaly_id=1,
         ),
         Proposal(1, NEW, T0 + 100, "search", "p95 of e2e_s breached its SLO", predicted_log_ratio=-0.2),
         Trial(1, 1, NEW, "COMPLETE", T0 + 110, value=-0.25, experiment_id=PROBE, ended_at=T0 + 150),
         TwinFit(SNAPSHOT, OLD, T0 + 80, {"a": 1e-12}, 500, 0.04, 0.07, True, "The twin is off by 7 %."),
-        Anomaly("slo_burn", "condition", "e2e_s", T0 + 85, 2.5, 2.0, "p95 is 2.5 s, limit 2 s."),
+        Anomaly(
+            "slo_burn",
+            "condition",
+            "e2e_s",
+            T0 + 85,
+            2.5,
+            2.0,
+            "p95 is 2.5 s, limit 2 s.",
+            ended_at=T0 + 420,
+            layer="A",
+            severity="page",
+            label="p95",
+            worst=3.1,
+            details={"burn": 14.4},
+        ),
+        Anomaly(
+            "forecast", "condition", "requests_per_s", T0 + 500, 9.0, 4.0, "Outside the forecast.", layer="C"
+        ),
+        QualityCheck(
+            SNAPSHOT,
+            "challenger",
+            NEW,
+            OLD,
+            T0 + 190,
+            400,
+            0.001,
+            0.004,
+            0.995,
+            0.985,
+            True,
+            "Within 1 % of the champion.",
+            {"num_sequences": 10},
+        ),
     ]
 
 
@@ -101,6 +139,7 @@ def _experiment(kind: str, experiment_id: str, at: float) -> Experiment:
         11,
         twin_fit_id=1 if kind == "test" else None,
         ended_at=at + 150,
+        planning={"mde_ratio": 0.12, "pairs_needed": 5, "minutes_needed": 2.0} if kind == "test" else {},
     )
 
 
@@ -164,6 +203,15 @@ def _decision() -> list[object]:
             evidence,
         ),
         Recommendation(1, NEW, T0 + 331, "APPROVED", T0 + 400, "ada"),
+        OperatorAction(
+            "approve", {"recommendation_id": 1}, "ada", T0 + 400, "DONE", "Applied.", role="operator"
+        ),
+        OperatorAction(
+            "rollback", {"to": "previous"}, "bob", T0 + 600, "REFUSED", "Only look.", role="viewer"
+        ),
+        Experiment(
+            AA, "aa", SNAPSHOT, None, NEW, NEW, T0 + 1000, "DECIDED", {"metric": "e2e_s", "slice_s": 12.0}, 13
+        ),
         Change(
             SNAPSHOT,
             "promote",
@@ -209,3 +257,22 @@ def _timings() -> list[RequestTiming]:
                 )
             )
     return timings
+
+
+def _what_was_measured() -> list[object]:
+    return [
+        SampleRollup("e2e_s", "p95", 60, T0, 60, 2.5, 1.9, 3.1, OLD),
+        SampleRollup("e2e_s", "p95", 3600, T0, 3600, 2.2, 1.5, 3.1),
+        ForecastFit(
+            "requests_per_s",
+            "FITTED",
+            T0 + 450,
+            "fitted on 7.5 min",
+            T0 + 450,
+            450,
+            450.0,
+            0.2,
+            True,
+            4.5,
+        ),
+    ]

@@ -206,7 +206,10 @@ def set_schema(path: Path, version: int) -> None:
 def test_a_newer_store_is_refused_by_writer_and_reader_and_not_touched(data_dir: Path) -> None:
     Store.open(data_dir).close()
     set_schema(data_dir / "metrics.db", SCHEMA_VERSIONS["metrics"] + 1)
-    told = r"metrics\.db has schema 2, but this version of the tuner knows up to 1: a newer one wrote it\. Install"
+    known = SCHEMA_VERSIONS["metrics"]
+    told = (
+        rf"metrics\.db has schema {known + 1}, but this version of the tuner knows up to {known}: a newer one"
+    )
     with pytest.raises(NewerStore, match=told):
         Store.open(data_dir)
     with pytest.raises(NewerStore, match=told), StoreReader(data_dir).metrics():
@@ -217,9 +220,11 @@ def test_a_newer_store_is_refused_by_writer_and_reader_and_not_touched(data_dir:
 
 def test_an_older_store_is_left_to_the_writer(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Store.open(data_dir).close()
-    monkeypatch.setitem(database.SCHEMA_VERSIONS, "journal", 2)
+    old = SCHEMA_VERSIONS["journal"]
+    monkeypatch.setitem(database.SCHEMA_VERSIONS, "journal", old + 1)
+    told = f"has schema {old}, but this version reads {old + 1}. Start `tuner run` once"
     with (
-        pytest.raises(OlderStore, match=r"has schema 1, but this version reads 2. Start `tuner run` once"),
+        pytest.raises(OlderStore, match=told),
         StoreReader(data_dir).journal(),
     ):
         pass
