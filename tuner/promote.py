@@ -135,12 +135,17 @@ class PromoteStage:
         return recommendation
 
     def decide(self, recommendation_id: int, approve: bool, actor: str, now: float) -> str:
-        """Carries out a person's decision; the answer says what happened."""
+        """Carries out a person's decision; the answer says what happened.
+
+        Raises:
+            ValueError: there is no such recommendation, or it is decided already.
+            RuntimeFault: the engine refused or did not answer.
+        """
         with self._store.journal() as session:
             recommendation = session.get(Recommendation, recommendation_id)
             if recommendation is None or recommendation.state != "OPEN":
                 state = "unknown" if recommendation is None else recommendation.state
-                return (
+                raise ValueError(
                     f"Recommendation {recommendation_id} is not open (it is {state}); "
                     "`tuner status` lists the open ones."
                 )

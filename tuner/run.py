@@ -135,13 +135,14 @@ def start_values(settings: Settings) -> Mapping[str, Any]:
     if last_good is None:
         return settings.knobs.start
     try:
-        return EngineConfig.of(last_good.values).values()
+        EngineConfig.of(last_good.values)
     except InvalidKnob as error:  # written by a version whose knobs were others
         logger.warning(
             "The last confirmed configuration does not fit this version (%s); starting from the settings.",
             error,
         )
         return settings.knobs.start
+    return last_good.values  # knobs that it does not name are the engine's to fit
 
 
 # --- what people see and ask ----------------------------------------------------------------------
@@ -165,8 +166,8 @@ def status_of(daemon: Daemon, supervisor: RuntimeSupervisor) -> dict[str, Any]:
 
 
 def wisher(daemon: Daemon) -> Callable[..., Any]:
-    def wish(action: str, arguments: Mapping[str, Any], actor: str) -> Any:
-        asked = Wish(action, arguments, actor)
+    def wish(action: str, arguments: Mapping[str, Any], actor: str, role: str) -> Any:
+        asked = Wish(action, arguments, actor, role)
         daemon.wishes.put(asked)
         return asked.answer
 

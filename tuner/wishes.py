@@ -1,7 +1,8 @@
 """What people ask of the daemon, and how it is granted: pause, resume, roll back, approve, reject.
 
 A wish waits in a queue until a tick takes it, so that the tick stays the only writer. Wish and answer
-become an OperatorAction row and a line of the story.
+become an OperatorAction row and a line of the story. A wish may name the champion that the person saw:
+where another serves by then, somebody else was faster, and the wish is refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ class Wish:
     action: str
     arguments: Mapping[str, Any]
     actor: str
+    role: str = "operator"
     answer: Future[str] = field(default_factory=Future)
 
 
@@ -42,11 +44,13 @@ class WishDesk:
         except (RuntimeFault, KeyError, ValueError) as error:
             answer, state = f"Refused: {error}", "REFUSED"
         with self.store.journal() as session:
-            session.add(OperatorAction(wish.action, dict(wish.arguments), wish.actor, now, state, answer))
+            arguments = dict(wish.arguments)
+            session.add(OperatorAction(wish.action, arguments, wish.actor, now, state, answer, wish.role))
             tell(session, now, "person", f"{wish.actor}: {wish.action}. {answer}")
         wish.answer.set_result(answer)
 
     def _granted(self, wish: Wish, now: float) -> str:
+        self._check_champion(wish)
         if wish.action == "pause":
             self.is_paused = True
             self.end_experiment("interrupted: paused by a person", now)
@@ -65,3 +69,15 @@ class WishDesk:
                 self.end_experiment("interrupted: another configuration was approved", now)
             return self.promotion.decide(number, wish.action == "approve", wish.actor, now)
         raise ValueError(f"Unknown action {wish.action!r}; known: pause, resume, rollback, approve, reject.")
+
+    def _check_champion(self, wish: Wish) -> None:
+        """Raises ValueError where the person decided while looking at a champion that no longer serves."""
+        expected = wish.arguments.get("expected_champion")
+        if expected is None:
+            return
+        champion = self.promotion.champion()
+        serving = "none" if champion is None else champion.config_id
+        if serving != expected:
+            raise ValueError(
+                f"champion {expected} was expected, but {serving} serves by now. Look again, then decide."
+            )
