@@ -8,7 +8,7 @@ derive from the fields of `EngineConfig`. A configuration assigns every knob and
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from runtime.errors import InvalidKnob
 
-KNOB_SCHEMA_VERSION = 1  # raise it when a knob changes meaning: old config_ids then never match new ones
+KNOB_SCHEMA_VERSION = 2  # raise it when a knob changes meaning: old config_ids then never match new ones
 
 KnobValue = int | float | str | bool
 
@@ -145,6 +145,46 @@ class EngineConfig:
         searched=False,
         help="Requests waiting for their first token beyond which new ones are answered 429.",
     )
+    weight_format: str = knob(
+        "float32",
+        kind="choice",
+        choices=("float32", "bfloat16", "int8", "float16", "float64"),
+        unit="",
+        apply=ApplyMode.WARM,
+        changes_outputs=True,
+        searched=False,  # only a quality check can say what a coarser format costs
+        help="How the linear layers hold their weights; the default is as loaded, keys and values stay as they are.",
+    )
+    kv_tokens: int = knob(
+        131_072,
+        kind="int",
+        low=32,
+        high=2**34,
+        log=True,
+        unit="tokens",
+        apply=ApplyMode.WARM,
+        searched=False,  # more is never slower: memory decides, not latency
+        help="Size of the KV pool, in whole blocks of 16; the default is what the engine fitted at its start.",
+    )
+    prefix_cache: str = knob(
+        "off",
+        kind="choice",
+        choices=("off", "on"),
+        unit="",
+        apply=ApplyMode.WARM,
+        searched=False,  # the replay that ranks candidates knows lengths only, so it foresees no hit
+        help="Whether finished prompts stay cached in free blocks for requests that begin alike.",
+    )
+    replicas: int = knob(
+        1,
+        kind="int",
+        low=1,
+        high=8,
+        unit="engines",
+        apply=ApplyMode.WARM,
+        searched=False,  # each takes the memory of a whole model
+        help="Engine processes behind one front end.",
+    )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "EngineConfig":
@@ -186,17 +226,27 @@ def knob_named(name: str) -> Knob:
     raise InvalidKnob(f"Unknown knob `{name}`.{hint} The knobs are: {', '.join(_BY_NAME)}.")
 
 
-def default_config(device: Literal["cpu", "cuda"], num_cores: int) -> EngineConfig:
-    """The shipped default: one core is left to the front end, GPUs get larger batches."""
+def default_config(
+    device: Literal["cpu", "cuda"], num_cores: int, fitted: Mapping[str, KnobValue] | None = None
+) -> EngineConfig:
+    """The shipped default: one core is left to the front end, GPUs get larger batches.
+
+    `fitted`: defaults that only the engine knows once the model is loaded (`weight_format`, `kv_tokens`), as
+    its identity tells them.
+    """
     spare = max(1, num_cores - 1)
+    values: dict[str, KnobValue] = {"threads_decode": spare, "threads_prefill": spare}
     if device == "cuda":
-        return EngineConfig.of({"max_num_seqs": 256, "max_batched_tokens": 8192, "prefill_chunk": 2048})
-    return EngineConfig.of({"threads_decode": spare, "threads_prefill": spare})
+        values = {"max_num_seqs": 256, "max_batched_tokens": 8192, "prefill_chunk": 2048,
+                  "weight_format": "bfloat16"}  # fmt: skip
+    return EngineConfig.of({**values, **(fitted or {})})
 
 
-def presets(device: Literal["cpu", "cuda"], num_cores: int) -> dict[str, EngineConfig]:
+def presets(
+    device: Literal["cpu", "cuda"], num_cores: int, fitted: Mapping[str, KnobValue] | None = None
+) -> dict[str, EngineConfig]:
     """Points worth a probe before any model of the space exists. Named; the default is among them."""
-    default = default_config(device, num_cores)
+    default = default_config(device, num_cores, fitted)
     wide = {"max_num_seqs": 2 * default.max_num_seqs, "max_batched_tokens": 2 * default.max_batched_tokens}
     smooth = {"prefill_chunk": max(16, default.prefill_chunk // 4)}
     return {
@@ -204,16 +254,31 @@ def presets(device: Literal["cpu", "cuda"], num_cores: int) -> dict[str, EngineC
         "throughput": default.patched(wide),
         "smooth decode": default.patched(smooth),
         "short prompts first": default.patched({"policy": "shortest_prefill"}),
+        "shared prefixes": default.patched({"prefix_cache": "on"}),
+        "small weights": default.patched({"weight_format": "int8"}),
     }
 
 
-def knob_reports(num_cores: int, max_num_seqs: int) -> list[dict[str, Any]]:
-    """What the engine tells of its knobs: the declaration, with `high` lowered to what this machine can do."""
+def knob_reports(
+    num_cores: int,
+    max_num_seqs: int,
+    fitted: Mapping[str, KnobValue] | None = None,
+    max_kv_tokens: int | None = None,
+    weight_formats: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """What the engine tells of its knobs: the declaration, with `high`, `choices` and `default` narrowed to this
+    machine and model. `fitted` as in `default_config`."""
     ceilings = {"threads_decode": num_cores, "threads_prefill": num_cores, "max_num_seqs": max_num_seqs}
+    if max_kv_tokens is not None:
+        ceilings["kv_tokens"] = max_kv_tokens
     reports = []
     for declared in KNOBS:
         report = asdict(declared)
         if declared.name in ceilings:
             report["high"] = min(declared.high, ceilings[declared.name])
+        if declared.name == "weight_format" and weight_formats is not None:
+            report["choices"] = tuple(weight_formats)
+        if fitted is not None and declared.name in fitted:
+            report["default"] = fitted[declared.name]
         reports.append(report)
     return reports

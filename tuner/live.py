@@ -63,7 +63,8 @@ class Live:
         state = daemon.state or {}
         gauges = state.get("gauges", {})
         hardware = daemon.identity["hardware"]
-        default = default_config(hardware["device"], hardware["num_cores"]).values()
+        fitted = daemon.identity.get("fitted_knobs")
+        default = default_config(hardware["device"], hardware["num_cores"], fitted).values()
         with self._reader.journal() as session:
             champion = decisions.latest_champion(session, daemon.snapshot_id)
             values = decisions.config_values(session, champion.config_id) if champion is not None else default

@@ -192,10 +192,11 @@ def compare_with_default(
     address = read_runtime_file(data_dir / "run")
     assert address is not None, "the runtime's address file is gone"
     control = RuntimeClient(address.control_url, (data_dir / "run" / "control.key").read_text().strip())
-    hardware = control.identity()["hardware"]
+    identity = control.identity()
+    hardware = identity["hardware"]
     with reader.journal() as session:
         promoted = EngineConfig.of(decisions.config_values(session, change.to_config_id))
-    default = default_config(hardware["device"], hardware["num_cores"])
+    default = default_config(hardware["device"], hardware["num_cores"], identity.get("fitted_knobs"))
     print(
         f"Beside the shipped default ({describe(promoted.values(), default.values())}), "
         f"{NUM_BLOCKS} blocks of {BLOCK_S:.0f} s.",

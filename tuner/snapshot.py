@@ -17,7 +17,8 @@ from tuner.settings import Settings
 
 def initial_config(settings: Settings, identity: Mapping[str, Any]) -> EngineConfig:
     hardware = identity["hardware"]
-    return default_config(hardware["device"], hardware["num_cores"]).patched(settings.knobs.start)
+    default = default_config(hardware["device"], hardware["num_cores"], identity.get("fitted_knobs"))
+    return default.patched(settings.knobs.start)
 
 
 def record_snapshot(store: Store, identity: Mapping[str, Any], now: float) -> str:

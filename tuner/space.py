@@ -65,7 +65,7 @@ def search_space(
     for report in reports:
         name = report["name"]
         wanted = name in allow if allow is not None else report["searched"]
-        if not wanted or name in deny or report["apply"] != "live" or report["changes_outputs"]:
+        if not wanted or name in deny or report["apply"] == "cold" or report["changes_outputs"]:
             continue
         dimension = Dimension(
             name,

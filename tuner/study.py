@@ -49,7 +49,7 @@ class StudyStage:
     ) -> None:
         self._store, self._settings, self._snapshot_id = store, settings, snapshot_id
         hardware = identity["hardware"]
-        self._presets = presets(hardware["device"], hardware["num_cores"])
+        self._presets = presets(hardware["device"], hardware["num_cores"], identity.get("fitted_knobs"))
         self._ask: AskProcess | None = None
         self._num_repeats = 0
 

@@ -275,7 +275,8 @@ class RuntimeSupervisor:
         """What was confirmed last, else what the runtime had at its first start."""
         try:
             if (last_good := read_last_good(self.settings.data_dir)) is not None:
-                return dict(EngineConfig.of(last_good.values).values())
+                EngineConfig.of(last_good.values)
+                return dict(last_good.values)  # knobs that it does not name are the engine's to fit
         except StoreError as error:
             log.warning("The last confirmed configuration cannot be read: %s", error)
         except InvalidKnob as error:
