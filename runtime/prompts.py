@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from runtime.chat_template import ChatTemplate
 from runtime.errors import InvalidRequest, ModelError
 from runtime.model_folder import ModelFolder
 
@@ -39,6 +40,16 @@ class Prompts:
         ends = {*folder.end_token_ids, tokenizer.eos_token_id}
         self.end_token_ids = sorted(end for end in ends if end is not None and 0 <= end < folder.vocab_size)
         self.longest_token_bytes = _longest_token_bytes(tokenizer)
+        self._template = _chat_template(tokenizer)
+
+    def start(self) -> None:
+        """Lets what chats need load beside the engine, so that the first one does not wait for it."""
+        if self._template is not None:
+            self._template.start()
+
+    def close(self) -> None:
+        if self._template is not None:
+            self._template.close()
 
     @classmethod
     def load(cls, folder: ModelFolder) -> "Prompts":
@@ -73,31 +84,20 @@ class Prompts:
         """Renders the conversation with the model's own template and ends it where the answer begins.
 
         Raises:
-            InvalidRequest: not text, too long, or the template refuses the conversation.
+            InvalidRequest: not text, too long, or the template refuses the conversation or overruns on it.
+            RequestFailed: the template cannot be rendered here.
         """
         for message in messages:
             check_text("messages", message["content"])
         self._check_bytes(
             "messages", sum(len(message["content"].encode()) for message in messages), max_tokens
         )
-        if not getattr(self._tokenizer, "chat_template", None):
+        if self._template is None:
             raise InvalidRequest("This model has no chat template: use /v1/completions.", "messages")
-        import jinja2
-
-        try:
-            ids = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-            # `raise_exception` in a template raises exactly TemplateError with a sentence for the client.
-            reason = str(error)[:200] if type(error) is jinja2.TemplateError else "it failed on them"
-            raise InvalidRequest(
-                f"The model's chat template refuses these messages: {reason}.", "messages"
-            ) from None
-        return list(ids)
+        text = self._template.render(messages)
+        check_text("messages", text)
+        self._check_bytes("messages", len(text.encode()), max_tokens)  # what the template made of them
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         """Raises InvalidRequest where an id is not in the model's vocabulary."""
@@ -144,3 +144,11 @@ def _longest_token_bytes(tokenizer: Any) -> int:
     if not vocabulary:
         raise ModelError("The tokenizer has no vocabulary.")
     return max(len(token.encode()) for token in vocabulary)
+
+
+def _chat_template(tokenizer: Any) -> ChatTemplate | None:
+    """None where the model has none. Of several, the one that the model names as its default."""
+    try:
+        return ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
+    except ValueError:
+        return None

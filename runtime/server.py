@@ -165,6 +165,8 @@ class Serving:
         self, listeners: list[Listener], listening: list[asyncio.Task[None]], tasks: list[asyncio.Task[None]]
     ) -> None:
         await self._engine.stop()
+        if self._service.prompts.done() and not self._service.prompts.cancelled():
+            self._service.prompts.result().close()
         for listener in listeners:
             listener.should_exit = True
         await asyncio.wait(listening, timeout=5.0)
@@ -178,7 +180,9 @@ class Serving:
 
         def load() -> Prompts:
             with without_torch():
-                return Prompts.load(self._folder)
+                prompts = Prompts.load(self._folder)
+            prompts.start()
+            return prompts
 
         self._service.prompts.set_result(await asyncio.to_thread(load))
 

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from tests.servers import DEMO_MODEL
 
 
 @pytest.fixture(scope="module")
-def prompts() -> Prompts:
-    return Prompts.load(ModelFolder.read(DEMO_MODEL))
+def prompts() -> Iterator[Prompts]:
+    with contextlib.closing(Prompts.load(ModelFolder.read(DEMO_MODEL))) as loaded:
+        yield loaded
 
 
 def changed_model(tmp_path: Path, **tokenizer_config: Any) -> ModelFolder:
@@ -72,7 +74,7 @@ def test_code_in_a_model_folder_is_never_run(tmp_path: Path) -> None:
 def test_a_template_that_reaches_for_python_is_refused(tmp_path: Path) -> None:
     template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     evil = Prompts.load(changed_model(tmp_path, chat_template=template))
-    with pytest.raises(InvalidRequest, match="refuses"):
+    with contextlib.closing(evil), pytest.raises(InvalidRequest, match="refuses"):
         chat(evil)
 
 
@@ -80,7 +82,7 @@ def test_a_templates_own_complaint_reaches_the_client(tmp_path: Path) -> None:
     strict = Prompts.load(
         changed_model(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
     )
-    with pytest.raises(InvalidRequest, match="roles must alternate"):
+    with contextlib.closing(strict), pytest.raises(InvalidRequest, match="roles must alternate"):
         chat(strict)
 
 
