@@ -24,6 +24,10 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Setti
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", "-d", help="Folder of the store; overrides the settings.")
 ]
+ExpectedChampion = Annotated[
+    str | None,
+    typer.Option(help="The champion's config_id as you saw it; refused where another serves by then."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
@@ -155,15 +159,31 @@ def export(
 
 
 @app.command()
+def dashboard(
+    config: ConfigOption = None,
+    data_dir: DataDir = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on loopback; 0 is any free one.")] = 8501,
+    viewer: Annotated[
+        bool, typer.Option("--viewer", help="Look only: the operator's key is not used.")
+    ] = False,
+) -> None:
+    """Show the store in a browser: overview, history, experiments, recommendations. Works without a daemon."""
+    from tuner.dashboard_process import run_here
+
+    sys.exit(run_here(data_dir_of(config, data_dir), port, viewer))
+
+
+@app.command()
 def rollback(
     to: Annotated[str, typer.Option(help="previous or initial.")] = "previous",
+    expected_champion: ExpectedChampion = None,
     config: ConfigOption = None,
     data_dir: DataDir = None,
 ) -> None:
     """Return to the previous champion, or to the first one."""
     if to not in ("previous", "initial"):
         fail(f"--to must be previous or initial, but got {to!r}.", 2)
-    act("rollback", {"to": to}, config, data_dir)
+    act("rollback", {"to": to, **seen(expected_champion)}, config, data_dir)
 
 
 @app.command()
@@ -179,15 +199,29 @@ def resume(config: ConfigOption = None, data_dir: DataDir = None) -> None:
 
 
 @app.command()
-def approve(recommendation: int, config: ConfigOption = None, data_dir: DataDir = None) -> None:
+def approve(
+    recommendation: int,
+    expected_champion: ExpectedChampion = None,
+    config: ConfigOption = None,
+    data_dir: DataDir = None,
+) -> None:
     """Apply an open recommendation (mode approve)."""
-    act("approve", {"recommendation_id": recommendation}, config, data_dir)
+    act("approve", {"recommendation_id": recommendation, **seen(expected_champion)}, config, data_dir)
 
 
 @app.command()
-def reject(recommendation: int, config: ConfigOption = None, data_dir: DataDir = None) -> None:
+def reject(
+    recommendation: int,
+    expected_champion: ExpectedChampion = None,
+    config: ConfigOption = None,
+    data_dir: DataDir = None,
+) -> None:
     """Turn an open recommendation down."""
-    act("reject", {"recommendation_id": recommendation}, config, data_dir)
+    act("reject", {"recommendation_id": recommendation, **seen(expected_champion)}, config, data_dir)
+
+
+def seen(expected_champion: str | None) -> dict[str, str]:
+    return {} if expected_champion is None else {"expected_champion": expected_champion}
 
 
 def act(action: str, arguments: dict[str, Any], config: Path | None, data_dir: Path | None) -> None:

@@ -90,6 +90,7 @@ class Daemon:
         self.stop_event = threading.Event()
         self.doing = "Starting."
         self.state: Mapping[str, Any] | None = None
+        self.dashboard_url: str | None = None  # told by whoever started one
         self.started_at = clock.now()
         self.num_failures: dict[str, int] = {}
         self._back_off: dict[str, BackOff] = {}

@@ -18,7 +18,7 @@ from store.metrics import METRICS
 from tuner import errors
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("runtime", "store", "tuner")
+PACKAGES = ("runtime", "store", "tuner", "dashboard")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

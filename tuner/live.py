@@ -56,6 +56,7 @@ class Live:
             uptime_s=now - daemon.started_at,
             doing=daemon.doing,
             engine=(daemon.state or {}).get("engine", "unknown"),
+            dashboard_url=daemon.dashboard_url,
         )
 
     def _fresh(self, now: float) -> ViewState:
@@ -91,7 +92,17 @@ class Live:
         return ViewState(
             **{
                 name: getattr(bare, name)
-                for name in ("now", "api_url", "model", "device", "mode", "uptime_s", "doing", "engine")
+                for name in (
+                    "now",
+                    "api_url",
+                    "model",
+                    "device",
+                    "mode",
+                    "uptime_s",
+                    "doing",
+                    "engine",
+                    "dashboard_url",
+                )
             },
             requests_per_s=rates["requests_per_s"],
             tokens_per_s=rates["output_tokens_per_s"],

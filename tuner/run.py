@@ -28,7 +28,8 @@ from tuner.api import DaemonServer, write_private
 from tuner.arrivals import at_rate
 from tuner.collect import Collector
 from tuner.daemon import Daemon, Wish
-from tuner.errors import Unavailable
+from tuner.dashboard_process import start_or_adopt
+from tuner.errors import PortInUse, Unavailable
 from tuner.hardware import HostProbe, NvmlProbe, Probe, ProcessProbe
 from tuner.settings import Settings, TrafficSettings
 from tuner.snapshot import end_run, initial_config, record_run, record_snapshot
@@ -111,6 +112,8 @@ def serve(
     )
     stack.callback(api.close)
     api.start()
+    if settings.dashboard.enabled:
+        stack.enter_context(dashboard(settings, daemon))
     if settings.traffic is not None:
         stack.enter_context(traffic(settings, settings.traffic, supervisor, initial))
 
@@ -162,6 +165,7 @@ def status_of(daemon: Daemon, supervisor: RuntimeSupervisor) -> dict[str, Any]:
         "model": daemon.identity["model"]["name"],
         "num_failures": dict(daemon.num_failures),
         "engine": (daemon.state or {}).get("engine", "unknown"),
+        "dashboard_url": daemon.dashboard_url,
     }
 
 
@@ -172,6 +176,26 @@ def wisher(daemon: Daemon) -> Callable[..., Any]:
         return asked.answer
 
     return wish
+
+
+@contextlib.contextmanager
+def dashboard(settings: Settings, daemon: Daemon) -> Iterator[None]:
+    """The dashboard beside the daemon. Whatever keeps it from starting is logged and keeps nothing else."""
+    started = None
+    try:
+        started = start_or_adopt(settings.data_dir, settings.dashboard.port)
+    except PortInUse:
+        started = start_or_adopt(settings.data_dir, 0)
+    except (Unavailable, OSError) as error:
+        logger.warning("No dashboard: %s", error)
+    if started is not None:
+        daemon.dashboard_url = started.url
+        logger.info("Dashboard at %s (process %d)", started.url, started.pid)
+    try:
+        yield
+    finally:
+        if started is not None:
+            started.stop(settings.data_dir)
 
 
 # --- traffic --------------------------------------------------------------------------------------

@@ -192,6 +192,15 @@ class ApiSettings(Section):
     """Port on loopback; 0 is any free one."""
 
 
+class DashboardSettings(Section):
+    """The dashboard that `tuner run` starts beside itself; `tuner dashboard` starts one at any time."""
+
+    enabled: bool = False
+    """True starts it with the tuner and stops it with the tuner."""
+    port: Port = 8501
+    """Port on loopback; where it is taken, any free one."""
+
+
 class Settings(Section):
     """Everything that `tuner run` is told."""
 
@@ -216,6 +225,7 @@ class Settings(Section):
     """Requests that the tuner makes itself; none if not given."""
     collect: CollectSettings = CollectSettings()
     api: ApiSettings = ApiSettings()
+    dashboard: DashboardSettings = DashboardSettings()
     evidence: dict[str, Any] | None = None
     """What proved an exported configuration; kept for people, and not interpreted."""
 
