@@ -139,6 +139,9 @@ GPU_MEMORY_USED_BYTES = _gpu(
 )
 GPU_MEMORY_TOTAL_BYTES = _gpu("gpu_memory_total_bytes", "bytes", None, "Device memory of the GPU.")
 GPU_TEMPERATURE_CELSIUS = _gpu("gpu_temperature_celsius", "celsius", "lower", "Temperature of the GPU.")
+GPU_TEMPERATURE_LIMIT_CELSIUS = _gpu(
+    "gpu_temperature_limit_celsius", "celsius", None, "Temperature at which the GPU slows itself down."
+)
 GPU_POWER_WATTS = _gpu("gpu_power_watts", "watts", "lower", "Power drawn.")
 GPU_POWER_LIMIT_WATTS = _gpu("gpu_power_limit_watts", "watts", None, "Power limit that is enforced.")
 GPU_CLOCK_SM_HZ = _gpu("gpu_clock_sm_hz", "hertz", "higher", "Clock of the streaming multiprocessors.")
@@ -176,6 +179,13 @@ GPU_ECC_CORRECTED_TOTAL = _gpu(
 CPU_UTIL_RATIO = _host(
     "cpu_util_ratio", "ratio", None, "Share of the time in which the cores were busy.", CORE
 )
+CPU_STEAL_RATIO = _host(
+    "cpu_steal_ratio", "ratio", "lower", "Share of the time in which the hypervisor gave our cores to others."
+)
+CLOCK_STEP_S = _host(
+    "clock_step_s", "s", None, "How far the system clock was set since the last sample; about 0 if it was not."
+)
+SUSPENDED_S = _host("suspended_s", "s", "lower", "Time since the last sample in which the host was suspended.")
 LOAD_1M = _host("load_1m", "threads", "lower", "Load average over one minute.")
 RUN_QUEUE = _host("run_queue", "threads", "lower", "Threads that run or wait for a core.")
 MEMORY_USED_BYTES = _host(
@@ -217,6 +227,12 @@ PROMPT_TOKENS_PER_S = _runtime("prompt_tokens_per_s", "tokens/s", "higher", "Pro
 PROMPT_TOKENS = _runtime("prompt_tokens", "tokens", None, "Length of a prompt.", LENGTH_STATISTIC)
 OUTPUT_TOKENS = _runtime("output_tokens", "tokens", None, "Length of an answer.", LENGTH_STATISTIC)
 KV_USED_RATIO = _runtime("kv_used_ratio", "ratio", None, "Share of the KV cache in use.")
+KV_FRAGMENTATION_RATIO = _runtime(
+    "kv_fragmentation_ratio",
+    "ratio",
+    "lower",
+    "Share of the KV cache that lies in blocks which are held and not filled.",
+)
 PREEMPTIONS_TOTAL = _runtime(
     "preemptions_total",
     "preemptions",

@@ -16,6 +16,7 @@ class FakeNvml:
         pass
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+    NVML_TEMPERATURE_THRESHOLD_SLOWDOWN = 1
     NVML_MEMORY_ERROR_TYPE_CORRECTED, NVML_MEMORY_ERROR_TYPE_UNCORRECTED, NVML_VOLATILE_ECC = 0, 1, 0
     NVML_VALUE_TYPE_DOUBLE, NVML_VALUE_TYPE_UNSIGNED_INT, NVML_VALUE_TYPE_UNSIGNED_LONG = 0, 1, 2
     NVML_VALUE_TYPE_UNSIGNED_LONG_LONG, NVML_VALUE_TYPE_SIGNED_LONG_LONG = 3, 4
@@ -39,6 +40,7 @@ class FakeNvml:
             "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=40, memory=10),
             "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=30, free=70, total=100),
             "nvmlDeviceGetTemperature": 55,
+            "nvmlDeviceGetTemperatureThreshold": 90,
             "nvmlDeviceGetPowerUsage": 350_000,
             "nvmlDeviceGetEnforcedPowerLimit": 700_000,
             "nvmlDeviceGetClockInfo": 1980,

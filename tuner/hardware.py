@@ -5,6 +5,7 @@ Rates come from counters and monotonic time, so a probe's first sample has none.
 
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,11 +29,15 @@ class HostProbe:
     ps: Any = psutil
     proc: Path = Path("/proc")
     reader: Reader = field(default_factory=lambda: Reader("host"))
+    clocks: Callable[[], "Clocks"] = lambda: Clocks.read()
     _core_times: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _stolen: tuple[float, float] | None = None
+    _clocks: "Clocks | None" = None
 
     def sample(self, monotonic_s: float) -> Readings:
         readings: Readings = {}
         self._sample_cores(readings)
+        self._sample_clocks(readings)
         gauge, ps = self.reader.gauge, self.ps
         gauge(readings, metrics.LOAD_1M, "", lambda: ps.getloadavg()[0])
         gauge(readings, metrics.RUN_QUEUE, "", lambda: procfs_value(self.proc / "stat", "procs_running"))
@@ -60,12 +65,42 @@ class HostProbe:
             return
         now = {str(index): busy_and_total_s(times) for index, times in enumerate(cores)}
         now["all"] = (sum(busy for busy, _ in now.values()), sum(total for _, total in now.values()))
+        self._sample_steal(into, sum(getattr(times, "steal", 0.0) for times in cores), now["all"][1])
         for label, (busy, total) in now.items():
             before = self._core_times.get(label)
             if before is not None and total > before[1]:
                 busy_ratio = (busy - before[0]) / (total - before[1])
                 into[metrics.CPU_UTIL_RATIO, label] = min(1.0, max(0.0, busy_ratio))
         self._core_times = now
+
+    def _sample_steal(self, into: Readings, stolen_s: float, total_s: float) -> None:
+        before, self._stolen = self._stolen, (stolen_s, total_s)
+        if before is not None and total_s > before[1]:
+            ratio = (stolen_s - before[0]) / (total_s - before[1])
+            into[metrics.CPU_STEAL_RATIO, ""] = min(1.0, max(0.0, ratio))
+
+    def _sample_clocks(self, into: Readings) -> None:
+        now = self.reader.read("clocks", "", self.clocks)
+        before, self._clocks = self._clocks, now
+        if now is None or before is None:
+            return
+        into[metrics.CLOCK_STEP_S, ""] = (now.wall_s - before.wall_s) - (now.boot_s - before.boot_s)
+        awake_s = now.monotonic_s - before.monotonic_s
+        into[metrics.SUSPENDED_S, ""] = max(0.0, (now.boot_s - before.boot_s) - awake_s)
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """One instant on three clocks: of the three only `wall_s` can be set, and `monotonic_s` stops in suspension."""
+
+    wall_s: float
+    boot_s: float
+    monotonic_s: float
+
+    @classmethod
+    def read(cls) -> "Clocks":
+        boottime = time.CLOCK_BOOTTIME if hasattr(time, "CLOCK_BOOTTIME") else time.CLOCK_MONOTONIC
+        return cls(time.time(), time.clock_gettime(boottime), time.clock_gettime(time.CLOCK_MONOTONIC))
 
 
 def busy_and_total_s(times: Any) -> tuple[float, float]:

@@ -46,6 +46,9 @@ GPU_GAUGES: dict[Metric, Callable[[Any, Any], float]] = {
     metrics.GPU_MEMORY_USED_BYTES: lambda nv, gpu: nv.nvmlDeviceGetMemoryInfo(gpu).used,
     metrics.GPU_MEMORY_TOTAL_BYTES: lambda nv, gpu: nv.nvmlDeviceGetMemoryInfo(gpu).total,
     metrics.GPU_TEMPERATURE_CELSIUS: lambda nv, gpu: nv.nvmlDeviceGetTemperature(gpu, _GPU_SENSOR),
+    metrics.GPU_TEMPERATURE_LIMIT_CELSIUS: lambda nv, gpu: nv.nvmlDeviceGetTemperatureThreshold(
+        gpu, nv.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
+    ),
     metrics.GPU_POWER_WATTS: lambda nv, gpu: nv.nvmlDeviceGetPowerUsage(gpu) * _MILLI,
     metrics.GPU_POWER_LIMIT_WATTS: lambda nv, gpu: nv.nvmlDeviceGetEnforcedPowerLimit(gpu) * _MILLI,
     metrics.GPU_CLOCK_SM_HZ: lambda nv, gpu: nv.nvmlDeviceGetClockInfo(gpu, nv.NVML_CLOCK_SM) * _MEGA,

@@ -37,6 +37,7 @@ def runtime_samples(window: Window) -> Readings:
         readings |= _rates(window, steps, window.seconds)
         readings |= _latencies(requests)
         readings |= _steps(steps, window.step_before)
+        readings |= _fragmentation(steps, window.state["gauges"].get("kv_total_tokens"))
     return readings
 
 
@@ -100,6 +101,18 @@ def _steps(steps: Sequence[Record], step_before: Record | None) -> Readings:
     if steps:
         readings[metrics.BATCH_SIZE, ""] = sum(step["num_decode"] for step in steps) / len(steps)
     return readings
+
+
+def _fragmentation(steps: Sequence[Record], kv_total_tokens: float | None) -> Readings:
+    """From steps in which every running request had a row: only there the filled part of the cache is known.
+
+    Blocks that several requests share count once as held and several times as filled; less than nothing is nothing.
+    """
+    whole = [step for step in steps if step["num_decode"] + step["num_prefill_rows"] == step["num_running"] > 0]
+    if not whole or not kv_total_tokens:
+        return {}
+    unfilled = sum(max(0, step["kv_used_tokens"] - step["context_tokens"]) for step in whole) / len(whole)
+    return {(metrics.KV_FRAGMENTATION_RATIO, ""): unfilled / kv_total_tokens}
 
 
 def token_gaps(steps: Iterable[Record], step_before: Record | None) -> list[tuple[float, int]]:

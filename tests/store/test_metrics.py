@@ -14,6 +14,7 @@ HARDWARE = [
     "gpu_memory_used_bytes",
     "gpu_memory_total_bytes",
     "gpu_temperature_celsius",
+    "gpu_temperature_limit_celsius",
     "gpu_power_watts",
     "gpu_power_limit_watts",
     "gpu_clock_sm_hz",
@@ -28,6 +29,9 @@ HARDWARE = [
 ]
 HOST = [
     "cpu_util_ratio",
+    "cpu_steal_ratio",
+    "clock_step_s",
+    "suspended_s",
     "load_1m",
     "run_queue",
     "memory_used_bytes",
@@ -56,6 +60,7 @@ RUNTIME = [
     "prompt_tokens",
     "output_tokens",
     "kv_used_ratio",
+    "kv_fragmentation_ratio",
     "preemptions_total",
     "batch_size",
     "step_s",
