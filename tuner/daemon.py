@@ -91,6 +91,7 @@ class Daemon:
         self.doing = "Starting."
         self.state: Mapping[str, Any] | None = None
         self.dashboard_url: str | None = None  # told by whoever started one
+        self.trouble: str | None = None  # why the runtime cannot be tuned now; told by whoever watches its process
         self.started_at = clock.now()
         self.num_failures: dict[str, int] = {}
         self._back_off: dict[str, BackOff] = {}
@@ -102,15 +103,21 @@ class Daemon:
     # -- life ----------------------------------------------------------------------------------------------
 
     def start(self, initial: EngineConfig) -> None:
-        """Puts the recorded champion in force, or `initial` where this snapshot has none; closes what was cut off."""
+        """Puts the recorded champion in force, or `initial` where this snapshot has none; closes what was cut off.
+
+        In mode `observe` the engine is not touched: what serves is what is recorded.
+        """
         now = self.clock.now()
         for decided in self.experiments.interrupt(now, "interrupted: the daemon was restarted"):
             logger.warning("Experiment %s was interrupted", decided.experiment.experiment_id)
         self.studies.forget_interrupted(now)
-        self.promotion.recover(now)
+        if self.settings.mode != "observe":
+            self.promotion.recover(now)
         champion = self.promotion.champion()
         state = self.control.state()
-        if champion is None:
+        if self.settings.mode == "observe":
+            champion = self.promotion.note(EngineConfig.of(state["champion"]), now)
+        elif champion is None:
             self.promotion.apply("start", initial, "The first configuration served here.", now)
             champion = initial
         elif state["champion_config_id"] != champion.config_id or state["plan_id"] is not None:
@@ -145,12 +152,13 @@ class Daemon:
         self.state = None
         self._stage("collect", now, self._collect)
         state = self._ready_state()
-        if state is not None:  # before the wishes: what they change is not in this state yet
+        if state is not None and self.trouble is None:  # before the wishes: what they change is not in it yet
             self._stage("restore", now, lambda now: self._restore_champion(now, state))
         self._stage("wishes", now, self._grant_wishes)
-        if state is None:
-            self.doing = "Waiting for the engine."
+        if state is None or self.trouble is not None:
+            self.doing = self.trouble or "Waiting for the engine."
             self._stretch_since = now
+            self._stage("trouble", now, self._rest)
             return
         self._stage("experiment", now, lambda now: self._experiment(now, state))
         self._stage("heed", now, self._heed)
@@ -163,10 +171,19 @@ class Daemon:
             )
         self._stage("age", now, self._let_age)
 
+    def _rest(self, now: float) -> None:
+        """What was under way when the runtime came into trouble is over; a short absence of the engine is not that."""
+        if self.trouble is not None and self._running() is not None:
+            self._end_experiment(f"interrupted: {self.trouble}", now)
+
     def _restore_champion(self, now: float, state: Mapping[str, Any]) -> None:
         """An edit behind our back: what serves must be what the journal says, or no slice means anything."""
         found = state["champion_config_id"]
-        if found == self._champion.config_id or self.desk.is_paused or self.settings.mode == "observe":
+        if found == self._champion.config_id or self.desk.is_paused:
+            return
+        if self.settings.mode == "observe":
+            self.promotion.note(EngineConfig.of(state["champion"]), now)
+            self._follow_champion(now, "edited")
             return
         self._end_experiment("interrupted: the engine's champion was changed from outside", now)
         self.promotion.apply(

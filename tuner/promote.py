@@ -56,6 +56,16 @@ class PromoteStage:
             session.add(change)
         return self._carry_out(change, target, now)
 
+    def note(self, serving: EngineConfig, now: float) -> EngineConfig:
+        """Records that the engine serves this configuration, whoever chose it, and leaves the engine as it is."""
+        if self.champion() != serving:
+            with self._store.journal() as session:
+                ensure_config(session, serving, now)
+                session.flush()
+                session.add(Champion(self._snapshot_id, serving.config_id, now))
+                tell(session, now, "promote", f"The engine serves {serving.config_id}; it is observed only.")
+        return serving
+
     def recover(self, now: float) -> None:
         """Finishes changes that a former life of the daemon had announced and not confirmed."""
         with self._store.journal() as session:

@@ -48,7 +48,7 @@ def run(
     watch: Callable[[Daemon, threading.Event], None] | None = None,
     keep_runtime: bool = False,
 ) -> None:
-    """Runs until SIGINT or SIGTERM; the second signal ends the process at once.
+    """Runs until SIGINT or SIGTERM; the second signal ends the process at once, and says what is left running.
 
     Args:
         watch: shown beside the loop (the live view), in the main thread, until its event is set.
@@ -62,8 +62,8 @@ def run(
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(Store.open(settings.data_dir))
         stop = threading.Event()
-        stack.enter_context(signals_set(stop))
         supervisor = RuntimeSupervisor(settings)
+        stack.enter_context(signals_set(stop, supervisor.left_running))
         # A runtime that served before we came goes on serving when we fail to start.
         is_ours = read_runtime_file(supervisor.run_dir) is None
         owned = [is_ours and not keep_runtime]
@@ -117,9 +117,13 @@ def serve(
     if settings.traffic is not None:
         stack.enter_context(traffic(settings, settings.traffic, supervisor, initial))
 
+    def supervise() -> None:
+        supervisor.check((daemon.state or {}).get("engine"))
+        daemon.trouble = supervisor.trouble
+
     def tick_on() -> None:
         try:
-            daemon.run(supervisor.check)
+            daemon.run(supervise)
         finally:
             stop.set()  # a loop that ended, however, ends the command: nobody would tick, and it would look alive
 
@@ -255,7 +259,8 @@ def capacity_per_s(
             return float(kept["requests_per_s"])
     control = supervisor.client()
     champion = control.state()["champion"]
-    control.reconfigure(initial.values(), None)
+    if settings.mode != "observe":  # which touches nothing: then it is the capacity of what serves
+        control.reconfigure(initial.values(), None)
     words = traffic_command(
         identity["api_url"],
         at_rate(wanted, 1.0),
@@ -266,7 +271,8 @@ def capacity_per_s(
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=CAPACITY_S + 120)
     finally:
-        control.reconfigure(champion, None)
+        if settings.mode != "observe":
+            control.reconfigure(champion, None)
     if done.returncode != 0:
         raise Unavailable(
             f"The start configuration's capacity could not be measured: {done.stderr.strip().splitlines()[-1:]}"
@@ -280,11 +286,13 @@ def capacity_per_s(
 
 
 @contextlib.contextmanager
-def signals_set(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set the event; the second one ends the process without ceremony."""
+def signals_set(stop: threading.Event, last_words: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """SIGINT and SIGTERM set the event; the second one says what it leaves behind and ends the process at once."""
 
     def on_signal(number: int, frame: Any) -> None:
         if stop.is_set():
+            # Written past every buffer and lock: the code that was interrupted may hold them.
+            os.write(2, f"\nStopped at once. {last_words()}\n".encode())
             os._exit(128 + number)
         stop.set()
 

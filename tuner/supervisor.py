@@ -2,8 +2,10 @@
 
               attach: one serves already
     STOPPED ────────────────────────────────▶ SERVING ──died──▶ WAITING ──backoff over──▶ STARTING
-       └───────start──────▶ STARTING ──ready──▶                    └─ died 5 times in 10 min ─▶ GAVE_UP
+       └───────start──────▶ STARTING ──ready──▶                    └─ died again in safe mode ─▶ GAVE_UP
 
+After 5 deaths in 10 minutes it is started once more, in safe mode: on the defaults of its knobs, and nothing is
+tuned. Ten minutes without a death end safe mode.
 Serving outlives the tuner: a daemon that dies leaves the runtime alone, and the next one attaches to it.
 """
 
@@ -79,6 +81,7 @@ class RuntimeSupervisor:
         self.phase = Phase.STOPPED
         self.error: TunerError | None = None  # why the last start or life ended
         self.num_restarts = 0
+        self.is_safe_mode = False
         self._values: dict[str, Any] = {}
         self._port = settings.server.port
         self._process: RuntimeProcess | None = None
@@ -176,12 +179,24 @@ class RuntimeSupervisor:
 
     # -- once a tick, which does not wait ------------------------------------------------------------------
 
-    def check(self) -> Phase:
-        """Notices that the runtime died and starts it again in time, on the last confirmed configuration."""
+    def check(self, engine: str | None = None) -> Phase:
+        """Notices that the runtime died and starts it again in time, on the last confirmed configuration.
+
+        Args:
+            engine: what the runtime says of its engine, if it is known. A front end that gave its engine up serves
+                nobody; it is ended and started again like one that died.
+        """
         if self.phase is Phase.SERVING and not self._is_alive():
             self._died(f"The runtime died, {runtime_process.how_ended(self._exit_code())}.")
+        elif self.phase is Phase.SERVING and engine == "failed" and self._process is not None:
+            self._process.kill()
+            self._ended_within(self._process, TERM_GRACE_S)
+            self._died("The runtime gave its engine up, which died too often.")
+        elif self.phase is Phase.SERVING and self.is_safe_mode and not self._recent_deaths():
+            self.is_safe_mode = False
+            log.info("Safe mode ends: the runtime lived for %g minutes.", DEATH_WINDOW_S / 60)
         elif self.phase is Phase.WAITING and self._clock() >= self._until_s:
-            self._values = self._last_good()
+            self._values = {} if self.is_safe_mode else self._last_good()
             self.num_restarts += 1
             try:
                 self._start()
@@ -202,6 +217,26 @@ class RuntimeSupervisor:
             if self._engine_pid is not None:
                 pids["engine"] = self._engine_pid
         return pids
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nobody is served, or why nothing is tuned, in words; None while all is well."""
+        if self.phase is not Phase.SERVING:
+            return f"The runtime is {self.phase}. {self.error or ''}".strip()
+        if self.is_safe_mode:
+            return f"Safe mode: the runtime died {MAX_DEATHS} times and serves on default knobs; nothing is tuned."
+        return None
+
+    def left_running(self) -> str:
+        """For a person who ends the daemon without ceremony: what goes on without it, and how to end that."""
+        if self._process is None or not self._process.is_alive():
+            return "No runtime is left running."
+        pid, file = self._process.pid, read_runtime_file(self.run_dir)
+        where = f" and serves at {file.api_url}" if file is not None and file.pid == pid else ""
+        return (
+            f"The runtime (pid {pid}) goes on{where}. `kill {pid}` drains and ends it; `tuner run` with the "
+            "same data folder attaches to it."
+        )
 
     # -- inside --------------------------------------------------------------------------------------------
 
@@ -256,9 +291,9 @@ class RuntimeSupervisor:
 
     def _died(self, reason: str, is_hopeless: bool = False) -> None:
         now_s = self._clock()
-        self._deaths_s = [at_s for at_s in self._deaths_s if now_s - at_s < DEATH_WINDOW_S] + [now_s]
+        self._deaths_s = [*self._recent_deaths(), now_s]
         num = len(self._deaths_s)
-        if is_hopeless or num >= MAX_DEATHS:
+        if is_hopeless or self.is_safe_mode:
             often = (
                 "and cannot start again" if is_hopeless else f"{num} times in {DEATH_WINDOW_S / 60:g} minutes"
             )
@@ -266,10 +301,16 @@ class RuntimeSupervisor:
             self.error = RuntimeGaveUp(f"The runtime died {often}; it is not started any more. {reason}")
             log.error("%s", self.error)
             return
+        self.is_safe_mode = num >= MAX_DEATHS
         backoff_s = min(MAX_BACKOFF_S, 2.0 ** (num - 1))
         self.phase, self._until_s = Phase.WAITING, now_s + backoff_s
         self.error = RuntimeStartFailed(reason)
-        log.error("%s Next start in %g s.", reason, backoff_s)
+        how = ", in safe mode: on the defaults of its knobs" if self.is_safe_mode else ""
+        log.error("%s Next start in %g s%s.", reason, backoff_s, how)
+
+    def _recent_deaths(self) -> list[float]:
+        now_s = self._clock()
+        return [at_s for at_s in self._deaths_s if now_s - at_s < DEATH_WINDOW_S]
 
     def _last_good(self) -> dict[str, Any]:
         """What was confirmed last, else what the runtime had at its first start."""

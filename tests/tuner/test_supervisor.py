@@ -181,24 +181,59 @@ def test_dead_runtime_starts_again_after_a_growing_wait_on_the_last_confirmed_co
     assert paper.supervisor.num_restarts == 3
 
 
-def test_gives_up_after_five_deaths_in_ten_minutes_and_says_so(
+def test_five_deaths_in_ten_minutes_lead_to_safe_mode_and_a_sixth_is_the_last(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     paper = Paper(tmp_path)
-    paper.start().exit_code = -9
+    paper.start({"max_num_seqs": 2}).exit_code = -9
     paper.ends_with = (70, "ValueError: no\n")
     phases = []
     for _ in range(200):
         phases.append(paper.supervisor.check())
         paper.now_s += 1.0
     assert phases[-1] is Phase.GAVE_UP
-    assert len(paper.processes) == 5
+    assert [config_of(command) for command in paper.commands] == [{"max_num_seqs": 2}] * 5 + [{}]
     assert isinstance(paper.supervisor.error, RuntimeGaveUp)
     assert str(paper.supervisor.error).startswith(
-        "The runtime died 5 times in 10 minutes; it is not started any more."
+        "The runtime died 6 times in 10 minutes; it is not started any more."
     )
     assert "ValueError: no" in str(paper.supervisor.error)
     assert sum("not started any more" in message for message in caplog.messages) == 1
+    assert "gave up" in paper.supervisor.trouble and "ValueError: no" in paper.supervisor.trouble
+
+
+def test_safe_mode_serves_on_default_knobs_and_ends_after_ten_quiet_minutes(tmp_path: Path) -> None:
+    paper = Paper(tmp_path)
+    paper.start({"max_num_seqs": 2})
+    assert paper.supervisor.trouble is None
+    for _ in range(5):
+        paper.processes[-1].exit_code = -9
+        while paper.supervisor.check() is not Phase.SERVING:
+            paper.now_s += 1.0
+    assert paper.supervisor.is_safe_mode and config_of(paper.commands[-1]) == {}
+    assert "Safe mode" in paper.supervisor.trouble
+    paper.now_s += 601.0
+    paper.supervisor.check()
+    assert not paper.supervisor.is_safe_mode and paper.supervisor.trouble is None
+
+
+def test_runtime_that_gave_its_engine_up_is_started_again(tmp_path: Path) -> None:
+    paper = Paper(tmp_path)
+    process = paper.start()
+    assert paper.supervisor.check("restarting") is Phase.SERVING
+    assert paper.supervisor.check("failed") is Phase.WAITING
+    assert process.ended_by == ["kill"] and "engine" in paper.supervisor.trouble
+    paper.now_s += 2.0
+    paper.supervisor.check()
+    assert paper.supervisor.check() is Phase.SERVING and len(paper.processes) == 2
+
+
+def test_person_who_insists_is_told_what_is_left_running(tmp_path: Path) -> None:
+    paper = Paper(tmp_path)
+    assert paper.supervisor.left_running() == "No runtime is left running."
+    process = paper.start()
+    words = paper.supervisor.left_running()
+    assert f"kill {process.pid}" in words and "http://127.0.0.1:8123" in words and "attaches" in words
 
 
 def test_deaths_far_apart_are_forgiven(tmp_path: Path) -> None:
