@@ -25,6 +25,7 @@ from runtime.link import Frame, FrameReader, encode
 from runtime.plan import PlanRunner, PlanTick, SlicePlan
 from runtime.request import Request, SamplingParams
 from runtime.scheduler import Batch, Scheduler
+from runtime.scoring import Scorer
 
 if TYPE_CHECKING:
     from runtime.executor import Executed, Executor
@@ -49,6 +50,7 @@ class Engine:
         self._send = send
         self._gauge_due_at = 0.0
         self.scheduler = Scheduler(executor.pool, runner.champion, executor.max_model_len)
+        self.scorer = Scorer(executor, send)
         self.tick = PlanTick(runner.champion, None, [])
 
     def step(self) -> bool:
@@ -67,7 +69,13 @@ class Engine:
         """How long nothing will happen unless a frame arrives: 0 if there is work now."""
         now = self._clock.now()
         wakes = (self._gauge_due_at, self.scheduler.next_wake(now), self._runner.next_change_at(now))
+        score_in_s = self.scorer.due_in_s(self.scheduler.has_requests)
+        wakes = (*wakes, None if score_in_s is None else now + score_in_s)
         return max(0.0, min(wake for wake in wakes if wake is not None) - now)
+
+    def score(self) -> bool:
+        """Computes a piece of a text to be scored, if one is due between two steps."""
+        return self.scorer.step(self.scheduler.has_requests)
 
     def send_gauge_if_due(self) -> None:
         now = self._clock.now()
@@ -108,9 +116,13 @@ class Engine:
             self._send({"op": "failed", "id": frame["id"], "kind": "invalid_request", "message": str(error)})
 
     def control(self, frame: Frame) -> None:
-        """Answers a control call. Its effect begins with the next step."""
+        """Answers a control call, now or (a text to be scored) when it is done. Its effect begins with the next
+        step."""
         reply: Frame = {"op": "reply", "call": frame["call"]}
         try:
+            if frame["name"] == "score":
+                self._add_score(frame["call"], frame["args"])
+                return
             reply["value"] = self._controls()[frame["name"]](frame.get("args") or {})
         except RuntimeFault as error:
             reply["error"] = {"kind": error_kind(error), "message": str(error)}
@@ -146,6 +158,15 @@ class Engine:
     def _abort(self, args: dict[str, Any]) -> dict[str, Any]:
         self._runner.abort(args["plan_id"], str(args.get("reason", "")), self._clock.now())
         return {"version": self._runner.version, "config_id": self._runner.champion.config_id}
+
+    def _add_score(self, call: int, args: dict[str, Any]) -> None:
+        """Knobs that `values` does not name are the champion's."""
+        champion = self._runner.champion
+        config = champion.patched(args["values"])
+        self._runner.fits(config)
+        if config.weight_format != champion.weight_format:
+            raise InvalidRequest(f"`weight_format` {config.weight_format} is not prepared. Prepare it first.")
+        self.scorer.add(call, args, config)
 
     def _check_tokens(self, token_ids: list[int]) -> None:
         last = self._executor.vocab_size - 1
@@ -237,6 +258,7 @@ def serve(link: socket.socket, options: argparse.Namespace) -> None:
             handlers[frame["op"]](frame)
         rest = []
         engine.step()
+        engine.score()
         engine.send_gauge_if_due()
 
 

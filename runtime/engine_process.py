@@ -21,6 +21,7 @@ from runtime.errors import (
     EngineNotReady,
     InvalidKnob,
     InvalidPlan,
+    InvalidRequest,
     LinkBroken,
     NoPlan,
     RequestFailed,
@@ -42,6 +43,7 @@ CHILD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_S
 
 _ERRORS: dict[str, type[RuntimeFault]] = {
     "stale_version": StaleVersion, "invalid_knob": InvalidKnob, "invalid_plan": InvalidPlan, "no_plan": NoPlan,
+    "invalid_request": InvalidRequest,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import time
@@ -16,14 +17,15 @@ import transformers
 
 import runtime
 from runtime.errors import ModelError
-from runtime.hf_model import HFModel
+from runtime.hf_model import HFModel, KVPools
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.linear import pack_linears
 from runtime.loader import LoadedModel
 from runtime.request import Request, SamplingParams
 from runtime.sampling import sample
-from runtime.scheduler import Batch, PackedBatch, Scheduler
+from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler
+from runtime.scoring import Scored
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,25 @@ class Executor:
         logits = self._model.forward(packed)
         tokens = sample(logits, batch.sampled_requests()) if batch.sampled.any() else []
         return Executed(tokens, time.perf_counter() - started, threads)
+
+    def score_area(self, num_blocks: int) -> KVPools:
+        """Room for one sequence that is scored beside serving. Raises RuntimeError where there is no memory."""
+        return self._model.new_pools(num_blocks)
+
+    @torch.inference_mode()
+    def score(self, packed: PackedBatch, targets: IntArray, area: KVPools, config: EngineConfig) -> Scored:
+        """What the model under `config` makes of `targets`, the true token after each of the packed ones.
+
+        Logarithms are taken in float32 at least, whatever the model's type.
+        """
+        self._use_threads(config.threads_prefill)
+        logits = self._model.forward(packed, area)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wanted = torch.from_numpy(targets).to(logits.device)
+        nll = -logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0]
+        found = zip(nll.tolist(), logits.argmax(dim=-1).tolist(), strict=True)
+        rows = [(round(loss, 6), token) if math.isfinite(loss) else (None, None) for loss, token in found]
+        return Scored([loss for loss, _ in rows], [token for _, token in rows])
 
     def memory(self) -> dict[str, int]:
         """Bytes held by this process, and on the device where there is one."""

@@ -27,6 +27,8 @@ from runtime.scheduler import PackedBatch, Scheduler
 ATTENTION_NAME = "tuner_paged"
 PROBE_TOKENS = 24
 
+KVPools = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values: [kv_heads, slots, D]
+
 AttentionInterface.register(ATTENTION_NAME, registered_attention)
 
 
@@ -90,27 +92,35 @@ class HFModel:
 
         They start uninitialised, so that memory is taken as it is used: no slot is read before it is written.
         """
-        slots = num_blocks * block_tokens
         self.release()
-        for layer, shape in self.kv_shapes.items():
-            self._attention.pools[layer] = (
+        self._attention.pools = self.new_pools(num_blocks, block_tokens)
+
+    def new_pools(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS) -> KVPools:
+        """Pools beside those of `allocate`, for a forward pass that must not touch them."""
+        slots = num_blocks * block_tokens
+        return {
+            layer: (
                 torch.empty(shape.kv_heads, slots, shape.key_dim, dtype=shape.dtype, device=self.device),
                 torch.empty(shape.kv_heads, slots, shape.value_dim, dtype=shape.dtype, device=self.device),
             )
+            for layer, shape in self.kv_shapes.items()
+        }
 
     def release(self) -> None:
         """Gives the pools' memory back."""
         self._attention.pools.clear()
 
     @torch.inference_mode()
-    def forward(self, packed: PackedBatch) -> Tensor:
-        """Computes the step and caches its keys and values. Returns logits [sampled rows, vocab]."""
+    def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
+        """Computes the step and caches its keys and values, in `pools` where given. Returns logits [sampled rows,
+        vocab]."""
         step = StepTensors.of(packed, self.device)
-        self._attention.step = step
+        own = self._attention.pools
+        self._attention.step, self._attention.pools = step, own if pools is None else pools
         try:
             return self._call(step.token_ids, step.positions, step.last_tokens)
         finally:
-            self._attention.step = None
+            self._attention.step, self._attention.pools = None, own
 
     def _call(self, token_ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
         if self._keeps_logits:
