@@ -1,7 +1,7 @@
 """The daemon's view of a runtime: two Protocols, and the client that keeps them over loopback HTTP. Blocking."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -28,6 +28,7 @@ Answer = dict[str, Any]
 
 CONNECT_LIMIT_S = 2.0
 ANSWER_LIMIT_S = 10.0
+SCORE_LIMIT_S = 600.0
 RECONFIGURE_LIMIT_S = 310.0  # a little more than the runtime itself allows for preparing
 
 _FAULTS: dict[str, type[RuntimeFault]] = {
@@ -61,6 +62,12 @@ class Control(Watch, Protocol):
     def lease(self, plan_id: str, lease_s: float) -> Answer: ...
 
     def abort(self, plan_id: str, reason: str) -> Answer: ...
+
+    def tokenize(self, texts: Sequence[str]) -> Answer: ...
+
+    def score(
+        self, values: Mapping[str, Any], sequences: Sequence[Sequence[int]], piece_tokens: int | None = None
+    ) -> Answer: ...
 
     def drain(self, boot_id: str | None, after_seq: int, limit: int = 5000) -> Answer: ...
 
@@ -138,6 +145,26 @@ class RuntimeClient:
     def abort(self, plan_id: str, reason: str) -> Answer:
         """Safe to repeat."""
         return self._post("/control/abort", {"plan_id": plan_id, "reason": reason})
+
+    def tokenize(self, texts: Sequence[str]) -> Answer:
+        """`token_ids`: one list a text, as the model's own tokenizer makes them. Raises InvalidRequest."""
+        return self._post("/control/tokenize", {"texts": list(texts)})
+
+    def score(
+        self, values: Mapping[str, Any], sequences: Sequence[Sequence[int]], piece_tokens: int | None = None
+    ) -> Answer:
+        """Reads token sequences under a prepared configuration, beside serving; takes seconds to minutes.
+
+        `nll`, `top1`: one list a sequence, one value for each token but its first: the negative log-likelihood of
+        that token in nats, and the token that was likeliest; both None where the output was no number. Knobs that
+        `values` does not name are the champion's.
+
+        Raises:
+            InvalidRequest: over a limit, or not prepared. InvalidKnob. RequestFailed: the engine could not.
+        """
+        body = {"values": dict(values), "sequences": [list(ids) for ids in sequences],
+                "piece_tokens": piece_tokens, "limit_s": SCORE_LIMIT_S}  # fmt: skip
+        return self._post("/control/score", body, max(self._limit_s, SCORE_LIMIT_S + 10.0))
 
     def drain(self, boot_id: str | None, after_seq: int, limit: int = 5000) -> Answer:
         """Acknowledges the records of this boot up to `after_seq`, and returns those after it."""

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.clock import Clock
-from runtime.errors import InvalidKnob, InvalidPlan, LinkBroken, NoPlan, StaleVersion
+from runtime.errors import InvalidKnob, InvalidPlan, InvalidRequest, LinkBroken, NoPlan, StaleVersion
 from runtime.knobs import EngineConfig, knob_reports
 from runtime.link import Frame, FrameReader, encode
 from runtime.plan import PlanRunner, SlicePlan
+from runtime.scoring import checked_sequences
 
 KV_TOTAL_TOKENS = 65536
 GAUGE_EVERY_S = 0.25
@@ -33,6 +34,7 @@ _KINDS = {
     InvalidKnob: "invalid_knob",
     InvalidPlan: "invalid_plan",
     NoPlan: "no_plan",
+    InvalidRequest: "invalid_request",
 }
 
 
@@ -116,6 +118,11 @@ class FakeEngine:
         if name == "lease":
             expires_at = self.plans.renew(args["plan_id"], args["lease_s"], now)
             return {"plan_id": args["plan_id"], "lease_expires_at": expires_at, "slice_id": self.slice_id}
+        if name == "score":
+            config = self.plans.champion.patched(args["values"])
+            sequences = checked_sequences(args["sequences"], 2**31, self.max_model_len)
+            return {"config_id": config.config_id, **fake_scores([ids.tolist() for ids in sequences]),
+                    "num_pieces": 1, "elapsed_s": 0.0, "busy_s": 0.0, "longest_piece_s": 0.0}  # fmt: skip
         self.plans.abort(args["plan_id"], args["reason"], now)
         return {"version": self.plans.version, "config_id": self.plans.champion.config_id}
 
@@ -191,6 +198,14 @@ class FakeEngine:
             "tier": "fake",
             "kv_total_tokens": KV_TOTAL_TOKENS,
         }
+
+
+def fake_scores(sequences: list[list[int]]) -> dict[str, Any]:
+    """Of a model that finds every token of every text likeliest, with a loss that depends on the token alone."""
+    return {
+        "nll": [[1.0 + (token % 7) / 10 for token in ids[1:]] for ids in sequences],
+        "top1": [list(ids[1:]) for ids in sequences],
+    }
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from runtime.scheduler import Scheduler
 from runtime.slice_stats import SliceLedger
 from runtime.step_model import StepModel
 from runtime.timings import RecordBuffer
+from tests.fakes import fake_scores
 
 IDENTITY = {
     "boot_id": "boot-1", "pid": 1, "engine_pid": 2, "started_at": 0.0, "api_url": "http://127.0.0.1:1",
@@ -62,6 +63,10 @@ class SimulatedRuntime:
         self.slowdown: Callable[[EngineConfig], float] = lambda config: (
             1.0
         )  # a factor on its steps: harm to be found
+        # Nats that its outputs lose a token, on average: what a bad weight format does.
+        self.loss: Callable[[EngineConfig], float] = lambda config: 0.0
+        self.score_error: Exception | None = None
+        self.scored: list[str] = []  # config_ids, in the order in which they were scored
         self.num_engine_restarts = 0
         self.boot_id = "boot-1"
         self.slice_id: str | None = None
@@ -241,6 +246,28 @@ class SimulatedRuntime:
         self._answer()
         self.runner.abort(plan_id, reason, self.now)
         return {"version": self.runner.version, "config_id": self.runner.champion.config_id}
+
+    def tokenize(self, texts: list[str]) -> dict[str, Any]:
+        """A token a character."""
+        self._answer()
+        return {"token_ids": [[ord(letter) % 4096 for letter in text] for text in texts]}
+
+    def score(
+        self, values: dict[str, Any], sequences: list[list[int]], piece_tokens: int | None = None
+    ) -> dict[str, Any]:
+        """Loses `loss` nats a token, unevenly over the passages, and one top token in ten for each 0.1 of it."""
+        self._answer()
+        if self.score_error is not None:
+            raise self.score_error
+        config = self.runner.champion.patched(values)
+        self.scored.append(config.config_id)
+        loss = self.loss(config)
+        told = fake_scores(sequences)
+        for index, (nll, top1) in enumerate(zip(told["nll"], told["top1"], strict=True)):
+            told["nll"][index] = [value + loss * (0.5 + index % 3 / 2) for value in nll]
+            told["top1"][index] = [-1 if (at * 7) % 100 < 100 * loss else token for at, token in enumerate(top1)]
+        return {"config_id": config.config_id, **told, "num_pieces": len(sequences), "elapsed_s": 0.5,
+                "busy_s": 0.1, "longest_piece_s": 0.01}  # fmt: skip
 
     def drain(self, boot_id: str | None, after_seq: int, limit: int = 5000) -> dict[str, Any]:
         self._answer()
