@@ -21,6 +21,7 @@ from runtime.exposition import MAX_LABELS, Scrape, render
 from runtime.front_end import FrontEnd
 from runtime.generation import Answer, Choice
 from runtime.model_folder import ModelFolder
+from runtime.key_guard import OPEN_TO_ALL, KeyGuard
 from runtime.prompts import Prompts
 from runtime.protocol import (
     DEFAULT_COMPLETION_TOKENS,
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 INTERNAL_ERROR = "The server failed on this request."
 
+NO_KEY = error_body(
+    "This server asks for a key: send `Authorization: Bearer KEY`.", "authentication_error", None, "invalid_api_key"
+)
 AnyRequest = CompletionRequest | ChatRequest
 
 
@@ -54,7 +58,8 @@ class Service:
         return min(cap for cap in (self.folder.context_tokens, self.context_cap, told) if cap is not None)
 
 
-def create_api(service: Service) -> ASGIApp:
+def create_api(service: Service, api_key: str | None = None) -> ASGIApp:
+    """With a key, every route but those of health asks for it."""
     app = FastAPI(title="Tuner runtime", version=__version__, redoc_url=None)
     front = service.front
 
@@ -95,7 +100,8 @@ def create_api(service: Service) -> ASGIApp:
         return Response(render(_scrape(service)), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     _handle_errors(app)
-    return Envelope(app, error_body(INTERNAL_ERROR, "server_error", None, "internal_error"))
+    guarded = app if api_key is None else KeyGuard(app, api_key, NO_KEY, OPEN_TO_ALL)
+    return Envelope(guarded, error_body(INTERNAL_ERROR, "server_error", None, "internal_error"))
 
 
 async def _answer(service: Service, request: Request, kind: Kind, form: type[AnyRequest]) -> Response:

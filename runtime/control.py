@@ -4,8 +4,6 @@ Nothing is public: the key is checked before a route is looked for, so a route t
 """
 
 import asyncio
-import hashlib
-import hmac
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from runtime import __version__
 from runtime.body import read_object
@@ -33,6 +31,8 @@ from runtime.errors import (
     StaleVersion,
 )
 from runtime.front_end import FrontEnd
+from runtime.key_guard import KeyGuard
+from runtime.score_routes import Encode, add_score_routes
 
 MAX_DRAINED = 20_000
 CALL_LIMIT_S = 10.0
@@ -136,32 +136,8 @@ def create_control(
         return JSONResponse({"draining": True, "drain_s": drain_s}, 202)
 
     _handle_errors(app)
-    return Envelope(KeyGuard(app, key), _error("internal_error", "The runtime failed on this call."))
-
-
-class KeyGuard:
-    """ASGI middleware: 401 without `Authorization: Bearer KEY`, whatever the path."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._digest = app, _digest(key.encode())
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._is_allowed(scope):
-            body = _error("unauthorized", "Every control call needs `Authorization: Bearer KEY`.")
-            await JSONResponse(body, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _is_allowed(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(given) != 1 or not given[0].startswith(b"Bearer "):
-            return False
-        return hmac.compare_digest(_digest(given[0].removeprefix(b"Bearer ")), self._digest)
-
-
-def _digest(key: bytes) -> bytes:
-    """Digests are of one length, so that comparing them takes one time."""
-    return hashlib.sha256(key).digest()
+    refusal = _error("unauthorized", "Every control call needs `Authorization: Bearer KEY`.")
+    return Envelope(KeyGuard(app, key, refusal), _error("internal_error", "The runtime failed on this call."))
 
 
 def _state(front: FrontEnd, boot: Boot) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from runtime.engine_process import EngineProcess
 from runtime.engine_state import EngineState
 from runtime.errors import AddressInUse, EngineNotReady, InvalidKnob, ModelError, Unauthorized
 from runtime.front_end import FrontEnd
+from runtime.key_guard import check_exposure, client_key
 from runtime.listener import Listener, bind, url_of
 from runtime.model_folder import ModelFolder
 from runtime.prompts import Prompts, without_torch
@@ -70,12 +71,13 @@ async def serve(options: argparse.Namespace) -> int:
     Raises:
         ModelError, InvalidKnob, AddressInUse, Unauthorized: it could not start.
     """
-    clock = Clock.started_now()
+    clock: Clock = options.clock_anchor or Clock.started_now()
     folder = ModelFolder.read(options.model)
     asked = asked_config(options.config)
     if options.max_model_len is not None and not 1 < options.max_model_len <= folder.context_tokens:
         rule = f"must be in [2, {folder.context_tokens}] tokens, but got {options.max_model_len}"
         raise InvalidKnob(f"`--max-model-len` {rule}.")
+    check_exposure(options.host, client_key(options.api_key_file), options.insecure)
     _raise_file_limit()
     run_dir = RunDir(options.run_dir.resolve())
     try:
@@ -111,6 +113,7 @@ class Serving:
             self._front, folder, options.served_model_name or folder.name, options.max_model_len,
             asyncio.get_running_loop().create_future(),
         )  # fmt: skip
+        self._api_key = client_key(options.api_key_file)
         self._drain_s = options.drain_s
         self._stop_asked = asyncio.Event()
         self._num_signals = 0

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from runtime.clock import Clock
 from runtime.errors import InvalidKnob
 from runtime.knobs import knob_named
 
@@ -15,6 +16,8 @@ def parser() -> argparse.ArgumentParser:
     add = options.add_argument
     add("--model", type=Path, required=True, help="folder with config.json, a tokenizer and *.safetensors")
     add("--host", default="127.0.0.1", help="address for clients (the control routes stay on 127.0.0.1)")
+    add("--api-key-file", type=Path, help="file whose first line is the key that clients must bring")
+    add("--insecure", action="store_true", help="serve other machines without asking for a key")
     add("--port", type=_port, default=8000, help="port for clients; 0 takes a free one")
     add("--control-port", type=_port, default=0, help="port of the control routes; 0 takes a free one")
     add(
@@ -46,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         default=60.0,
         help="restart a ready engine silent for longer (default 60)",
     )
+    add("--clock-anchor", type=Clock.of_text, metavar="EPOCH:MONOTONIC", help=argparse.SUPPRESS)
     add(
         "--engine-module", default="runtime.engine", help=argparse.SUPPRESS
     )  # any module that speaks the link

@@ -335,7 +335,7 @@ class Daemon:
         rest_left_s = (
             0.0
             if last is None or last.ended_at is None
-            else last.ended_at + self.settings.search.rest_s - now
+            else min(self.settings.search.rest_s, last.ended_at + self.settings.search.rest_s - now)
         )
         if rest_left_s > 0 and self._cause != "asked":
             self.doing = f"Nothing better was found last time; the next search starts in {rest_left_s:.0f} s."

@@ -34,6 +34,7 @@ from tuner.hardware import HostProbe, NvmlProbe, Probe, ProcessProbe
 from tuner.settings import Settings, TrafficSettings
 from tuner.snapshot import end_run, initial_config, record_run, record_snapshot
 from tuner.supervisor import RuntimeSupervisor
+from tuner.traffic import API_KEY_VARIABLE
 from tuner.traffic import command as traffic_command
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def serve(
     identity = control.identity()
     # The runtime's clock, which never steps: a plan's instants mean the same on both sides.
     clock = Clock(control.state()["now"], time.monotonic())
+    supervisor.clock = clock
     snapshot_id = record_snapshot(store, identity, clock.now())
     run_id = record_run(store, settings, clock.now())
     stack.callback(end_run, store, run_id, clock)
@@ -228,7 +230,9 @@ def traffic(
         vocab_size=identity["model"]["vocab_size"],
     )
     with open(settings.data_dir / "traffic.log", "ab") as log:
-        child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        child = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=client_environment(settings)
+        )
     try:
         yield
     finally:
@@ -238,6 +242,15 @@ def traffic(
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+def client_environment(settings: Settings) -> dict[str, str]:
+    """For our own clients, which bring the key that everyone has to bring."""
+    path = settings.server.api_key_file
+    if path is None:
+        return dict(os.environ)
+    key = (path.expanduser().read_text().splitlines() or [""])[0].strip()
+    return {**os.environ, API_KEY_VARIABLE: key}
 
 
 def capacity_per_s(
@@ -269,7 +282,9 @@ def capacity_per_s(
         vocab_size=identity["model"]["vocab_size"],
     )
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=CAPACITY_S + 120)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=CAPACITY_S + 120, env=client_environment(settings)
+        )
     finally:
         if settings.mode != "observe":
             control.reconfigure(champion, None)

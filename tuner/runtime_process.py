@@ -83,9 +83,12 @@ def server_command(
         ("--served-model-name", model.name),
         ("--max-model-len", model.max_model_len),
         ("--kv-tokens", model.kv_tokens),
+        ("--api-key-file", server.api_key_file and server.api_key_file.expanduser().resolve()),
     ):
         if value is not None:
             command += [flag, str(value)]
+    if server.insecure:
+        command.append("--insecure")
     return [*command, *extra]
 
 

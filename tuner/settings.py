@@ -57,7 +57,11 @@ class ServerSettings(Section):
     """Where clients and the daemon reach the runtime."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
-    """Address on which clients are served."""
+    """Address on which clients are served; one that other machines reach needs a key."""
+    api_key_file: Path | None = None
+    """File whose first line is the key that clients must bring; TUNER_API_KEY if not given."""
+    insecure: bool = False
+    """True serves other machines without a key, as behind a proxy that asks for one."""
     port: Port = 8000
     """Port on which clients are served; 0 is any free one."""
     control_port: Port = 0

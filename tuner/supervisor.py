@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from runtime.client import RuntimeFile, read_runtime_file
+from runtime.clock import Clock
 from runtime.errors import InvalidKnob, RuntimeFault
 from runtime.knobs import EngineConfig
 from store.errors import StoreError
@@ -81,6 +82,7 @@ class RuntimeSupervisor:
         self.phase = Phase.STOPPED
         self.error: TunerError | None = None  # why the last start or life ended
         self.num_restarts = 0
+        self.clock: Clock | None = None  # of the runtime that served first: those that follow keep it
         self.is_safe_mode = False
         self._values: dict[str, Any] = {}
         self._port = settings.server.port
@@ -242,8 +244,11 @@ class RuntimeSupervisor:
 
     def _start(self) -> None:
         self._log_since = runtime_process.log_size(self.log_path)
+        extra = list(self._extra)
+        if self.clock is not None:  # or a stepped system clock would part the next runtime's from the daemon's
+            extra += ["--clock-anchor", f"{self.clock.boot_epoch!r}:{self.clock.boot_monotonic!r}"]
         command = runtime_process.server_command(
-            self.settings, self.run_dir, self._values, self._port, self._extra
+            self.settings, self.run_dir, self._values, self._port, extra
         )
         try:
             self._process = self._launch(command, self.run_dir, self.log_path)

@@ -211,7 +211,24 @@ def test_approve_mode_waits_for_a_person(world):
 def test_observe_mode_never_posts_a_plan(world):
     one = world(mode="observe")
     one.run(100)
-    assert one.rows(Slice) == [] and [change.kind for change in one.rows(Change)] == ["start"]
+    assert one.rows(Slice) == [] and one.rows(Change) == []
+
+
+def test_observe_mode_records_what_serves_and_leaves_it_alone(world):
+    one = world()
+    one.run(5)
+    decided = one.runtime.runner.champion
+    one.crash()
+    one.settings = one.settings.model_copy(update={"mode": "observe"})
+    one.runtime.reconfigure({"max_num_seqs": 7})
+    version = one.runtime.runner.version
+    one.start()
+    assert one.daemon.promotion.champion().max_num_seqs == 7 != decided.max_num_seqs
+    one.runtime.reconfigure({"max_num_seqs": 9})
+    one.run(5)
+    assert one.daemon.promotion.champion().max_num_seqs == 9
+    assert one.runtime.runner.version == version + 1
+    assert [change.kind for change in one.rows(Change)] == ["start"]
 
 
 def test_pause_ends_the_experiment_and_survives_a_restart(world):

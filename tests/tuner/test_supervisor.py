@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from runtime.client import read_runtime_file
+from runtime.clock import Clock
 from runtime.errors import RuntimeUnreachable
 from runtime.knobs import EngineConfig
 from store.last_good import LastGood, write_last_good
@@ -215,6 +216,17 @@ def test_safe_mode_serves_on_default_knobs_and_ends_after_ten_quiet_minutes(tmp_
     paper.now_s += 601.0
     paper.supervisor.check()
     assert not paper.supervisor.is_safe_mode and paper.supervisor.trouble is None
+
+
+def test_runtime_that_starts_again_keeps_the_clock_of_the_first(tmp_path: Path) -> None:
+    paper = Paper(tmp_path)
+    paper.start().exit_code = -9
+    assert "--clock-anchor" not in paper.commands[0]
+    paper.supervisor.clock = Clock(1_700_000_000.25, 12.5)
+    while paper.supervisor.check() is not Phase.SERVING:
+        paper.now_s += 1.0
+    told = paper.commands[-1][paper.commands[-1].index("--clock-anchor") + 1]
+    assert Clock.of_text(told) == paper.supervisor.clock
 
 
 def test_runtime_that_gave_its_engine_up_is_started_again(tmp_path: Path) -> None:
