@@ -7,38 +7,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from store.interval import Rate
 from tuner.error_rate import Lord
 from tuner.judge import JudgeRules, Outcome, SliceScore, Verdict, judge, score_pair
 from tuner.latency_model import Floats, Slices, simulate_pairs
 
 MAX_PAIRS = 60
 GAIN = 0.10
-CONFIDENCE = 0.95
-
-
-class Rate(NamedTuple):
-    """`num` of `total`, with its Clopper-Pearson interval: exact, so it may be read as a claim."""
-
-    num: int
-    total: int
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, num: int, total: int) -> "Rate":
-        """Source: Clopper and Pearson 1934 (Biometrika 26)."""
-        from scipy.stats import binomtest
-
-        interval = binomtest(num, total).proportion_ci(CONFIDENCE, "exact")
-        return cls(num, total, float(interval.low), float(interval.high))
-
-    @property
-    def ratio(self) -> float:
-        return self.num / self.total
 
 
 @dataclass(frozen=True)

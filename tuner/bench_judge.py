@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tuner.bench_aa import LevelReport, Rate, lord_level, run_aa
+from store.interval import Rate
+from tuner.bench_aa import LevelReport, lord_level, run_aa
 from tuner.bench_harm import run_harm
 from tuner.bench_trace import run_trace
 

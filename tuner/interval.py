@@ -6,41 +6,19 @@ level. Differences are in log units, negative where the challenger is better.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist
 
-DEFAULT_G = 0.44  # makes the interval narrowest near 20 pairs
+from store.interval import DEFAULT_G, Interval, anytime_interval
+
+__all__ = [
+    "Interval", "anytime_interval", "effect_ratio", "gain_as_log", "log_harm_e_value", "log_normal_cdf",
+    "log_t_mixture", "min_detectable_gain", "pairs_constant", "pairs_needed",
+]  # fmt: skip
+
 PAIRS_CONSTANT = 11.0  # pairs = 11 (sd / effect)^2: 80 % power of the sign-flip test, 5 %, cap 60 (simulated)
 POWER = 0.8
 E_VALUE_PAIRS = 20  # the number of pairs for which the e-process is tuned
 E_VALUE_RHO = 8.78  # (-2 ln 0.05 + ln(-2 ln 0.05) + 1): the mixture that is best at that many pairs and 5 %
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An interval for the mean difference, log units."""
-
-    low: float
-    high: float
-
-
-def anytime_interval(differences: Sequence[float], alpha: float, g: float = DEFAULT_G) -> Interval | None:
-    """The anytime-valid t interval of level 1 - alpha; None while it is still unbounded (few pairs).
-
-    With nu = n - 1, a = 1 + n g and K = (a / alpha^2)^(1 / (nu + 1)), the half-width is
-    s / sqrt(n) * sqrt(nu a (K - 1) / (a - K)), finite once K < a.
-    Source: Lindon, Ham, Tingley and Bojinov (arXiv 2210.08589), the t mixture inverted in closed form.
-    """
-    n = len(differences)
-    if n < 2:
-        return None
-    nu, a = n - 1, 1.0 + n * g
-    k = (a / alpha**2) ** (1.0 / (nu + 1))
-    if k >= a:
-        return None
-    half_width = stdev(differences) / math.sqrt(n) * math.sqrt(nu * a * (k - 1.0) / (a - k))
-    mean = fmean(differences)
-    return Interval(mean - half_width, mean + half_width)
 
 
 def log_t_mixture(t_squared: float, num_pairs: int, g: float = DEFAULT_G) -> float:
