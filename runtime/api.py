@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,8 @@ from runtime.exchange import Exchange, Sampling, error_kind
 from runtime.exposition import MAX_LABELS, Scrape, render
 from runtime.front_end import FrontEnd
 from runtime.generation import Answer, Choice
-from runtime.model_folder import ModelFolder
 from runtime.key_guard import OPEN_TO_ALL, KeyGuard
+from runtime.model_folder import ModelFolder
 from runtime.prompts import Prompts
 from runtime.protocol import (
     DEFAULT_COMPLETION_TOKENS,
@@ -34,10 +35,10 @@ from runtime.protocol import (
 log = logging.getLogger(__name__)
 
 INTERNAL_ERROR = "The server failed on this request."
-
 NO_KEY = error_body(
     "This server asks for a key: send `Authorization: Bearer KEY`.", "authentication_error", None, "invalid_api_key"
 )
+
 AnyRequest = CompletionRequest | ChatRequest
 
 
@@ -56,6 +57,15 @@ class Service:
     def max_model_len(self) -> int:
         told = self.front.engine.identity.get("model", {}).get("max_model_len")
         return min(cap for cap in (self.folder.context_tokens, self.context_cap, told) if cap is not None)
+
+    async def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain texts, as a completion's prompt would have them. Raises InvalidRequest."""
+        prompts, context = await asyncio.shield(self.prompts), self.max_model_len
+
+        def encode_all() -> list[list[int]]:
+            return [prompts.encode(text, context) for text in texts]
+
+        return await asyncio.get_running_loop().run_in_executor(self.tokenising, encode_all)
 
 
 def create_api(service: Service, api_key: str | None = None) -> ASGIApp:

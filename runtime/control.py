@@ -64,9 +64,10 @@ class Boot:
 
 def create_control(
     front: FrontEnd, engine: EngineProcess, boot: Boot, identity: Callable[[], dict[str, Any]],
-    shutdown: Callable[[float], None], key: str,
+    shutdown: Callable[[float], None], key: str, encode: Encode,
 ) -> ASGIApp:  # fmt: skip
-    """`identity` tells of the model and hardware; `shutdown` begins draining for so many seconds and returns."""
+    """`identity` tells of the model and hardware; `shutdown` begins draining for so many seconds and returns;
+    `encode` makes tokens of texts."""
     app = FastAPI(title="Tuner control", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/control/identity")
@@ -135,6 +136,7 @@ def create_control(
         asyncio.get_running_loop().call_soon(shutdown, drain_s)
         return JSONResponse({"draining": True, "drain_s": drain_s}, 202)
 
+    add_score_routes(app, engine.call, encode)
     _handle_errors(app)
     refusal = _error("unauthorized", "Every control call needs `Authorization: Bearer KEY`.")
     return Envelope(KeyGuard(app, key, refusal), _error("internal_error", "The runtime failed on this call."))
