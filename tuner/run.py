@@ -28,9 +28,10 @@ from tuner.api import DaemonServer, write_private
 from tuner.arrivals import at_rate
 from tuner.collect import Collector
 from tuner.daemon import Daemon, Wish
-from tuner.dashboard_process import start_or_adopt
-from tuner.errors import PortInUse, Unavailable
+from tuner.dashboard_keeper import DashboardKeeper
+from tuner.errors import Unavailable
 from tuner.hardware import HostProbe, NvmlProbe, Probe, ProcessProbe
+from tuner.rows import tell
 from tuner.settings import Settings, TrafficSettings
 from tuner.snapshot import end_run, initial_config, record_run, record_snapshot
 from tuner.supervisor import RuntimeSupervisor
@@ -114,14 +115,23 @@ def serve(
     )
     stack.callback(api.close)
     api.start()
-    if settings.dashboard.enabled:
-        stack.enter_context(dashboard(settings, daemon))
+    keeper = DashboardKeeper(settings.data_dir, settings.dashboard.port) if settings.dashboard.enabled else None
+    if keeper is not None:
+        keeper.start()
+        stack.callback(keeper.stop)
     if settings.traffic is not None:
         stack.enter_context(traffic(settings, settings.traffic, supervisor, initial))
 
     def supervise() -> None:
         supervisor.check((daemon.state or {}).get("engine"))
+        told = [] if supervisor.trouble == daemon.trouble else [supervisor.trouble or "The runtime serves again."]
         daemon.trouble = supervisor.trouble
+        if keeper is not None:
+            told += [said] if (said := keeper.check()) is not None else []
+            daemon.dashboard_url = keeper.url
+        for text in told:
+            with store.journal() as session:
+                tell(session, clock.now(), "supervise", text)
 
     def tick_on() -> None:
         try:
@@ -182,26 +192,6 @@ def wisher(daemon: Daemon) -> Callable[..., Any]:
         return asked.answer
 
     return wish
-
-
-@contextlib.contextmanager
-def dashboard(settings: Settings, daemon: Daemon) -> Iterator[None]:
-    """The dashboard beside the daemon. Whatever keeps it from starting is logged and keeps nothing else."""
-    started = None
-    try:
-        started = start_or_adopt(settings.data_dir, settings.dashboard.port)
-    except PortInUse:
-        started = start_or_adopt(settings.data_dir, 0)
-    except (Unavailable, OSError) as error:
-        logger.warning("No dashboard: %s", error)
-    if started is not None:
-        daemon.dashboard_url = started.url
-        logger.info("Dashboard at %s (process %d)", started.url, started.pid)
-    try:
-        yield
-    finally:
-        if started is not None:
-            started.stop(settings.data_dir)
 
 
 # --- traffic --------------------------------------------------------------------------------------

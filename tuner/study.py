@@ -168,6 +168,8 @@ class StudyStage:
             asked = self._ask.poll(now)
         except ProposalFailed as error:
             logger.warning("Ask failed: %s", error)
+            with self._store.journal() as session:
+                tell(session, now, "propose", f"The search is asked again: {error}")
             self._ask, self._num_repeats = None, self._num_repeats + 1
             return Wanted("wait")
         if asked is None:
