@@ -14,6 +14,9 @@ from sqlalchemy.orm import Session
 
 from store.latency import RequestSummary, summarise
 from store.metrics import METRICS
+from store.series import Bin as Bin
+from store.series import Series as Series
+from store.series import series as series
 from store.tables import (
     Anomaly,
     Champion,
@@ -248,16 +251,6 @@ class Point(NamedTuple):
     config_id: str | None
 
 
-class Bin(NamedTuple):
-    """The samples of one interval, which starts at `at`."""
-
-    at: float
-    mean: float
-    low: float
-    high: float
-    num: int
-
-
 def samples(metrics: Session, metric: str, label: str, t0: float, t1: float) -> list[Point]:
     """Oldest first."""
     found = select(Sample.at, Sample.value, Sample.config_id).where(*_series(metric, label, t0, t1))
@@ -308,11 +301,19 @@ def _series(metric: str, label: str, t0: float, t1: float) -> tuple[Any, ...]:
 
 # Source: sqlite.org/optoverview.html: DISTINCT reads every row; one seek a label is what is wanted.
 _LABELS = """
-WITH RECURSIVE found(label) AS (
+WITH RECURSIVE
+found(label) AS (
     SELECT min(label) FROM sample WHERE metric = :metric
     UNION ALL
     SELECT (SELECT min(label) FROM sample WHERE metric = :metric AND label > found.label)
     FROM found WHERE found.label IS NOT NULL
+),
+rolled(label) AS (
+    SELECT min(label) FROM sample_rollup WHERE metric = :metric
+    UNION ALL
+    SELECT (SELECT min(label) FROM sample_rollup WHERE metric = :metric AND label > rolled.label)
+    FROM rolled WHERE rolled.label IS NOT NULL
 )
-SELECT label FROM found WHERE label IS NOT NULL
+SELECT label FROM found WHERE label IS NOT NULL UNION SELECT label FROM rolled WHERE label IS NOT NULL
+ORDER BY label
 """

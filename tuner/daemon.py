@@ -19,7 +19,6 @@ from runtime.errors import RuntimeFault
 from runtime.knobs import EngineConfig
 from store import decisions
 from store.database import Store
-from store.samples import let_age
 from store.tables import Experiment, Study
 from tuner.collect import Collector
 from tuner.error_rate import Lord
@@ -27,6 +26,7 @@ from tuner.experiment import Decided, ExperimentStage
 from tuner.guardrail import Watchman
 from tuner.harm import HarmRule
 from tuner.judge import Outcome
+from tuner.keep import KeepStage
 from tuner.objective import Metric
 from tuner.pairs import ExperimentRules, scored_pairs
 from tuner.probation import Probation
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAIR_SD = 0.2  # log units, until probes of this champion have shown the real one
 MAX_BACK_OFF_S = 60.0
-AGE_EVERY_S = 3600.0
 
 
 @dataclass
@@ -97,7 +96,7 @@ class Daemon:
         self._back_off: dict[str, BackOff] = {}
         self._champion = EngineConfig()  # known from `start` on
         self._stretch_since = self.started_at  # since when the champion has served alone
-        self._aged_at = self.started_at
+        self.keeping = KeepStage(store, settings.keep)
         self._cause = "start"
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -169,7 +168,7 @@ class Daemon:
             self.doing = (
                 "Paused by a person." if self.desk.is_paused else "Observing: no experiments in this mode."
             )
-        self._stage("age", now, self._let_age)
+        self._stage("age", now, self.keeping.step)
 
     def _rest(self, now: float) -> None:
         """What was under way when the runtime came into trouble is over; a short absence of the engine is not that."""
@@ -210,13 +209,6 @@ class Daemon:
     def _collect(self, now: float) -> None:
         # The collector reads the state before it drains: what the state calls ended stands in the store.
         self.state = self.collector.collect(now).state
-
-    def _let_age(self, now: float) -> None:
-        """Once an hour: old metrics become coarser or go. The journal keeps everything."""
-        if now - self._aged_at >= AGE_EVERY_S:
-            with self.store.metrics() as session:
-                let_age(session, now)
-            self._aged_at = now
 
     # -- experiments ---------------------------------------------------------------------------------------
 

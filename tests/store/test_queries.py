@@ -6,7 +6,7 @@ from store.metrics import CPU_UTIL_RATIO, LOAD_1M, TTFT_S
 from store.queries import Point
 from store.samples import save_forecasts, save_samples
 from store.tables import Forecast, Note, RequestTiming, RuntimeEvent, Sample, Step
-from tests.store.story import HOLDBACK, NEW, OLD, PROBE, SNAPSHOT, T0, TEST, write_story
+from tests.store.story import AA, HOLDBACK, NEW, OLD, PROBE, SNAPSHOT, T0, TEST, write_story
 
 
 def test_an_empty_store_answers_every_read(store: Store) -> None:
@@ -57,13 +57,14 @@ def test_the_history_is_told_newest_first(told: Store) -> None:
         assert [row.kind for row in queries.changes(journal)] == ["promote", "start"]
         assert [row.kind for row in queries.changes(journal, SNAPSHOT, limit=1)] == ["promote"]
         assert list(queries.changes(journal, "another")) == []
-        assert [row.experiment_id for row in queries.experiments(journal)] == [HOLDBACK, TEST, PROBE]
+        assert [row.experiment_id for row in queries.experiments(journal)] == [AA, HOLDBACK, TEST, PROBE]
         assert [row.experiment_id for row in queries.experiments_of_study(journal, 1)] == [PROBE, TEST]
         assert [row.outcome for row in queries.verdicts(journal)] == ["PROMOTE"]
         assert [row.origin for row in queries.proposals_of_study(journal, 1)] == ["search"]
         assert [row.value for row in decisions.study_trials(journal, 1)] == [-0.25]
         assert [row.test_index for row in decisions.spends_of(journal, SNAPSHOT, "any")] == [1]
-        assert [row.rule for row in queries.anomalies(journal, only_open=True)] == ["slo_burn"]
+        assert [row.rule for row in queries.anomalies(journal)] == ["forecast", "slo_burn"]
+        assert [row.rule for row in queries.anomalies(journal, only_open=True)] == ["forecast"]
 
 
 def test_the_twin_of_another_configuration_is_not_taken(told: Store) -> None:
