@@ -253,30 +253,30 @@ _FORGET_EVENTS = text(
 )
 _FORGET_FORECASTS = text("DELETE FROM forecast WHERE at < :until")
 
-# Source: sqlite.org/optoverview.html: DISTINCT reads every row; here each step seeks the next key.
-_ALL_SERIES = text(
-    """
-    WITH RECURSIVE
-    found(metric, label) AS (
-        SELECT * FROM (SELECT metric, label FROM sample ORDER BY metric, label LIMIT 1)
+# Source: sqlite.org/optoverview.html: DISTINCT reads every row, and a comparison of (metric, label) seeks by the
+# metric alone. Here each step is one seek: to the next label, or where there is none, to the next metric.
+_HOPS = """
+    {name}(metric, label) AS (
+        SELECT min(metric), NULL FROM {table}
         UNION ALL
-        SELECT (SELECT metric FROM sample WHERE (metric, label) > (found.metric, found.label)
-                ORDER BY metric, label LIMIT 1),
-               (SELECT label FROM sample WHERE (metric, label) > (found.metric, found.label)
-                ORDER BY metric, label LIMIT 1)
-        FROM found WHERE found.metric IS NOT NULL
-    ),
-    rolled(metric, label) AS (
-        SELECT * FROM (SELECT metric, label FROM sample_rollup ORDER BY metric, label LIMIT 1)
-        UNION ALL
-        SELECT (SELECT metric FROM sample_rollup WHERE (metric, label) > (rolled.metric, rolled.label)
-                ORDER BY metric, label LIMIT 1),
-               (SELECT label FROM sample_rollup WHERE (metric, label) > (rolled.metric, rolled.label)
-                ORDER BY metric, label LIMIT 1)
-        FROM rolled WHERE rolled.metric IS NOT NULL
+        SELECT CASE WHEN {next} IS NULL THEN (SELECT min(metric) FROM {table} WHERE metric > {name}.metric)
+                    ELSE metric END, {next}
+        FROM {name} WHERE metric IS NOT NULL
     )
-    SELECT metric, label FROM found WHERE metric IS NOT NULL
-    UNION SELECT metric, label FROM rolled WHERE metric IS NOT NULL
+"""
+_NEXT = """CASE WHEN {name}.label IS NULL THEN (SELECT min(label) FROM {table} WHERE metric = {name}.metric)
+    ELSE (SELECT min(label) FROM {table} WHERE metric = {name}.metric AND label > {name}.label) END"""
+
+
+def _hops(name: str, table: str) -> str:
+    return _HOPS.format(name=name, table=table, next=_NEXT.format(name=name, table=table))
+
+
+_ALL_SERIES = text(
+    f"""
+    WITH RECURSIVE {_hops("found", "sample")}, {_hops("rolled", "sample_rollup")}
+    SELECT metric, label FROM found WHERE label IS NOT NULL
+    UNION SELECT metric, label FROM rolled WHERE label IS NOT NULL
     ORDER BY metric, label
     """
 )
