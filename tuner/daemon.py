@@ -31,6 +31,7 @@ from tuner.objective import Metric
 from tuner.pairs import ExperimentRules, scored_pairs
 from tuner.probation import Probation
 from tuner.promote import PromoteStage, describe
+from tuner.quality_stage import Failed, NotYet, QualityStage
 from tuner.rows import tell
 from tuner.settings import Settings
 from tuner.study import StudyStage
@@ -84,6 +85,7 @@ class Daemon:
         self.studies = StudyStage(store, settings, snapshot_id, identity)
         self.twins = TwinStage(store, snapshot_id, identity)
         self.probation = Probation(store, settings, snapshot_id)
+        self.quality = QualityStage(store, control, settings.quality, snapshot_id)
         self.desk = WishDesk(store, self.promotion, self._end_experiment)
         self.wishes: queue.SimpleQueue[Wish] = queue.SimpleQueue()
         self.stop_event = threading.Event()
@@ -95,6 +97,7 @@ class Daemon:
         self.num_failures: dict[str, int] = {}
         self._back_off: dict[str, BackOff] = {}
         self._champion = EngineConfig()  # known from `start` on
+        self._withheld: set[str] = set()  # winners that were not applied for their quality, as told
         self._stretch_since = self.started_at  # since when the champion has served alone
         self.keeping = KeepStage(store, settings.keep)
         self._cause = "start"
@@ -161,6 +164,7 @@ class Daemon:
             return
         self._stage("experiment", now, lambda now: self._experiment(now, state))
         self._stage("heed", now, self._heed)
+        self._stage("quality", now, self._watch_quality)
         if self.settings.mode != "observe" and self.settings.search.enabled and not self.desk.is_paused:
             self._stage("search", now, lambda now: self._search(now, state))
             self._stage("probation", now, self._probation)
@@ -274,11 +278,32 @@ class Daemon:
         if verdict is None or values is None:
             return
         target = EngineConfig.of(values)
+        if not self._says_the_same(target, now):
+            return
         if self.settings.mode == "approve":
             self.promotion.recommend(verdict, target.config_id, now)
         elif self.settings.mode == "auto":
             self.promotion.apply("promote", target, verdict.reason, now, verdict.verdict_id)
             self._follow_champion(now, "promotion")
+
+    def _says_the_same(self, target: EngineConfig, now: float) -> bool:
+        """The last gate before a promotion: without proof of quality, a winner that may answer worse is not applied."""
+        verdict = self.quality.verdict_for(target, self._champion, now)
+        if isinstance(verdict, Failed) and target.config_id not in self._withheld:
+            self._withheld.add(target.config_id)
+            with self.store.journal() as session:
+                tell(session, now, "quality", f"{target.config_id} won and is not applied. {verdict.reason}")
+        return not isinstance(verdict, Failed | NotYet)
+
+    def _watch_quality(self, now: float) -> None:
+        """A check of the champion that fails after a promotion takes the promotion back."""
+        reason = self.quality.step(now, self._champion)
+        if reason is None or self.settings.mode == "observe" or self.desk.is_paused:
+            return
+        if self.promotion.can_roll_back("previous"):
+            self._end_experiment("interrupted: the champion's answers got worse", now)
+            logger.warning(self.promotion.rollback("previous", reason, now))
+            self._follow_champion(now, "rollback")
 
     def _follow_champion(self, now: float, cause: str) -> None:
         """After anything that may have moved the champion: learn the new one from the beginning."""
@@ -333,7 +358,7 @@ class Daemon:
             self.doing = f"Nothing better was found last time; the next search starts in {rest_left_s:.0f} s."
             return None
         cause, self._cause = self._cause, "schedule"
-        return self.studies.start(self._champion, state, cause, now)
+        return self.studies.start(self._champion, state, cause, now, self.quality.why_unavailable)
 
     def _advance_study(self, study: Study, now: float) -> None:
         wanted = self.studies.next(study, self._champion, self.twins.raw_pair_sd, now)
@@ -343,6 +368,13 @@ class Daemon:
             self.studies.finish(study, "DONE", "Every candidate was probed; none is left to test.", now)
             self.twins.forget()  # the next study starts from fresh windows of the champion
         elif wanted.config is not None:
+            verdict = self.quality.verdict_for(wanted.config, self._champion, now)
+            if isinstance(verdict, NotYet):
+                self.doing = verdict.reason
+                return
+            if isinstance(verdict, Failed) and wanted.trial is not None:
+                self.studies.refuse(wanted.trial, {"quality": verdict.slack}, verdict.reason, now)
+                return
             predicted = self.twins.predicted_log_ratio(self._metric, wanted.config)
             experiment = self._open(wanted.kind, wanted.config, study.study_id, now)
             if wanted.kind == "probe" and wanted.trial is not None:

@@ -14,14 +14,15 @@ from runtime import knobs as runtime_knobs
 from runtime.plan import MAX_LEASE_S
 from tuner.settings_knobs import KnobSettings
 from tuner.settings_layers import Layered, environment_layers, file_layer, flag_layer, layered
+from tuner.settings_quality import QualitySettings
 from tuner.settings_section import Section
 from tuner.settings_traffic import BurstSettings, OutputTokens, PromptShare, TrafficSettings
 
 __all__ = [
-    "ApiSettings", "BurstSettings", "CollectSettings", "ExperimentSettings", "GuardrailSettings", "HoldbackSettings",
-    "KnobSettings", "LearnSettings", "ModelSettings", "ObjectiveSettings", "OutputTokens", "PromptShare",
-    "SLOSettings", "SearchSettings", "ServerSettings", "Settings", "TrafficSettings", "load_settings",
-    "load_settings_with_origins",
+    "AASettings", "ApiSettings", "BurstSettings", "CollectSettings", "ExperimentSettings", "GuardrailSettings",
+    "HoldbackSettings", "KeepSettings", "KnobSettings", "LearnSettings", "ModelSettings", "ObjectiveSettings",
+    "OutputTokens", "PromptShare", "QualitySettings", "SLOSettings", "SearchSettings", "ServerSettings", "Settings",
+    "TrafficSettings", "load_settings", "load_settings_with_origins",
 ]  # fmt: skip
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -147,7 +148,11 @@ class ExperimentSettings(Section):
     settle_s: float = Field(default=4.0, ge=0, le=600)
     """Seconds after a pair in which its last requests may finish before it is scored."""
     min_requests: int = Field(default=5, ge=1)
-    """Judged requests that a slice needs to count."""
+    """Judged requests that a slice needs to count; where traffic is thin, slices are lengthened for it."""
+    max_wall_s: float = Field(default=14400.0, gt=0)
+    """Seconds after which an experiment ends without a winner; one that could not end by then is not opened."""
+    harm_budget: float = Field(default=0.02, gt=0, le=1)
+    """Latency that challengers may add in a day, as a share of all requests' latency; then they wait."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -168,9 +173,20 @@ class HoldbackSettings(Section):
     """The former champion's share of the traffic after a promotion: does the gain stay?"""
 
     share: float = Field(default=0.05, ge=0, le=0.1)
-    """Share of the time served by the former champion; 0 is off."""
+    """Slowdown that probation may cost on average; it and the gain give the former champion's share. 0 is off."""
     duration_s: float = Field(default=1800.0, gt=0)
     """Seconds of probation after a promotion; it lasts longer where ten holdback pairs need longer."""
+
+
+class AASettings(Section):
+    """Experiments of the champion against itself, at all hours: how often would a change without effect win?"""
+
+    share: float = Field(default=0.02, ge=0, le=0.5)
+    """Share of the time that they take, when nothing else is tried; 0 is off."""
+    level: float = Field(default=0.05, gt=0, lt=1)
+    """Share of them that may be promoted by chance."""
+    max_pairs: int = Field(default=10, ge=5, le=1000)
+    """Pairs of slices of one of them."""
 
 
 class GuardrailSettings(Section):
@@ -187,6 +203,29 @@ class CollectSettings(Section):
 
     interval_s: float = Field(default=1.0, ge=0.1, le=60)
     """Seconds between two samples."""
+
+
+class KeepSettings(Section):
+    """How long what was measured is kept, and how much room it may take. Decisions are kept for ever."""
+
+    raw_s: float = Field(default=86400.0, ge=3600)
+    """Seconds that samples are kept as they were taken."""
+    minutes_s: float = Field(default=14 * 86400.0, ge=86400)
+    """Seconds that means, lows and highs of a minute are kept."""
+    hours_s: float = Field(default=400 * 86400.0, ge=86400)
+    """Seconds that means, lows and highs of an hour are kept."""
+    steps_s: float = Field(default=86400.0, ge=3600)
+    """Seconds that the engine's steps are kept."""
+    timings_s: float = Field(default=7 * 86400.0, ge=3600)
+    """Seconds that the timings of single requests are kept."""
+    max_bytes: int = Field(default=2_000_000_000, ge=50_000_000)
+    """Size of the store beyond which the oldest of these go before their time."""
+    min_free_bytes: int = Field(default=256_000_000, ge=1_000_000)
+    """Room on the disk below which no metrics are written and no experiment starts."""
+    backup_every_s: float = Field(default=86400.0, ge=3600)
+    """Seconds between two backups of the decisions, in the folder `backups` of the data folder."""
+    num_backups: int = Field(default=7, ge=1, le=1000)
+    """Backups that are kept."""
 
 
 class ApiSettings(Section):
@@ -224,10 +263,13 @@ class Settings(Section):
     search: SearchSettings = SearchSettings()
     experiment: ExperimentSettings = ExperimentSettings()
     holdback: HoldbackSettings = HoldbackSettings()
+    aa: AASettings = AASettings()
     guardrail: GuardrailSettings = GuardrailSettings()
     traffic: TrafficSettings | None = None
     """Requests that the tuner makes itself; none if not given."""
     collect: CollectSettings = CollectSettings()
+    keep: KeepSettings = KeepSettings()
+    quality: QualitySettings = QualitySettings()
     api: ApiSettings = ApiSettings()
     dashboard: DashboardSettings = DashboardSettings()
     evidence: dict[str, Any] | None = None

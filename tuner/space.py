@@ -56,16 +56,19 @@ def search_space(
     allow: Sequence[str] | None,
     deny: Sequence[str],
     bounds: Mapping[str, Sequence[Any]],
+    has_quality: bool = False,
 ) -> SearchSpace:
     """The knobs that the engine reports as searchable, inside the settings' bounds.
 
-    `allow` names the only knobs that may move (and admits those that are not searched by default).
+    `allow` names the only knobs that may move (and admits those that are not searched by default). Knobs that
+    change the model's outputs are among them only where every challenger's quality is checked (`has_quality`).
     """
     dimensions = []
     for report in reports:
         name = report["name"]
         wanted = name in allow if allow is not None else report["searched"]
-        if not wanted or name in deny or report["apply"] == "cold" or report["changes_outputs"]:
+        is_unwatched = report["changes_outputs"] and not has_quality
+        if not wanted or name in deny or report["apply"] == "cold" or is_unwatched:
             continue
         dimension = Dimension(
             name,

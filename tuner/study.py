@@ -70,10 +70,16 @@ class StudyStage:
         state: Mapping[str, Any],
         cause: str,
         now: float,
+        no_quality: str | None = None,
     ) -> Study:
-        """Opens a study and enqueues champion, default and presets, which the trust region does not bind."""
+        """Opens a study and enqueues champion, default and presets, which the trust region does not bind.
+
+        `no_quality`: why the quality of a challenger cannot be checked; then no knob that changes outputs may move.
+        """
         knobs = self._settings.knobs
-        space = search_space(state["knobs"], knobs.allow, knobs.deny, knobs.bounds)
+        space = search_space(state["knobs"], knobs.allow, knobs.deny, knobs.bounds, no_quality is None)
+        movable = search_space(state["knobs"], knobs.allow, knobs.deny, knobs.bounds, True).names
+        held = [name for name in movable if name not in space.names]
         with self._store.journal() as session:
             last = decisions.last_study(session, self._snapshot_id)
             outcomes = decisions.outcomes_of_study(session, last.study_id) if last is not None else []
@@ -107,6 +113,8 @@ class StudyStage:
                 f"Study {study.study_id} starts ({cause}): {len(space.dimensions)} knobs may move, "
                 f"{len(seen) - 1} known points are probed first.",
             )
+            if held:
+                tell(session, now, "quality", f"{', '.join(held)} may not move: {no_quality}.")
         self._num_repeats = 0
         return study
 
@@ -232,6 +240,19 @@ class StudyStage:
             tell(
                 session, now, "trial", f"Probe of {change}: {result}{foretold}", {"trial_id": trial.trial_id}
             )
+
+    def refuse(self, trial: Trial, constraints: Mapping[str, float], reason: str, now: float) -> None:
+        """A candidate that may not serve: complete and infeasible, since the samplers never read failed trials.
+
+        Without a slice its latency is unknown, which the champion's own stands in for.
+        """
+        with self._store.journal() as session:
+            stored = session.get(Trial, trial.trial_id)
+            assert stored is not None, "a trial is recorded before it is wanted"
+            stored.state, stored.ended_at, stored.reason = "COMPLETE", now, reason
+            stored.value = 0.0 if stored.value is None else stored.value
+            stored.constraints = {**stored.constraints, **constraints}
+            tell(session, now, "trial", f"Refused: {reason}", {"trial_id": trial.trial_id})
 
     def forget_interrupted(self, now: float) -> None:
         """A trial whose probe died with the daemon waits again."""
