@@ -214,6 +214,7 @@ def unheeded_promotion(session: Session, snapshot_id: str, champion_config_id: s
         .join(Experiment, Experiment.experiment_id == Verdict.experiment_id)
         .where(
             Verdict.outcome == "PROMOTE",
+            Experiment.kind == "test",  # the champion against itself is never promoted
             Experiment.snapshot_id == snapshot_id,
             Experiment.champion_config_id == champion_config_id,
         )

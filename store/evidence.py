@@ -1,19 +1,20 @@
 """What the experiments taught about the tuner itself: gains that stayed, false alarms, harm done.
 
 Named reads of the journal. Everything is counted from rows that stand there for other reasons too, so each
-figure can be counted again.
+figure can be counted again. The last two read the metrics.
 """
 
 import math
+from collections.abc import Collection
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from store.interval import Rate, anytime_interval
-from store.tables import Change, Experiment, Slice, Verdict
+from store.tables import Change, Experiment, RequestTiming, Slice, Verdict
 
 INTERVAL_ALPHA = 0.05
 
@@ -123,3 +124,24 @@ def last_experiment_at(journal: Session, kind: str, snapshot_id: str) -> float |
         .order_by(Experiment.created_at.desc())
         .limit(1)
     ).first()
+
+
+class RequestSeconds(NamedTuple):
+    """Finished requests and the time they spent in the system, together."""
+
+    num: int
+    total_s: float
+
+
+_SPENT = select(func.count(), func.coalesce(func.sum(RequestTiming.finished_at - RequestTiming.arrived_at), 0.0))
+
+
+def request_seconds_of(metrics: Session, slice_ids: Collection[str]) -> RequestSeconds:
+    """Of the requests that arrived in these slices, burn-in included."""
+    return RequestSeconds(*metrics.execute(_SPENT.where(RequestTiming.arrival_slice.in_(slice_ids))).one())
+
+
+def request_seconds_between(metrics: Session, t0: float, t1: float) -> RequestSeconds:
+    """Of the requests that arrived in the interval."""
+    spans = RequestTiming.arrived_at >= t0, RequestTiming.arrived_at < t1
+    return RequestSeconds(*metrics.execute(_SPENT.where(*spans)).one())

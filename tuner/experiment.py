@@ -8,13 +8,15 @@ posts slice plans. A pair's coin is committed before the engine hears of the pai
                               └──interrupted─▶ STOPPED (verdict INCONCLUSIVE)
 
 kinds: `probe` is one pair whose log ratio becomes a trial's value; `test` decides a promotion and pays
-for its level; `holdback` keeps asking, after a promotion, whether the old champion was better.
+for its level; `holdback` keeps asking, after a promotion, whether the old champion was better; `aa` is the
+champion against itself, judged like a test: it promotes nothing and shows how often a test is wrong.
 """
 
 import logging
+import math
 import secrets
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,13 +24,14 @@ from runtime.client import Control
 from runtime.errors import InvalidPlan, RuntimeFault, StaleVersion
 from runtime.knobs import EngineConfig
 from runtime.plan import PlannedSlice, SlicePlan
-from store import decisions, queries
+from store import decisions, evidence, queries
 from store.database import Store
 from store.tables import AlphaSpend, Experiment, Slice, Verdict
 from tuner.coin import draw_coin
 from tuner.error_rate import Lord
 from tuner.guardrail import Limits, Stop, Watch, Watchman
 from tuner.harm import HarmReference, harm_reference
+from tuner.harm_budget import harm_done
 from tuner.judge import Outcome, PairScore, judge
 from tuner.judge import Verdict as Judgement
 from tuner.objective import SliceMeasure, measure_slice
@@ -44,10 +47,12 @@ from tuner.pairs import (
     timing_of,
     verdict_row,
 )
+from tuner.planning import told_duration
 
 logger = logging.getLogger(__name__)
 
 HARM_PREFIX = "harm: "
+JUDGED = ("test", "aa")  # kinds that end with a verdict
 MAX_STRAY_RATIO = 0.05  # requests of a slice that the engine did not count to it
 PLAN_LEAD_S = 0.5  # between posting a plan and its first slice: a journal write, a loopback call
 
@@ -98,8 +103,12 @@ class ExperimentStage:
         study_id: int | None = None,
         twin_fit_id: int | None = None,
         lord: Lord | None = None,
+        planning: Mapping[str, Any] | None = None,
     ) -> Experiment:
-        """Records an experiment. With `lord` it is a test and takes the next level of its stream, in one commit."""
+        """Records an experiment. With `lord` it is a test and takes the next level of its stream, in one commit.
+
+        `planning`: what it can find and how long that takes, as known now.
+        """
         experiment = Experiment(
             experiment_id=f"{kind[0]}{int(now):x}-{uuid.uuid4().hex[:8]}",
             kind=kind,
@@ -112,18 +121,22 @@ class ExperimentStage:
             rules=asdict(rules),
             seed=secrets.randbits(31),
             twin_fit_id=twin_fit_id,
+            planning=dict(planning or {}),
         )
         with self._store.journal() as session:
             if lord is not None:
-                history = decisions.spends_of(session, snapshot_id, rules.metric)
-                index = len(history) + 1
-                level = lord.level(index, [spend.test_index for spend in history if spend.is_rejection])
+                index, level = next_level(session, snapshot_id, rules.metric, lord)
                 experiment.rules = {**experiment.rules, "level": level}
                 spend = AlphaSpend(snapshot_id, rules.metric, experiment.experiment_id, index, level, now)
                 session.add_all([experiment, spend])
             else:
                 session.add(experiment)
         return experiment
+
+    def next_level(self, snapshot_id: str, metric: str, lord: Lord) -> float:
+        """What the next test of the stream will be paid, if it is opened."""
+        with self._store.journal() as session:
+            return next_level(session, snapshot_id, metric, lord)[1]
 
     def interrupt(self, now: float, reason: str) -> list[Decided]:
         """Closes whatever a former life of the daemon left running. The engine went back by itself."""
@@ -181,6 +194,8 @@ class ExperimentStage:
             return self._close(
                 experiment, "STOPPED", f"{num_void} pairs were void; the evidence would be too thin.", now
             )
+        if now + 2 * rules.slice_s > experiment.created_at + rules.max_wall_s:
+            return self._close(experiment, "STOPPED", out_of_time(rules, pairs), now)
         if experiment.kind != "holdback" or not num_planned:
             self._start_pair(experiment, rules, slices, now, state)
         return None
@@ -419,7 +434,7 @@ class ExperimentStage:
                     row.state, row.void_reason = "VOID", reason
                     session.merge(row)
             verdict = None
-            if experiment.kind == "test":
+            if experiment.kind in JUDGED:
                 if judgement is None:  # stopped or interrupted: the numbers so far stand beside the reason
                     judgement = judge(pairs, rules.judge_rules())
                 else:
@@ -433,5 +448,29 @@ class ExperimentStage:
             stored = session.get(Experiment, experiment.experiment_id)
             assert stored is not None, "the experiment was recorded when it was opened"
             stored.state, stored.ended_at, stored.reason = state, now, reason
+            if experiment.kind != "aa":  # the champion does itself no harm
+                stored.planning = {**stored.planning, "harm": self._harm(slices, rules)}
         experiment.state, experiment.ended_at, experiment.reason = state, now, reason
         return Decided(experiment, verdict, pairs)
+
+    def _harm(self, slices: list[Slice], rules: ExperimentRules) -> dict[str, Any]:
+        """What the challenger's slices have cost; burn-in and void slices count."""
+        ids = {arm: [row.slice_id for row in slices if row.arm == arm] for arm in ("champion", "challenger")}
+        with self._store.metrics() as session:
+            champion, challenger = (evidence.request_seconds_of(session, ids[arm]) for arm in ids)
+        past_mean_s = math.exp(rules.champion_means[-1]) if rules.champion_means else None
+        return asdict(harm_done(champion, challenger, past_mean_s))
+
+
+def next_level(session: Any, snapshot_id: str, metric: str, lord: Lord) -> tuple[int, float]:
+    """Index and level of the next test of a stream."""
+    history = decisions.spends_of(session, snapshot_id, metric)
+    index = len(history) + 1
+    return index, lord.level(index, [spend.test_index for spend in history if spend.is_rejection])
+
+
+def out_of_time(rules: ExperimentRules, pairs: Sequence[PairScore]) -> str:
+    return (
+        f"Out of time: {len(pairs)} of at most {rules.max_pairs} pairs were scored within "
+        f"{told_duration(rules.max_wall_s)} (`experiment.max_wall_s`), and nothing is proven. The champion stays."
+    )

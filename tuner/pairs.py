@@ -36,6 +36,8 @@ class ExperimentRules:
     ] = ()  # mean ln(e2e) of the champion's neighbouring windows before the experiment
     champion_slowest_s: float = 0.0
     is_holdback: bool = False  # the challenger is the former champion, known to be slower: no harm rule
+    max_wall_s: float = 14400.0  # from its opening; then it ends without a winner
+    adjustment: str = "none"  # what is subtracted from a slice: "twin", "covariates" or "none"
 
     def slo_limits(self) -> list[SLOLimit]:
         return [SLOLimit(**slo) for slo in self.slos]
