@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sqlalchemy import Engine, text
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session as Session  # readers outside of the store annotate with it
 
 from store import migrations
 from store.connection import (

@@ -36,9 +36,15 @@ def command(port: int) -> list[str]:
 
 
 def environment(data_dir: Path, as_viewer: bool = False) -> dict[str, str]:
-    """What the script is told: the folder to read, and whether it may use the operator's key."""
-    told = {FOLDER_VARIABLE: str(data_dir.resolve()), ROLE_VARIABLE: "viewer" if as_viewer else "operator"}
-    return {**os.environ, **told, "PYTHONSAFEPATH": "1"}
+    """What the script is told: the folder to read, whose key it may use, and where our packages lie."""
+    found_in = (str(app_path().parents[1]), os.environ.get("PYTHONPATH", ""))
+    told = {
+        FOLDER_VARIABLE: str(data_dir.resolve()),
+        ROLE_VARIABLE: "viewer" if as_viewer else "operator",
+        "PYTHONPATH": os.pathsep.join(part for part in found_in if part),
+        "PYTHONSAFEPATH": "1",  # a file in the working directory must not stand in for a module
+    }
+    return {**os.environ, **told}
 
 
 @dataclass

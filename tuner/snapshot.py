@@ -5,10 +5,11 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from runtime.clock import Clock
-from runtime.knobs import KNOB_SCHEMA_VERSION, EngineConfig, default_config
+from runtime.knobs import KNOB_SCHEMA_VERSION, KNOBS, EngineConfig, default_config
 from store.database import Store
 from store.tables import Run, Snapshot
 from tuner import __version__
@@ -39,7 +40,7 @@ def record_snapshot(store: Store, identity: Mapping[str, Any], now: float) -> st
                     dict(identity["hardware"]),
                     dict(identity["versions"]),
                     KNOB_SCHEMA_VERSION,
-                    list(identity.get("knobs", [])),
+                    [asdict(knob) for knob in KNOBS],  # unit, help and apply mode: what readers explain knobs by
                 )
             )
     return snapshot_id
