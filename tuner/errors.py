@@ -3,6 +3,7 @@
 TunerError                   70  internal: a defect, please report it
 ├── ProposalFailed               the search process died, overran its time or answered nonsense
 ├── SettingsError             2  a flag, environment variable or settings file is wrong
+├── EvidenceUnreadable       65  a file that was given is not what it should be, or is damaged
 ├── ModelMissing             66  the model folder is missing, incomplete or damaged
 ├── Unavailable              69  something that must answer does not
 │   ├── RuntimeStartFailed       the runtime ended, or was not ready in time
@@ -12,7 +13,7 @@ TunerError                   70  internal: a defect, please report it
     ├── PortInUse                another process listens there
     └── OtherRuntime             the runtime found there serves another model
 
-0 is success. The numbers follow sysexits.h (EX_NOINPUT, EX_UNAVAILABLE, EX_SOFTWARE, EX_TEMPFAIL).
+0 is success. The numbers follow sysexits.h (EX_DATAERR, EX_NOINPUT, EX_UNAVAILABLE, EX_SOFTWARE, EX_TEMPFAIL).
 """
 
 from typing import ClassVar
@@ -38,6 +39,12 @@ class SettingsError(TunerError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class EvidenceUnreadable(TunerError):
+    """Raised when a file is not an exported evidence, or of a newer version."""
+
+    exit_code = 65
 
 
 class ModelMissing(TunerError):
