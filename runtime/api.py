@@ -240,7 +240,8 @@ def _scrape(service: Service) -> Scrape:
         model_name=service.served_name, meter=front.meter, num_running=gauges.get("num_running", 0),
         num_waiting=max(0, len(front.live) - gauges.get("num_running", 0)),
         kv_used_ratio=used / total if used is not None and total else None,
-        engine_ready=front.engine.phase == "ready", num_restarts=front.engine.num_restarts,
+        engine_ready=front.engine.phase == "ready", replicas=front.engine.replicas,
+        num_restarts=front.engine.num_restarts,
         version=front.engine.version, config_id=front.engine.config_id,
         num_preemptions=gauges.get("num_preemptions_total"), records_dropped=front.records.dropped,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from runtime.errors import (
     InvalidPlan,
     InvalidRequest,
     NoPlan,
+    PrepareFailed,
     RequestFailed,
     RuntimeFault,
     RuntimeUnreachable,
@@ -34,6 +35,7 @@ RECONFIGURE_LIMIT_S = 310.0  # a little more than the runtime itself allows for 
 _FAULTS: dict[str, type[RuntimeFault]] = {
     "unauthorized": Unauthorized,
     "stale_version": StaleVersion,
+    "prepare_failed": PrepareFailed,
     "no_plan": NoPlan,
     "invalid_knob": InvalidKnob,
     "invalid_plan": InvalidPlan,
@@ -56,6 +58,8 @@ class Control(Watch, Protocol):
     def state(self) -> Answer: ...
 
     def reconfigure(self, patch: Mapping[str, Any], expected_version: int | None) -> Answer: ...
+
+    def prepare(self, values: Mapping[str, Any]) -> Answer: ...
 
     def plan(self, plan: SlicePlan) -> Answer: ...
 
@@ -133,6 +137,13 @@ class RuntimeClient:
         """Raises InvalidKnob, or StaleVersion where `expected_version` is not in force."""
         body = {"patch": dict(patch), "expected_version": expected_version}
         return self._post("/control/reconfigure", body, max(self._limit_s, RECONFIGURE_LIMIT_S))
+
+    def prepare(self, values: Mapping[str, Any]) -> Answer:
+        """Makes a configuration ready beside the one that serves, so that a plan may name it. Safe to repeat.
+
+        Raises InvalidKnob, or PrepareFailed where it cannot be made ready; nothing has changed then.
+        """
+        return self._post("/control/prepare", {"values": dict(values)}, max(self._limit_s, RECONFIGURE_LIMIT_S))
 
     def plan(self, plan: SlicePlan) -> Answer:
         """Safe to repeat. Raises InvalidPlan, StaleVersion."""

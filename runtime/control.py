@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from runtime import __version__
 from runtime.body import read_object
-from runtime.engine_process import EngineProcess
+from runtime.engine_group import EngineGroup
 from runtime.envelope import Envelope
 from runtime.errors import (
     EngineNotReady,
@@ -24,6 +24,7 @@ from runtime.errors import (
     InvalidPlan,
     InvalidRequest,
     NoPlan,
+    PrepareFailed,
     RequestFailed,
     RequestTimedOut,
     RequestTooLarge,
@@ -44,6 +45,7 @@ _STATUS: dict[type[RuntimeFault], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request"),
     NoPlan: (404, "no_plan"),
     StaleVersion: (409, "stale_version"),
+    PrepareFailed: (409, "prepare_failed"),
     RequestTooLarge: (413, "body_too_large"),
     RequestTimedOut: (408, "timeout"),
     EngineNotReady: (503, "engine_not_ready"),
@@ -63,7 +65,7 @@ class Boot:
 
 
 def create_control(
-    front: FrontEnd, engine: EngineProcess, boot: Boot, identity: Callable[[], dict[str, Any]],
+    front: FrontEnd, engine: EngineGroup, boot: Boot, identity: Callable[[], dict[str, Any]],
     shutdown: Callable[[float], None], key: str, encode: Encode,
 ) -> ASGIApp:  # fmt: skip
     """`identity` tells of the model and hardware; `shutdown` begins draining for so many seconds and returns;
@@ -73,6 +75,7 @@ def create_control(
     @app.get("/control/identity")
     async def get_identity() -> Response:
         return JSONResponse({**identity(), "boot_id": boot.boot_id, "pid": boot.pid, "engine_pid": front.engine.pid,
+                             "engine_pids": [one.pid for one in front.engine.replicas if one.pid is not None],
                              "started_at": boot.started_at, "api_url": boot.api_url})  # fmt: skip
 
     @app.get("/control/state")
@@ -93,6 +96,14 @@ def create_control(
         if value["version"] > front.engine.version:
             front.engine.event({**value, "kind": "config_committed"})
         return JSONResponse(value)
+
+    @app.post("/control/prepare")
+    async def prepare(request: Request) -> Response:
+        body = await read_object(request)
+        values = body.get("values")
+        if not isinstance(values, dict):
+            raise InvalidRequest("`values` must be an object of knobs and values.")
+        return JSONResponse(await engine.call("prepare", {"values": values}, RECONFIGURE_LIMIT_S))
 
     @app.post("/control/plan")
     async def plan(request: Request) -> Response:
@@ -149,6 +160,7 @@ def _state(front: FrontEnd, boot: Boot) -> dict[str, Any]:
         "now": front.clock.now(),
         "engine": "draining" if front.draining else engine.phase,
         "num_engine_restarts": engine.num_restarts,
+        "replicas": [replica.told() for replica in engine.replicas],
         "version": engine.version,
         "config_id": engine.config_id,
         "config": engine.config,

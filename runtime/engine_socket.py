@@ -23,8 +23,8 @@ class Connection(NamedTuple):
 class EngineSocket:
     """Listens on a socket of mode 0600 and takes one connection of the process that is expected."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path, self._folder = _socket_path(run_dir)
+    def __init__(self, run_dir: Path, index: int) -> None:
+        self.path, self._folder = _socket_path(run_dir, "engine.sock" if index == 0 else f"engine-{index}.sock")
         self._server: asyncio.Server | None = None
         self._expected_pid: int | None = None
         self._connected: asyncio.Future[Connection] | None = None
@@ -70,10 +70,10 @@ def _peer(sock: Any) -> tuple[int | None, int]:
     return pid, uid
 
 
-def _socket_path(run_dir: Path) -> tuple[Path, Path | None]:
+def _socket_path(run_dir: Path, name: str) -> tuple[Path, Path | None]:
     """Returns the socket's path and, where the run directory's is too long for one, the folder made for it."""
-    path = run_dir / "engine.sock"
+    path = run_dir / name
     if len(os.fsencode(path)) <= MAX_PATH_BYTES:
         return path, None
     folder = Path(tempfile.mkdtemp(prefix="tuner-"))
-    return folder / "engine.sock", folder
+    return folder / name, folder

@@ -2,6 +2,7 @@
 
 RuntimeFault
 ├── InvalidKnob          a knob is unknown or its value is out of range
+├── PrepareFailed        a configuration could not be prepared; the one in force serves on
 ├── InvalidPlan          a slice plan contradicts itself
 ├── StaleVersion         the configuration changed since the caller last read it
 ├── NoPlan               the slice plan named is not in force
@@ -27,6 +28,10 @@ class RuntimeFault(Exception):
 
 class InvalidKnob(RuntimeFault):
     """Raised when a knob is unknown or its value is out of range."""
+
+
+class PrepareFailed(RuntimeFault):
+    """Raised when a configuration could not be prepared, for want of memory mostly. Nothing was changed."""
 
 
 class InvalidPlan(RuntimeFault):

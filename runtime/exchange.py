@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from runtime.errors import RuntimeFault
+from runtime.replica import Replica
 from runtime.slice_stats import SliceStats
 from runtime.timings import FinishReason, RequestTiming, summarise_gaps
 
@@ -55,6 +56,7 @@ class Exchange:
     prompt_ids: list[int] | None = None  # None until tokenised
     sampling: Sampling | None = None
     deadline: asyncio.TimerHandle | None = None
+    replica: Replica | None = None  # the engine that has it; None while it waits for one
 
     num_tokens: int = 0
     admitted_at: float | None = None
@@ -76,6 +78,13 @@ class Exchange:
             "top_p": self.sampling.top_p, "seed": self.sampling.seed,
             "stop_token_ids": list(self.sampling.stop_token_ids), "ignore_eos": self.sampling.ignore_eos,
         }  # fmt: skip
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens that its engine may still compute for it: those to be made, and before the first its prompt."""
+        assert self.sampling is not None and self.prompt_ids is not None
+        prompt = len(self.prompt_ids) if self.first_token_at is None else 0
+        return prompt + self.sampling.max_tokens - self.num_tokens
 
     def add_token(self, token: int, at: float, config_id: str, slice_id: str | None) -> float | None:
         """Records one token made at `at`; returns the gap before it in seconds, None for the first."""

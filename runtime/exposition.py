@@ -10,6 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import CollectorRegistry
 
+from runtime.replica import Replica
+
 # The bounds of vLLM's histograms, so that its dashboards show ours. Source: vllm/v1/metrics/loggers.py.
 TTFT_BOUNDS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -90,6 +92,7 @@ class Scrape:
     num_waiting: int
     kv_used_ratio: float | None
     engine_ready: bool
+    replicas: Sequence[Replica]
     num_restarts: int
     version: int
     config_id: str | None
@@ -111,6 +114,7 @@ class _Page:
 
     def collect(self) -> Iterator[Metric]:
         yield from self._engine_metrics()
+        yield from self._replica_metrics()
         yield from self._traffic_metrics()
         meter = self._scrape.meter
         latency = (
@@ -166,6 +170,29 @@ class _Page:
         yield from self._counter(
             "tuner_records_dropped", "Records lost as nobody drained them.", scrape.records_dropped
         )
+
+    def _replica_metrics(self) -> Iterator[Metric]:
+        """What differs between the engines; everything else is their sum."""
+        ready = self._by_replica(GaugeMetricFamily, "ready", "1 while this engine answers.")
+        live = self._by_replica(GaugeMetricFamily, "requests", "Requests that this engine has.")
+        owed = self._by_replica(
+            GaugeMetricFamily,
+            "outstanding_tokens",
+            "Most tokens that this engine may still compute for them.",
+        )
+        restarts = self._by_replica(CounterMetricFamily, "restarts", "Times this engine was started again.")
+        for replica in self._scrape.replicas:
+            labels = [*self._model, str(replica.index)]
+            ready.add_metric(labels, int(replica.phase == "ready"))
+            live.add_metric(labels, replica.num_live)
+            owed.add_metric(labels, replica.outstanding_tokens)
+            restarts.add_metric(labels, replica.num_restarts)
+        yield from (ready, live, owed, restarts)
+
+    def _by_replica(
+        self, family: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, help: str
+    ) -> GaugeMetricFamily | CounterMetricFamily:
+        return family(f"tuner_replica_{name}", help, labels=["model_name", "replica"])
 
     def _traffic_metrics(self) -> Iterator[Metric]:
         meter = self._scrape.meter

@@ -1,7 +1,8 @@
-"""Admission and the live requests: from a client's prompt to the engine's queue, and from its tokens back.
+"""Admission and the live requests: from a client's prompt to an engine's queue, and from its tokens back.
 
-One thread, the event loop. Requests wait here while the engine starts or restarts; those without a token are
-submitted again with their original arrival, those with tokens end with an error.
+One thread, the event loop. A new request goes to one of the engines in force, the one that owes the fewest
+tokens, and stays there. Requests wait here while no engine is ready. When an engine dies, its requests without
+a token are given to another one with their original arrival, and those with tokens end with an error.
 """
 
 import asyncio
@@ -9,7 +10,6 @@ import logging
 import math
 import uuid
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from runtime.errors import (
 from runtime.exchange import Exchange, Finish, Sampling, error_kind
 from runtime.exposition import Meter
 from runtime.link import Frame
+from runtime.replica import Phase, Replica, least_loaded
 from runtime.slice_stats import SliceLedger
 from runtime.timings import FinishReason, RecordBuffer
 
@@ -33,16 +34,16 @@ log = logging.getLogger(__name__)
 
 RATE_WINDOW_S = 30.0  # completions younger than this say how fast the queue moves
 LONGEST_RETRY_S = 60
+UNASKED = 0  # the number of a control call whose answer nobody waits for
 
 
 @dataclass
 class FrontEnd:
-    """`send` hands a frame to the engine; frames sent while there is no engine are dropped."""
+    """The clients' requests, and what each of the engines was given of them."""
 
     clock: Clock
     request_timeout_s: float
     engine: EngineState = field(default_factory=EngineState)
-    send: Callable[[Frame], None] = lambda frame: None
     records: RecordBuffer = field(default_factory=RecordBuffer)
     slices: SliceLedger = field(default_factory=SliceLedger)
     meter: Meter = field(default_factory=Meter)
@@ -75,12 +76,11 @@ class FrontEnd:
         return exchanges
 
     def submit(self, exchange: Exchange, prompt_ids: list[int], sampling: Sampling) -> None:
-        """Hands an admitted request to the engine, or keeps it until there is one."""
+        """Hands an admitted request to an engine, or keeps it until there is one."""
         exchange.prompt_ids, exchange.sampling = prompt_ids, sampling
         if exchange.finish is None:
             self.meter.prompt_tokens_total += len(prompt_ids)
-            if self.engine.phase == "ready":
-                self.send(exchange.submission())
+            self._route(exchange)
 
     def leave(self, exchange: Exchange) -> None:
         """The client is gone: frees the request at once."""
@@ -100,48 +100,69 @@ class FrontEnd:
 
     # -- the engine's side -------------------------------------------------------------------------------
 
-    def on_frame(self, frame: Frame) -> None:
+    def on_frame(self, replica: Replica, frame: Frame) -> None:
         """Raises KeyError, TypeError or ValueError for a frame that breaks the protocol."""
         op = frame["op"]
         if op == "tokens":
-            self._on_tokens(frame)
+            self._on_tokens(replica, frame)
         elif op == "step":
+            frame["record"]["replica"] = replica.index
             self.records.append("step", frame["record"])
         elif op == "event":
-            self._on_event({key: value for key, value in frame.items() if key != "op"})
+            self._on_engine_event(replica, {key: value for key, value in frame.items() if key != "op"})
         elif op == "gauge":
-            self.engine.gauge(frame)
+            self.engine.gauge(replica, frame)
         elif op == "failed":
             self._on_failed(frame)
 
-    def engine_ready(self, frame: Frame) -> None:
-        self.engine.ready(frame)
-        self.record_event("engine_ready", version=self.engine.version, config_id=self.engine.config_id,
-                          num_restarts=self.engine.num_restarts)  # fmt: skip
-        for exchange in self.live.values():  # in the order of arrival
-            if exchange.prompt_ids is not None:
-                self.send(exchange.submission())
+    def engine_ready(self, replica: Replica, frame: Frame) -> None:
+        """Gives the engine what waits for one. The only engine that is ready also says what the group is."""
+        alone = self.engine.phase != "ready"
+        replica.phase = "ready"
+        if alone:
+            self.engine.ready(frame)
+        self.record_event("engine_ready", replica=replica.index, version=self.engine.version,
+                          config_id=self.engine.config_id, num_restarts=self.engine.num_restarts)  # fmt: skip
+        self._route_waiting()
 
-    def engine_lost(self, phase: Any) -> None:
-        """Ends the requests that have tokens; the others stay and are submitted again."""
-        self.engine.phase = phase
-        for event in self.engine.lost():
-            self._on_event({"at": self.clock.now(), **event})
-        self.slices.end()
-        self.record_event("engine_lost", num_live=len(self.live))
+    def engine_lost(self, replica: Replica, phase: Phase) -> None:
+        """Ends the requests of that engine which have tokens; its others go to the engines that are left, or wait.
+
+        A plan that needs the engine ends with it, on all the others too.
+        """
+        was_ready, replica.phase = replica.phase == "ready", phase
+        self.engine.gone(replica)
+        plan_id = self.engine.plan_id
+        if self.engine.phase != "ready" or (was_ready and replica.index < self.engine.plan_replicas):
+            for event in self.engine.lost():
+                self._on_event({"at": self.clock.now(), **event})
+            self.slices.end()
+            if plan_id is not None:
+                self._abort_everywhere(plan_id, "an engine was lost")
+        mine = [one for one in self.live.values() if one.replica is replica]
+        self.record_event("engine_lost", replica=replica.index, num_live=len(mine))
         lost = RequestFailed(
             "The engine restarted while it answered this request. Send it again.", "engine_restarted"
         )
-        for exchange in list(self.live.values()):
+        for exchange in mine:
             if exchange.num_tokens > 0:
                 self._close(exchange, "error", lost)
             else:
+                self._take_back(exchange)
                 exchange.admitted_at = None
+        self._route_waiting()
 
-    def engine_given_up(self) -> None:
-        self.engine.phase = "failed"
-        self.record_event("engine_failed")
-        self.end_all(EngineNotReady("The engine failed and was given up. Restart the server."))
+    def engine_given_up(self, replica: Replica) -> None:
+        replica.phase = "failed"
+        self.record_event("engine_failed", replica=replica.index)
+        if self.engine.phase == "failed":
+            self.end_all(EngineNotReady("The engine failed and was given up. Restart the server."))
+
+    def engine_stopped(self, replica: Replica) -> None:
+        """An engine that nobody needs, and that has no request, was stopped."""
+        self.engine.gone(replica)
+        self.engine.replicas.remove(replica)
+        self.record_event("engine_stopped", replica=replica.index)
 
     def record_event(self, event: str, **details: Any) -> None:
         self.records.append("event", {"at": self.clock.now(), "event": event, **details})
@@ -167,6 +188,41 @@ class FrontEnd:
 
     # -- inside ----------------------------------------------------------------------------------------------
 
+    def _route(self, exchange: Exchange) -> None:
+        """Gives a request to the engine in force that owes the fewest tokens; without an engine it waits."""
+        replica = least_loaded(self.engine.replicas, self.engine.num_in_force)
+        if replica is not None:
+            exchange.replica = replica
+            replica.num_live += 1
+            replica.outstanding_tokens += exchange.outstanding_tokens
+            replica.send(exchange.submission())
+
+    def _route_waiting(self) -> None:
+        for exchange in self.live.values():  # in the order of arrival
+            if exchange.replica is None and exchange.prompt_ids is not None:
+                self._route(exchange)
+
+    def _take_back(self, exchange: Exchange) -> None:
+        """Its engine no longer has it. Does nothing to a request that no engine had."""
+        replica, exchange.replica = exchange.replica, None
+        if replica is not None:
+            replica.num_live -= 1
+            replica.outstanding_tokens -= exchange.outstanding_tokens
+
+    def _on_engine_event(self, replica: Replica, event: dict[str, Any]) -> None:
+        """The leader's word is the group's. A plan that any engine leaves early has ended on all of them."""
+        if event["kind"] in ("plan_aborted", "lease_lapsed") and len(self.engine.replicas) > 1:
+            self._abort_everywhere(event["plan_id"], "another engine left the plan")
+        if replica is self.engine.leader and not self.engine.is_late(event):
+            self._on_event(event)
+
+    def _abort_everywhere(self, plan_id: str, reason: str) -> None:
+        """An engine that does not have the plan in force leaves this as it is."""
+        args = {"plan_id": plan_id, "reason": reason}
+        for replica in self.engine.replicas:
+            if replica.phase == "ready":
+                replica.send({"op": "control", "call": UNASKED, "name": "abort", "args": args})
+
     def _new_exchange(self, arrived_at: float, streamed: bool, wake: asyncio.Event) -> Exchange:
         slice_id, stats = self.slices.arrival(arrived_at)
         exchange = Exchange(
@@ -190,28 +246,30 @@ class FrontEnd:
             )
         return None
 
-    def _on_tokens(self, frame: Frame) -> None:
+    def _on_tokens(self, replica: Replica, frame: Frame) -> None:
         at, config_id, slice_id = frame["at"], frame["config_id"], frame["slice_id"]
         meter, live = self.meter, self.live
         for request_id, token, finish_reason, admitted_at, num_preemptions in frame["items"]:
             meter.tokens_total += 1
             exchange = live.get(request_id)
-            if exchange is None:  # cancelled while the step ran
+            if exchange is None or exchange.replica is not replica:  # cancelled while the step ran
                 continue
             gap_s = exchange.add_token(token, at, config_id, slice_id)
+            replica.outstanding_tokens -= 1
             exchange.num_preemptions = num_preemptions
             if gap_s is None:
                 exchange.admitted_at = admitted_at
-                self._first_token(exchange)
+                self._first_token(replica, exchange)
             else:
                 meter.gap_s.observe(gap_s)
             if finish_reason is not None:
                 self._close(exchange, finish_reason, at=at)
             exchange.wake.set()
 
-    def _first_token(self, exchange: Exchange) -> None:
-        assert exchange.first_token_at is not None
+    def _first_token(self, replica: Replica, exchange: Exchange) -> None:
+        assert exchange.first_token_at is not None and exchange.prompt_ids is not None
         self._num_queued -= 1
+        replica.outstanding_tokens -= len(exchange.prompt_ids)
         self.meter.ttft_s.observe(exchange.first_token_at - exchange.arrived_at)
         if exchange.stats is not None:
             exchange.stats.first_token()
@@ -249,8 +307,8 @@ class FrontEnd:
         """Ends a live request before the engine does, and tells the engine. Does nothing to one that is over."""
         if exchange.finish is not None:
             return
-        if exchange.prompt_ids is not None:
-            self.send({"op": "cancel", "id": exchange.id})
+        if exchange.replica is not None:
+            exchange.replica.send({"op": "cancel", "id": exchange.id})
         self._close(exchange, finish.reason, finish.error)
 
     def _close(
@@ -268,6 +326,7 @@ class FrontEnd:
             exchange.deadline.cancel()
         if self.live.pop(exchange.id, None) is not None and exchange.first_token_at is None:
             self._num_queued -= 1
+        self._take_back(exchange)
         self._count(exchange, reason, error, finished_at)
         if not isinstance(error, InvalidRequest):
             self.records.append("request", exchange.timing(finished_at).to_record())

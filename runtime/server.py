@@ -24,14 +24,17 @@ from runtime import __version__
 from runtime.api import Service, create_api
 from runtime.clock import Clock
 from runtime.control import Boot, create_control
+from runtime.engine_group import EngineGroup
 from runtime.engine_process import EngineProcess
 from runtime.engine_state import EngineState
 from runtime.errors import AddressInUse, EngineNotReady, InvalidKnob, ModelError, Unauthorized
+from runtime.footprint import device_of
 from runtime.front_end import FrontEnd
 from runtime.key_guard import check_exposure, client_key
 from runtime.listener import Listener, bind, url_of
 from runtime.model_folder import ModelFolder
 from runtime.prompts import Prompts, without_torch
+from runtime.replica import Replica
 from runtime.run_dir import RunDir, RuntimeFile
 from runtime.server_options import asked_config, engine_arguments, parser
 
@@ -105,10 +108,7 @@ class Serving:
             key,
         )
         self._front = FrontEnd(clock, options.request_timeout_s, EngineState(asked=asked))
-        self._engine = EngineProcess(
-            self._front, clock, run_dir.path, options.engine_module, engine_arguments(options),
-            options.engine_silence_s,
-        )  # fmt: skip
+        self._engine = EngineGroup(self._front, self._engine_process, options.replica_keep_s)
         self._service = Service(
             self._front, folder, options.served_model_name or folder.name, options.max_model_len,
             asyncio.get_running_loop().create_future(),
@@ -179,6 +179,14 @@ class Serving:
             task.cancel()
         await asyncio.gather(*tasks, *listening, return_exceptions=True)
         log.info("stopped")
+
+    def _engine_process(self, replica: Replica, on_trial: bool) -> EngineProcess:
+        options = self._options
+        device = device_of(replica.index, options.device, self._front.engine.identity)
+        return EngineProcess(
+            self._front, replica, self._clock, self._run_dir.path, options.engine_module,
+            engine_arguments(options, device), options.engine_silence_s, on_trial,
+        )  # fmt: skip
 
     async def _load_prompts(self) -> None:
         """The tokenizer loads while the engine does."""

@@ -51,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--clock-anchor", type=Clock.of_text, metavar="EPOCH:MONOTONIC", help=argparse.SUPPRESS)
     add(
+        "--replica-keep-s",
+        type=_seconds,
+        default=300.0,
+        help="stop an engine that no configuration has needed for so long (default 300)",
+    )
+    add(
         "--engine-module", default="runtime.engine", help=argparse.SUPPRESS
     )  # any module that speaks the link
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -91,12 +97,12 @@ def asked_config(text: str | None) -> dict[str, Any]:
     return {name: knob_named(name).check(value) for name, value in asked.items()}
 
 
-def engine_arguments(options: argparse.Namespace) -> list[str]:
+def engine_arguments(options: argparse.Namespace, device: str) -> list[str]:
     arguments = [
         "--model",
         str(options.model.resolve()),
         "--device",
-        options.device,
+        device,
         "--dtype",
         options.dtype,
     ]

@@ -10,6 +10,10 @@ environment tells it how to behave:
     FAKE_MAX_SEQS       requests in a step, instead of the knob max_num_seqs
     FAKE_HOLD_FILE      while this file exists no step is made
     FAKE_EXIT_CODE      exit with this code instead of connecting
+    FAKE_CORES          cores that the machine is said to have (default 2)
+    FAKE_RSS_BYTES      memory that it is said to hold (default 1)
+    FAKE_FAIL_FILE      while this file exists, it exits with 66 instead of connecting
+    FAKE_REFUSE_FILE    while this file exists, engine 1 refuses plans
 """
 
 import argparse
@@ -111,7 +115,12 @@ class FakeEngine:
             done = self.plans.commit(args["patch"], args["expected_version"], now)
             return {"version": done.version, "config_id": done.config.config_id, "config": done.config.values(),
                     "prepare_s": done.prepare_s, "commit_us": done.commit_us}  # fmt: skip
+        if name == "prepare":
+            config = EngineConfig.of(args["values"])
+            return {"config_id": config.config_id, "prepare_s": 0.0, "extra_bytes": 0}
         if name == "plan":
+            if Path(os.environ.get("FAKE_REFUSE_FILE", "/nowhere")).exists() and "engine-1" in self.sock.getpeername():
+                raise InvalidPlan("The fake engine was told to refuse plans.")
             plan = SlicePlan.from_dict(args)
             self.plans.accept(plan, now)
             return {"plan_id": plan.plan_id, "accepted": True}
@@ -172,7 +181,8 @@ class FakeEngine:
             op="gauge", at=now, num_running=len(self.requests), num_waiting=0, kv_used_tokens=self._used_tokens(),
             kv_total_tokens=KV_TOTAL_TOKENS, num_preemptions_total=0, slice_id=self.slice_id,
             plan_id=None if plan is None else plan.plan_id, lease_expires_at=self.plans.lease_expires_at,
-            version=self.plans.version, config_id=self.config.config_id, rss_bytes=1,
+            version=self.plans.version, config_id=self.config.config_id,
+            rss_bytes=int(os.environ.get("FAKE_RSS_BYTES", "1")),
         )  # fmt: skip
 
     def _used_tokens(self) -> int:
@@ -187,7 +197,7 @@ class FakeEngine:
             "device": "cpu",
             "device_name": "fake",
             "cpu_model": "fake",
-            "num_cores": 2,
+            "num_cores": int(os.environ.get("FAKE_CORES", "2")),
             "memory_bytes": 1,
         }
         versions = {"torch": "none", "transformers": "none"}
@@ -211,6 +221,8 @@ def fake_scores(sequences: list[list[int]]) -> dict[str, Any]:
 def main() -> None:
     if "FAKE_EXIT_CODE" in os.environ:
         raise SystemExit(int(os.environ["FAKE_EXIT_CODE"]))
+    if Path(os.environ.get("FAKE_FAIL_FILE", "/nowhere")).exists():
+        raise SystemExit(66)
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", required=True)
     parser.add_argument("--max-model-len", type=int, default=2048)

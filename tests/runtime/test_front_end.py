@@ -25,12 +25,13 @@ class Desk:
         self.clock = Clock.started_now()
         self.front = FrontEnd(self.clock, request_timeout_s=60.0)
         self.sent: list[Frame] = []
-        self.front.send = self.sent.append
+        self.replica = self.front.engine.replicas[0]
+        self.replica.send = self.sent.append
         self.config = EngineConfig.of(knobs)
 
     def engine_ready(self) -> None:
         frame = {"identity": {}, "knobs": [], "version": 3, "config": self.config.values()}
-        self.front.engine_ready(frame)
+        self.front.engine_ready(self.replica, frame)
 
     def submit(self, num_prompt_tokens: int = 3) -> Exchange:
         (exchange,) = self.front.open(1, self.clock.now(), True, asyncio.Event())
@@ -46,7 +47,7 @@ class Desk:
             "slice_id": None,
             "items": rows,
         }
-        self.front.on_frame(frame)
+        self.front.on_frame(self.replica, frame)
 
     def ops(self) -> list[str]:
         return [frame["op"] for frame in self.sent]
@@ -77,7 +78,7 @@ async def test_after_an_engine_is_lost_only_requests_without_a_token_come_again(
     begun, waiting = desk.submit(), desk.submit()
     desk.tokens((begun, 5, None))
     desk.sent.clear()
-    desk.front.engine_lost("restarting")
+    desk.front.engine_lost(desk.replica, "restarting")
     assert isinstance(begun.take().finish.error, RequestFailed)  # type: ignore[union-attr]
     desk.engine_ready()
     assert [(frame["id"], frame["arrived_at"]) for frame in desk.sent] == [(waiting.id, waiting.arrived_at)]
@@ -117,7 +118,7 @@ async def test_nothing_is_admitted_while_draining_or_given_up() -> None:
         desk.submit()
     desk.front.draining = False
     waiting = desk.submit()
-    desk.front.engine_given_up()
+    desk.front.engine_given_up(desk.replica)
     assert isinstance(waiting.take().finish.error, EngineNotReady)  # type: ignore[union-attr]
     with pytest.raises(EngineNotReady):
         desk.submit()
@@ -128,9 +129,8 @@ async def test_one_failed_request_leaves_the_others_alone() -> None:
     desk = Desk()
     desk.engine_ready()
     bad, good = desk.submit(), desk.submit()
-    desk.front.on_frame(
-        {"op": "failed", "id": bad.id, "kind": "nan_logits", "message": "at /home/x/model.py"}
-    )
+    failed = {"op": "failed", "id": bad.id, "kind": "nan_logits", "message": "at /home/x/model.py"}
+    desk.front.on_frame(desk.replica, failed)
     error = bad.take().finish.error  # type: ignore[union-attr]
     assert isinstance(error, RequestFailed) and error.kind == "nan_logits" and "/home" not in str(error)
     desk.tokens((good, 7, "length"))

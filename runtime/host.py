@@ -1,0 +1,21 @@
+"""What this machine has: cores, and memory that is free. No torch."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import psutil
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory_bytes() -> int:
+    """Memory that can still be taken here: what the system has, or the control group's limit allows."""
+    free: int = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or its limit is "max"
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(0, free)
