@@ -16,13 +16,16 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from runtime.clock import Clock
-from runtime.errors import InvalidKnob, InvalidRequest, LinkBroken, ModelError, RuntimeFault
+from runtime.errors import InvalidKnob, InvalidRequest, LinkBroken, ModelError, PrepareFailed, RuntimeFault
 from runtime.knobs import EngineConfig, default_config, knob_reports
 from runtime.link import Frame, FrameReader, encode
 from runtime.plan import PlanRunner, PlanTick, SlicePlan
+from runtime.prepare import Preparation, Prepared, Preparer
 from runtime.request import Request, SamplingParams
 from runtime.scheduler import Batch, Scheduler
 from runtime.scoring import Scorer
@@ -33,9 +36,30 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GAUGE_EVERY_S = 0.25
+PREPARE_POLL_S = 0.005  # an idle engine looks so often whether a preparation has ended
 MODEL_ERROR_EXIT_CODE = 66  # EX_NOINPUT: the folder is missing or damaged; starting again cannot help
 # Set before torch is loaded: idle OpenMP threads must sleep, not spin on the cores of the front end.
 THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+
+
+@dataclass(eq=False)
+class Pending:
+    """A control call that is answered when its preparation has ended; `finish` says what then."""
+
+    preparation: Preparation
+    finish: "Callable[[Prepared], dict[str, Any] | Pending]"
+    call: int = 0
+    name: str = ""
+
+
+def told(prepared: Prepared) -> dict[str, Any]:
+    return {
+        "config_id": prepared.config.config_id, "prepare_s": prepared.prepare_s, "extra_bytes": prepared.extra_bytes,
+    }  # fmt: skip
+
+
+def _itself(pending: Pending) -> Pending:
+    return pending
 
 
 class Engine:
@@ -49,13 +73,18 @@ class Engine:
         self._clock = clock
         self._send = send
         self._gauge_due_at = 0.0
+        self._preparer = Preparer(executor.warm, self._configs_in_use)
+        self._pending: list[Pending] = []
+        runner.is_prepared = executor.warm.is_ready
         self.scheduler = Scheduler(executor.pool, runner.champion, executor.max_model_len)
+        self.scheduler.use_namespace(executor.warm.weight_format)
         self.scorer = Scorer(executor, send)
         self.tick = PlanTick(runner.champion, None, [])
 
     def step(self) -> bool:
         """Computes one step. False if there was nothing to compute."""
         started = time.perf_counter()
+        self._answer_pending()
         self._apply_plan()
         batch = self.scheduler.schedule(self._clock.now())
         if batch is None:
@@ -68,9 +97,12 @@ class Engine:
     def idle_s(self) -> float:
         """How long nothing will happen unless a frame arrives: 0 if there is work now."""
         now = self._clock.now()
-        wakes = (self._gauge_due_at, self.scheduler.next_wake(now), self._runner.next_change_at(now))
+        prepared_at = now + PREPARE_POLL_S if self._preparer.is_busy else None
         score_in_s = self.scorer.due_in_s(self.scheduler.has_requests)
-        wakes = (*wakes, None if score_in_s is None else now + score_in_s)
+        scored_at = None if score_in_s is None else now + score_in_s
+        wakes = (
+            self._gauge_due_at, self.scheduler.next_wake(now), self._runner.next_change_at(now), prepared_at, scored_at,
+        )  # fmt: skip
         return max(0.0, min(wake for wake in wakes if wake is not None) - now)
 
     def score(self) -> bool:
@@ -86,6 +118,9 @@ class Engine:
         self._send({
             "op": "gauge", "at": now, **self._load(),
             "kv_total_tokens": self.scheduler.pool.num_tokens,
+            "kv_cached_tokens": self.scheduler.cached_tokens,
+            "prefix_looked_up_tokens_total": self.scheduler.num_looked_up_tokens,
+            "prefix_hit_tokens_total": self.scheduler.num_hit_tokens,
             "num_preemptions_total": self.scheduler.num_preemptions,
             "slice_id": self.tick.slice_id,
             "plan_id": plan.plan_id if plan is not None else None,
@@ -116,34 +151,73 @@ class Engine:
             self._send({"op": "failed", "id": frame["id"], "kind": "invalid_request", "message": str(error)})
 
     def control(self, frame: Frame) -> None:
-        """Answers a control call, now or (a text to be scored) when it is done. Its effect begins with the next
-        step."""
-        reply: Frame = {"op": "reply", "call": frame["call"]}
+        """Answers a control call, now, or when what it needs is prepared (a text to be scored: is done). Its effect
+        begins with the next step."""
+        call, name, args = frame["call"], frame["name"], frame.get("args") or {}
+        self._answer(call, name, lambda: self._controls(call)[name](args))
+
+    def _answer(self, call: int, name: str, work: "Callable[[], dict[str, Any] | Pending | None]") -> None:
+        reply: Frame = {"op": "reply", "call": call}
         try:
-            if frame["name"] == "score":
-                self._add_score(frame["call"], frame["args"])
+            value = work()
+            while isinstance(value, Pending) and value.preparation.is_done:
+                value = value.finish(value.preparation.outcome())
+            if isinstance(value, Pending):
+                value.call, value.name = call, name
+                self._pending.append(value)
                 return
-            reply["value"] = self._controls()[frame["name"]](frame.get("args") or {})
+            if value is None:
+                return  # who does the work answers it
+            reply["value"] = value
         except RuntimeFault as error:
             reply["error"] = {"kind": error_kind(error), "message": str(error)}
         except (KeyError, TypeError, ValueError) as error:
-            reply["error"] = {"kind": "invalid_call", "message": f"{frame['name']}: {error!r}."}
+            reply["error"] = {"kind": "invalid_call", "message": f"{name}: {error!r}."}
         self._send(reply)
         self._apply_plan()
 
-    def _controls(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+    def _answer_pending(self) -> None:
+        """Between two steps: what was prepared beside them is taken in, and who waited for it is answered."""
+        if not self._preparer.is_busy or not self._preparer.poll():
+            return
+        pending, self._pending = self._pending, []
+        for one in pending:
+            self._answer(one.call, one.name, partial(_itself, one))
+
+    def _configs_in_use(self) -> list[EngineConfig]:
+        return [self.tick.config, *self._runner.configs, *self.scorer.configs]
+
+    def _controls(self, call: int) -> "dict[str, Callable[[dict[str, Any]], dict[str, Any] | Pending | None]]":
         return {
+            "score": lambda args: self._add_score(call, args),
+            "prepare": self._prepare,
             "reconfigure": self._reconfigure,
             "plan": self._plan,
             "lease": self._lease,
             "abort": self._abort,
         }
 
-    def _reconfigure(self, args: dict[str, Any]) -> dict[str, Any]:
-        done = self._runner.commit(args["patch"], args.get("expected_version"), self._clock.now())
+    def _prepare(self, args: dict[str, Any]) -> "Pending":
+        config = EngineConfig.of(args["values"])
+        self._runner.fits(config)
+        return Pending(self._preparer.ask(config), told)
+
+    def _reconfigure(self, args: dict[str, Any]) -> "Pending":
+        target = self._runner.target(args["patch"], args.get("expected_version"))
+        return Pending(self._preparer.ask(target, True), lambda prepared: self._commit(args, prepared))
+
+    def _commit(self, args: dict[str, Any], prepared: Prepared) -> "dict[str, Any] | Pending":
+        if not self._executor.warm.is_ready(self._runner.target(args["patch"], args.get("expected_version")), True):
+            return self._reconfigure(args)  # the champion became another meanwhile
+        done = self._runner.commit(
+            args["patch"], args.get("expected_version"), self._clock.now(), prepared.prepare_s
+        )
+        swap_us = self._apply_plan()
+        if done.config.prefix_cache == "off":
+            self.scheduler.forget_prefixes()
         return {
             "version": done.version, "config_id": done.config.config_id, "config": done.config.values(),
-            "prepare_s": done.prepare_s, "commit_us": done.commit_us,
+            "prepare_s": done.prepare_s, "commit_us": done.commit_us + swap_us,
         }  # fmt: skip
 
     def _plan(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +238,7 @@ class Engine:
         champion = self._runner.champion
         config = champion.patched(args["values"])
         self._runner.fits(config)
-        if config.weight_format != champion.weight_format:
+        if not self._executor.warm.has_weights(config):
             raise InvalidRequest(f"`weight_format` {config.weight_format} is not prepared. Prepare it first.")
         self.scorer.add(call, args, config)
 
@@ -176,11 +250,18 @@ class Engine:
 
     # -- the parts of a step -----------------------------------------------------------------------------------
 
-    def _apply_plan(self) -> None:
+    def _apply_plan(self) -> float:
+        """Puts in force what the plan says for now. Returns the microseconds that swapping took."""
         self.tick = self._runner.tick(self._clock.now())
+        started = time.perf_counter()
         self.scheduler.config = self.tick.config
+        swapped = self._executor.warm.install(self.tick.config, self.scheduler)
+        swap_us = 1e6 * (time.perf_counter() - started) if swapped else 0.0
         for event in self.tick.events:
+            if event["kind"] in ("config_committed", "slice_started"):
+                event["commit_us"] += swap_us
             self._send({"op": "event", **event})
+        return swap_us
 
     def _finish(self, batch: Batch, executed: "Executed") -> None:
         """Records the tokens and sends them in one frame. A row without a token fails its request alone."""
@@ -293,10 +374,16 @@ def _prepare(
         hello.get("config") or {}
     )
     loaded = load_model(options.model, device, resolve_dtype(options.dtype, device), options.max_model_len)
-    executor = Executor(loaded, options.kv_tokens, config)
+    asked = hello.get("config") or {}
+    executor = Executor(loaded, options.kv_tokens, config, asked.get("kv_tokens"))
+    config = _with_weights(executor, config, asked.get("weight_format"))
     gc.collect()
     gc.freeze()  # a collection that walks all of transformers would pause every stream
-    reports = knob_reports(cores, min(1024, executor.pool.num_blocks))
+    warm = executor.warm
+    reports = knob_reports(
+        cores, min(1024, executor.pool.num_blocks), executor.identity()["fitted_knobs"],
+        warm.max_blocks * executor.pool.block_tokens, warm.formats,
+    )  # fmt: skip
     limits = {report["name"]: report["high"] for report in reports if report["kind"] != "choice"}
     if too_high := {name: int(high) for name, high in limits.items() if config.values()[name] > high}:
         log.warning("lowered to what this machine can do: %s", too_high)
@@ -306,8 +393,27 @@ def _prepare(
         for name, high in limits.items():
             if (value := config.values()[name]) > high:
                 raise InvalidKnob(f"`{name}` must be at most {high:g} on this machine, but got {value!r}.")
+        warm.check(config)
 
     return executor, PlanRunner(config, int(hello.get("version") or 0), fits), reports
+
+
+def _with_weights(executor: "Executor", config: EngineConfig, asked: str | None) -> EngineConfig:
+    """The first configuration as it will be in force: with the pool that was fitted, and with the weights asked
+    for where they can be had, else as loaded."""
+    warm = executor.warm
+    config = warm.in_force(config.patched({"weight_format": warm.loaded_format}))
+    if asked is None or asked == warm.loaded_format:
+        return config
+    wished = config.patched({"weight_format": asked})
+    try:
+        warm.check(wished)
+        wanted = warm.make_room(warm.missing(wished), [config], may_move_in_turn=False)
+        warm.add(wanted, *warm.build(wanted))
+    except (InvalidKnob, PrepareFailed) as error:
+        log.warning("the weights stay as loaded: %s", error)
+        return config
+    return wished
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from runtime.request import Request, SamplingParams
 from runtime.sampling import sample
 from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler
 from runtime.scoring import Scored
+from runtime.warm import WarmStates
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,15 @@ class Executed(NamedTuple):
 class Executor:
     """A model with its KV pool, ready to compute."""
 
-    def __init__(self, loaded: LoadedModel, kv_tokens: int | None, config: EngineConfig) -> None:
+    def __init__(
+        self, loaded: LoadedModel, kv_tokens: int | None, config: EngineConfig, asked_kv_tokens: int | None = None
+    ) -> None:
         """Sizes the pool last, after a warm-up has shown what the steps need. Too large a wish is answered
         by a smaller pool and a warning.
+
+        Args:
+            kv_tokens: the size by default; by free memory if not given.
+            asked_kv_tokens: the size to start with, where the knob was named.
 
         Raises:
             ModelError: the model cannot be served, or there is no memory for even one sequence.
@@ -62,9 +69,16 @@ class Executor:
         pack_linears(loaded.model, int(PACKED_WEIGHTS_SHARE * free_memory_bytes()))
         self._threads = 0
         activation_bytes = self._warm_up(config)
-        num_blocks = self._pool_blocks(kv_tokens, activation_bytes)
+        fitted, max_blocks = self._pool_blocks(kv_tokens, activation_bytes)
+        num_blocks = fitted
+        if asked_kv_tokens is not None:
+            num_blocks, _ = self._pool_blocks(asked_kv_tokens, activation_bytes)
+        self.fitted_kv_tokens = fitted * BLOCK_TOKENS
         self.pool = self._allocate(num_blocks)
         self.max_model_len = min(loaded.max_model_len, self.pool.num_tokens)
+        self.warm = WarmStates(
+            self._model, self.pool.num_blocks, self.free_bytes, self.max_model_len, max_blocks
+        )
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._process = psutil.Process()
@@ -88,13 +102,21 @@ class Executor:
         Logarithms are taken in float32 at least, whatever the model's type.
         """
         self._use_threads(config.threads_prefill)
-        logits = self._model.forward(packed, area)
+        with self.warm.weights_of(config):
+            logits = self._model.forward(packed, area)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         wanted = torch.from_numpy(targets).to(logits.device)
         nll = -logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0]
         found = zip(nll.tolist(), logits.argmax(dim=-1).tolist(), strict=True)
         rows = [(round(loss, 6), token) if math.isfinite(loss) else (None, None) for loss, token in found]
         return Scored([loss for loss, _ in rows], [token for _, token in rows])
+
+    def free_bytes(self) -> int:
+        """Memory that can still be taken where the model lies."""
+        if self._device.type != "cuda":
+            return free_memory_bytes()
+        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return torch.cuda.mem_get_info(self._device)[0] + kept
 
     def memory(self) -> dict[str, int]:
         """Bytes held by this process, and on the device where there is one."""
@@ -122,6 +144,7 @@ class Executor:
                 "runtime": runtime.__version__,
             },
             "tier": self._model.tier,
+            "fitted_knobs": {"weight_format": self.warm.loaded_format, "kv_tokens": self.fitted_kv_tokens},
             "kv_total_tokens": self.pool.num_tokens,
             "kv_block_tokens": self.pool.block_tokens,
             "kv_bytes_per_token": self._model.kv_bytes_per_token,
@@ -160,7 +183,8 @@ class Executor:
         torch.cuda.empty_cache()
         return activation_bytes
 
-    def _pool_blocks(self, kv_tokens: int | None, activation_bytes: int) -> int:
+    def _pool_blocks(self, kv_tokens: int | None, activation_bytes: int) -> tuple[int, int]:
+        """Blocks of the pool, and the most that would fit."""
         per_token, length = self._model.kv_bytes_per_token, self._loaded.max_model_len
         if self._device.type == "cuda":
             free_bytes = torch.cuda.mem_get_info(self._device)[0]
@@ -179,13 +203,13 @@ class Executor:
                 f"The KV pool must hold at least {2 * BLOCK_TOKENS} tokens, but got {min(wished, limit)} "
                 f"({per_token} bytes a token, {free_bytes} bytes free). Raise --kv-tokens or free memory."
             )
-        return num_blocks
+        return num_blocks, limit // BLOCK_TOKENS
 
     def _allocate(self, num_blocks: int) -> BlockPool:
         while True:
             try:
                 self._model.allocate(num_blocks)
-                return BlockPool(num_blocks)
+                return BlockPool(num_blocks, wants_runs=self._device.type != "cuda")
             except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on a CPU
                 if "memory" not in str(error).lower() or num_blocks < 4:
                     raise

@@ -7,6 +7,7 @@ is built. The cache is ours, so `use_cache` is off. Whether a model can be serve
 import inspect
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -22,7 +23,7 @@ from runtime.errors import ModelError
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.request import Request
-from runtime.scheduler import PackedBatch, Scheduler
+from runtime.scheduler import BlockMove, PackedBatch, Scheduler
 
 ATTENTION_NAME = "tuner_paged"
 PROBE_TOKENS = 24
@@ -43,6 +44,17 @@ class KVShape(NamedTuple):
     @property
     def bytes_per_token(self) -> int:
         return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+def copy_blocks(
+    source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], move: BlockMove, block_tokens: int
+) -> None:
+    """Copies one layer's keys and values, from one pool to another or within one: all is read before it is written."""
+    device = source[0].device
+    taken, given = (torch.from_numpy(blocks.astype(np.int64)).to(device) for blocks in move)
+    for old, new in zip(source, target, strict=True):
+        blocks = old.unflatten(1, (-1, block_tokens)).index_select(1, taken)
+        new.unflatten(1, (-1, block_tokens)).index_copy_(1, given, blocks)
 
 
 class ShapeProbe:
@@ -98,24 +110,36 @@ class HFModel:
     def new_pools(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS) -> KVPools:
         """Pools beside those of `allocate`, for a forward pass that must not touch them."""
         slots = num_blocks * block_tokens
-        return {
-            layer: (
-                torch.empty(shape.kv_heads, slots, shape.key_dim, dtype=shape.dtype, device=self.device),
-                torch.empty(shape.kv_heads, slots, shape.value_dim, dtype=shape.dtype, device=self.device),
-            )
-            for layer, shape in self.kv_shapes.items()
-        }
+        return {layer: self.new_pool(shape, slots) for layer, shape in self.kv_shapes.items()}
+
+    def new_pool(self, shape: KVShape, slots: int) -> tuple[Tensor, Tensor]:
+        return (
+            torch.empty(shape.kv_heads, slots, shape.key_dim, dtype=shape.dtype, device=self.device),
+            torch.empty(shape.kv_heads, slots, shape.value_dim, dtype=shape.dtype, device=self.device),
+        )
+
+    @property
+    def pools(self) -> KVPools:
+        """The pools in force. Others that are assigned serve from the next step on."""
+        return self._attention.pools
+
+    @pools.setter
+    def pools(self, pools: KVPools) -> None:
+        self._attention.pools = pools
 
     def release(self) -> None:
-        """Gives the pools' memory back."""
-        self._attention.pools.clear()
+        """Gives the pools' memory back, unless somebody else holds them too."""
+        self._attention.pools = {}
 
     @torch.inference_mode()
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
         """Computes the step and caches its keys and values, in `pools` where given. Returns logits [sampled rows,
         vocab]."""
-        step = StepTensors.of(packed, self.device)
         own = self._attention.pools
+        if packed.copies is not None:
+            for pool in own.values():
+                copy_blocks(pool, pool, packed.copies, packed.block_tokens)
+        step = StepTensors.of(packed, self.device)
         self._attention.step, self._attention.pools = step, own if pools is None else pools
         try:
             return self._call(step.token_ids, step.positions, step.last_tokens)

@@ -137,33 +137,51 @@ class PlanRunner:
     """Owns the champion's configuration, its version and the plan in force. `now` is UTC epoch seconds.
 
     `fits` raises InvalidKnob for a configuration which this machine cannot run; a plan with such a
-    configuration is refused before its first slice.
+    configuration is refused before its first slice, and so is one that `is_prepared` does not know.
     """
 
     champion: EngineConfig
     version: int = 0
     fits: Callable[[EngineConfig], None] = lambda config: None
+    is_prepared: Callable[[EngineConfig], bool] = lambda config: True
     plan: SlicePlan | None = None
     lease_expires_at: float | None = None
     _current: PlannedSlice | None = None
     _configs: dict[str, EngineConfig] = field(default_factory=dict)
     _events: list[Event] = field(default_factory=list)
 
-    def commit(self, patch: Mapping[str, Any], expected_version: int | None, now: float) -> Committed:
+    @property
+    def configs(self) -> list[EngineConfig]:
+        """The champion, and those of the plan in force."""
+        return [self.champion, *self._configs.values()]
+
+    def target(self, patch: Mapping[str, Any], expected_version: int | None) -> EngineConfig:
+        """What `commit` would make the champion.
+
+        Raises:
+            InvalidKnob, StaleVersion.
+        """
+        self._expect(expected_version)
+        config = self.champion.patched(patch)
+        self.fits(config)
+        return config
+
+    def commit(
+        self, patch: Mapping[str, Any], expected_version: int | None, now: float, prepare_s: float = 0.0
+    ) -> Committed:
         """Makes champion + patch the champion from the next step on, and ends a plan that is in force.
+        `prepare_s`: what its preparation took before.
 
         Raises:
             InvalidKnob, StaleVersion.
         """
         started = time.perf_counter()
-        self._expect(expected_version)
-        config = self.champion.patched(patch)
-        self.fits(config)
+        config = self.target(patch, expected_version)
         prepared = time.perf_counter()
         if self.plan is not None:
             self._end_plan("plan_aborted", now, reason="the champion was reconfigured")
         self.champion, self.version = config, self.version + 1
-        done = Committed(self.version, config, prepared - started, 1e6 * (time.perf_counter() - prepared))
+        done = Committed(self.version, config, prepare_s + prepared - started, 1e6 * (time.perf_counter() - prepared))
         self._events.append(
             {
                 "kind": "config_committed",
@@ -194,6 +212,8 @@ class PlanRunner:
                 self.fits(config)
             except InvalidKnob as error:
                 raise InvalidPlan(str(error)) from error
+            if not self.is_prepared(config):
+                raise InvalidPlan(f"Configuration {config.config_id} is not prepared; call prepare first.")
         if self.plan is not None:
             self._end_plan("plan_aborted", now, reason="replaced by another plan")
         self.plan, self._configs = plan, configs

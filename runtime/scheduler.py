@@ -7,17 +7,23 @@
 A step holds decode rows first (one token each), then pieces of prompts, under `max_batched_tokens`. The
 knobs are read from `config` at every step; swapping it between steps never ends a request. What is needed
 per running request and step lies in arrays indexed by the request's seat. No torch, no clock, no I/O.
+
+With `prefix_cache` on, a request that begins like an earlier one starts behind the blocks that are known: it
+holds them too, or on a CPU gets a copy in blocks of its own, which stay consecutive. At least its last token is
+computed. Requests without token ids (a replay) are never looked up.
 """
 
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InvalidRequest
 from runtime.knobs import EngineConfig
-from runtime.kv_cache import BlockPool
+from runtime.kv_cache import BlockIds, BlockPool
+from runtime.prefix_cache import chain, extended
 from runtime.request import Request
 
 IntArray = NDArray[np.int64]
@@ -26,12 +32,20 @@ IntArray = NDArray[np.int64]
 MAX_OVERTAKEN_S = 10.0
 
 
+class BlockMove(NamedTuple):
+    """Blocks whose keys and values go from `sources` to `targets`: all are read before any is written."""
+
+    sources: BlockIds
+    targets: BlockIds
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The rows of one step, one a request; those of a single token come first.
 
     `new_tokens`, `starts`: [rows] tokens computed by this step, and tokens of the row cached before it.
     `sampled`: [rows] whether the row reaches its request's last known token, so that a next one is drawn.
+    `copies`: cached prefixes that must be copied before the step is computed.
     """
 
     requests: list[Request]
@@ -39,6 +53,7 @@ class Batch:
     new_tokens: IntArray
     starts: IntArray
     sampled: NDArray[np.bool_]
+    copies: BlockMove | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +106,15 @@ class PackedBatch:
     block_tables: NDArray[np.int32]
     last_tokens: IntArray
     block_tokens: int
+    copies: BlockMove | None = None
+
+
+class KnownPrefix(NamedTuple):
+    """The keys of a seated request's full blocks so far, and the weights under which it was admitted."""
+
+    root: bytes
+    epoch: int
+    keys: list[bytes]
 
 
 class Seats:
@@ -104,6 +128,7 @@ class Seats:
             0, np.int64
         )  # rises with every row served: the lowest has gone without longest
         self.num_blocks: IntArray = np.zeros(0, np.int64)
+        self.registered: IntArray = np.zeros(0, np.int64)  # full blocks that the prefix cache was told of
         self.blocks: NDArray[np.int32] = np.zeros((0, max_blocks), np.int32)
         self._empty: list[int] = []
 
@@ -111,7 +136,7 @@ class Seats:
         if not self._empty:
             size = len(self.known)
             grown = max(16, 2 * size)
-            for name in ("known", "computed", "last_token", "turn", "num_blocks", "blocks"):
+            for name in ("known", "computed", "last_token", "turn", "num_blocks", "registered", "blocks"):
                 old = getattr(self, name)
                 new = np.zeros((grown, *old.shape[1:]), old.dtype)
                 new[:size] = old
@@ -136,6 +161,11 @@ class Scheduler:
         self.waiting: deque[Request] = deque()  # preempted ones in front, then in order of arrival
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
+        self.num_looked_up_tokens = 0  # of admitted requests, while the prefix cache was on
+        self.num_hit_tokens = 0
+        self._namespace, self._epoch = "", 0
+        self._prefixes: dict[int, KnownPrefix] = {}  # by seat
+        self._copies: list[tuple[BlockIds, BlockIds]] = []
         self._requests: dict[str, Request] = {}
         self._seats = Seats(pool.blocks_for(self.max_model_len))
         self._running_seats: IntArray = np.zeros(0, np.int64)
@@ -195,6 +225,55 @@ class Scheduler:
             return None
         return self._held_until() if self._is_held(now) else now
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens' worth of blocks that nobody holds and the prefix cache keeps."""
+        return self.pool.index.num_idle * self.pool.block_tokens
+
+    def use_namespace(self, namespace: str) -> None:
+        """Other weights compute from now on. What these compute is found by them only; a request that lives
+        through the change mixes both, so nothing more of it is kept."""
+        if namespace != self._namespace:
+            self._namespace = namespace
+            self._epoch += 1
+
+    def forget_prefixes(self) -> None:
+        """The prefix cache is switched off for good: its blocks return."""
+        self.pool.forget_prefixes()
+        self._prefixes.clear()
+
+    def move_to(self, pool: BlockPool) -> BlockMove:
+        """Continues with another pool, larger or smaller. Returns which blocks must be copied before the next step.
+
+        Requests that no longer fit are preempted, the newest first. Prefixes that nobody holds stay behind.
+
+        Raises:
+            ValueError: a request that was promised room could not fit even alone.
+        """
+        if self.pool.block_tokens != pool.block_tokens or pool.num_tokens < self.max_model_len:
+            raise ValueError(
+                f"A pool of {pool.num_tokens} tokens cannot hold {self.max_model_len} of one request."
+            )
+        while len(self._held_blocks()) > pool.num_blocks:
+            self._preempt(self.running[-1])
+        target_of: dict[int, int] = {}
+        for seat in self._running_seats.tolist():
+            blocks = self._seats.blocks_of(seat)
+            pool.share([target_of[block] for block in blocks.tolist() if block in target_of])
+            new = [block for block in blocks.tolist() if block not in target_of]
+            target_of |= zip(new, pool.allocate(len(new)).tolist(), strict=True)
+            blocks[:] = [target_of[block] for block in blocks.tolist()]
+        for source, target in target_of.items():
+            key = self.pool.index.key_of(source)
+            if key is not None:
+                pool.register(target, key)
+        self.pool = pool
+        return BlockMove(np.array(list(target_of), np.int32), np.array(list(target_of.values()), np.int32))
+
+    def _held_blocks(self) -> BlockIds:
+        tables = [self._seats.blocks_of(seat) for seat in self._running_seats.tolist()]
+        return np.unique(np.concatenate([np.empty(0, np.int32), *tables]))
+
     # -- one step ------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> Batch | None:
@@ -232,6 +311,8 @@ class Scheduler:
             if request.finish_reason is not None:
                 finished.append(request)
                 del self._requests[request.id]
+        if self._prefixes:
+            self._register(batch.seats[batch.sampled])
         if finished:
             self._stand_up(finished)
         return finished
@@ -262,6 +343,7 @@ class Scheduler:
             block_tables=block_tables[:, : self.pool.blocks_for(int(batch.contexts.max()))],
             last_tokens=row_starts[1:][batch.sampled] - 1,
             block_tokens=block_tokens,
+            copies=batch.copies,
         )
 
     def _batch(self, seats: IntArray, new_tokens: IntArray) -> Batch:
@@ -270,7 +352,9 @@ class Scheduler:
         here.turn[seats] = self._num_turns + np.arange(len(seats))
         self._num_turns += len(seats)
         requests = [self._in_seat[seat] for seat in seats.tolist()]
-        return Batch(requests, seats, new_tokens, starts, starts + new_tokens == here.known[seats])
+        copies, self._copies = self._copies, []
+        move = BlockMove(*(np.concatenate(part) for part in zip(*copies, strict=True))) if copies else None
+        return Batch(requests, seats, new_tokens, starts, starts + new_tokens == here.known[seats], move)
 
     # -- who gets tokens -----------------------------------------------------------------------------------
 
@@ -323,6 +407,7 @@ class Scheduler:
             assert request.seat is not None, "only a running request has a seat to leave"
             self.pool.free(self._seats.blocks_of(request.seat))
             self._seats.leave(request.seat)
+            self._prefixes.pop(request.seat, None)
             del self._in_seat[request.seat]
             request.seat = None
         self.running = [request for request in self.running if request.seat is not None]
@@ -344,8 +429,10 @@ class Scheduler:
             ):
                 break
             self.waiting.remove(request)
-            tokens = min(request.num_tokens, self.config.prefill_chunk, budget)
-            admitted.append((self._seat(request, now), tokens))
+            seat = self._seat(request, now)
+            left = request.num_tokens - int(self._seats.computed[seat])
+            tokens = min(left, self.config.prefill_chunk, budget)
+            admitted.append((seat, tokens))
             budget -= tokens
         if admitted:
             self._running_seats = np.array([request.seat for request in self.running], np.int64)
@@ -354,11 +441,14 @@ class Scheduler:
     def _seat(self, request: Request, now: float) -> int:
         here = self._seats
         seat = here.take()
-        blocks = self.pool.allocate(self.pool.blocks_for(request.num_tokens))
+        blocks, num_hits = self._blocks_for(request, seat)
         here.blocks[seat, : len(blocks)] = blocks
         here.num_blocks[seat] = len(blocks)
+        here.registered[seat] = (
+            0  # also those just found: should they be evicted, the copies take their place
+        )
         here.known[seat] = request.num_tokens
-        here.computed[seat] = 0
+        here.computed[seat] = num_hits * self.pool.block_tokens
         here.last_token[seat] = 0 if request.token_ids is None else request.token_ids[request.num_tokens - 1]
         request.seat = seat
         self._in_seat[seat] = request
@@ -366,6 +456,59 @@ class Scheduler:
             request.admitted_at = now
         self.running.append(request)
         return seat
+
+    # -- the prefix cache ----------------------------------------------------------------------------------
+
+    def _blocks_for(self, request: Request, seat: int) -> tuple[BlockIds, int]:
+        """Blocks for all known tokens of a request, and how many of the first are computed already."""
+        num_blocks = self.pool.blocks_for(request.num_tokens)
+        if self.config.prefix_cache != "on" or request.token_ids is None:
+            return self.pool.allocate(num_blocks), 0
+        hits = self._find_prefix(request, seat)
+        self.num_looked_up_tokens += request.num_tokens
+        self.num_hit_tokens += len(hits) * self.pool.block_tokens
+        if not hits:
+            return self.pool.allocate(num_blocks), 0
+        if not self.pool.wants_runs:
+            self.pool.share(hits)
+            rest = self.pool.allocate(num_blocks - len(hits))
+            return np.concatenate((np.array(hits, np.int32), rest)), len(hits)
+        blocks = self.pool.allocate(num_blocks, avoid=frozenset(hits))
+        self.pool.index.touch(hits)
+        self._copies.append((np.array(hits, np.int32), blocks[: len(hits)]))
+        return blocks, len(hits)
+
+    def _find_prefix(self, request: Request, seat: int) -> list[int]:
+        """Known blocks of the request's beginning. Its last token is always left to compute."""
+        assert request.token_ids is not None
+        pool = self.pool
+        num_full = (request.num_tokens - 1) // pool.block_tokens
+        root = pool.index.root(self._namespace)
+        keys = chain(root, request.token_ids, pool.block_tokens, num_full)
+        self._prefixes[seat] = KnownPrefix(root, self._epoch, keys)
+        hits = pool.index.find(keys)
+        if not pool.wants_runs:
+            return hits
+        # The copy needs blocks of its own beside those it is made from.
+        num_blocks = pool.blocks_for(request.num_tokens)
+        while hits and num_blocks > pool.num_free - sum(pool.index.is_idle(block) for block in hits):
+            hits.pop()
+        return hits
+
+    def _register(self, seats: IntArray) -> None:
+        """Tells the prefix cache of the blocks that these rows have filled. Rows whose token was drawn only:
+        one whose logits were not numbers has left its seat, and its blocks are not worth keeping."""
+        here, size = self._seats, self.pool.block_tokens
+        for seat in seats[here.computed[seats] // size > here.registered[seats]].tolist():
+            request, prefix = self._in_seat.get(seat), self._prefixes.get(seat)
+            if request is None or prefix is None or request.token_ids is None:
+                continue
+            num_full = int(here.computed[seat]) // size
+            if prefix.epoch == self._epoch and self.config.prefix_cache == "on":
+                extended(prefix.root, prefix.keys, request.token_ids, size, num_full)
+                for index in range(int(here.registered[seat]), num_full):
+                    self.pool.register(int(here.blocks[seat, index]), prefix.keys[index])
+            here.registered[seat] = num_full
 
     def _next_waiting(self, now: float) -> Request:
         first = self.waiting[0]

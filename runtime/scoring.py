@@ -124,6 +124,11 @@ class Scorer:
     def has_work(self) -> bool:
         return bool(self._jobs)
 
+    @property
+    def configs(self) -> list[EngineConfig]:
+        """Those whose weights are needed."""
+        return [job.config for job in self._jobs]
+
     def add(self, call: int, args: Mapping[str, Any], config: EngineConfig) -> None:
         """Queues a call. Its reply is sent when it is scored, or failed.
 

@@ -49,6 +49,9 @@ class RuntimeConnection:
     def reconfigure(self, patch: Mapping[str, Any], expected_version: int | None) -> Answer:
         return self._now().reconfigure(patch, expected_version)
 
+    def prepare(self, values: Mapping[str, Any]) -> Answer:
+        return self._now().prepare(values)
+
     def plan(self, plan: SlicePlan) -> Answer:
         return self._now().plan(plan)
 

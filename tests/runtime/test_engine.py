@@ -58,12 +58,13 @@ class InProcess:
     ) -> None:
         loaded = load_model(folder, torch.device("cpu"), torch.float64)
         config = EngineConfig.of(knobs)
-        executor = Executor(loaded, kv_tokens=512, config=config)
+        self.executor = Executor(loaded, kv_tokens=512, config=config)
+        config = self.executor.warm.in_force(config)
         spoil(loaded.model)
         self.frames: list[Frame] = []
         self.clock = Clock.started_now()
         self.runner = PlanRunner(config)
-        self.engine = Engine(executor, self.runner, self.clock, self.frames.append)
+        self.engine = Engine(self.executor, self.runner, self.clock, self.frames.append)
 
     def run(self) -> None:
         while self.engine.step():

@@ -1,0 +1,104 @@
+"""Which full blocks hold which beginnings of texts, so that a request that begins alike need not compute them.
+
+A block is known by a chain: SHA-256 of its parent's key and its own token ids. The chain's root is a random
+salt of this boot and a namespace, so that nobody outside can aim at a key, and what other weights computed is
+never found. Blocks that nobody holds stay here, least recently used first, until their memory is wanted.
+"""
+
+import hashlib
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+SALT_BYTES = 32
+
+
+class PrefixIndex:
+    """Keys and blocks of one pool. The pool says who holds a block; the index only names them."""
+
+    def __init__(self, salt: bytes | None = None) -> None:
+        self.salt = secrets.token_bytes(SALT_BYTES) if salt is None else salt
+        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # registered and held by nobody, oldest use first
+
+    def __len__(self) -> int:
+        return len(self._key_of)
+
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
+    def root(self, namespace: str) -> bytes:
+        return hashlib.sha256(self.salt + namespace.encode()).digest()
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest known beginning of this chain."""
+        found = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def key_of(self, block: int) -> bytes | None:
+        return self._key_of.get(block)
+
+    def add(self, block: int, key: bytes) -> bool:
+        """Names a held block. False where another block has the key already: one copy is enough."""
+        if key in self._block_of or block in self._key_of:
+            return False
+        self._block_of[key], self._key_of[block] = block, key
+        return True
+
+    def rest(self, block: int) -> bool:
+        """Nobody holds the block any more. True if it stays known, as the most recently used one."""
+        if block not in self._key_of:
+            return False
+        self._idle[block] = None
+        self._idle.move_to_end(block)
+        return True
+
+    def wake(self, block: int) -> None:
+        self._idle.pop(block, None)
+
+    def touch(self, blocks: Sequence[int]) -> None:
+        """The chain was used. Its end becomes older than its beginning, without which it is worth nothing."""
+        for block in reversed(blocks):
+            if block in self._idle:
+                self._idle.move_to_end(block)
+
+    def is_idle(self, block: int) -> bool:
+        return block in self._idle
+
+    def idle_blocks(self) -> list[int]:
+        return list(self._idle)
+
+    def oldest(self, avoid: frozenset[int]) -> int | None:
+        return next((block for block in self._idle if block not in avoid), None)
+
+    def forget(self, block: int) -> None:
+        self._idle.pop(block, None)
+        key = self._key_of.pop(block, None)
+        if key is not None:
+            del self._block_of[key]
+
+
+def chain(root: bytes, token_ids: NDArray[np.int32], block_tokens: int, num_blocks: int) -> list[bytes]:
+    """Keys of the first `num_blocks` full blocks of `token_ids`, each of which must be known."""
+    return extended(root, [], token_ids, block_tokens, num_blocks)
+
+
+def extended(
+    root: bytes, keys: list[bytes], token_ids: NDArray[np.int32], block_tokens: int, num_blocks: int
+) -> list[bytes]:
+    """`keys`, made as long as `num_blocks` (in place)."""
+    for index in range(len(keys), num_blocks):
+        parent = keys[-1] if keys else root
+        tokens = np.ascontiguousarray(token_ids[index * block_tokens : (index + 1) * block_tokens], np.int32)
+        keys.append(hashlib.sha256(parent + tokens.tobytes()).digest())
+    return keys

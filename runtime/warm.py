@@ -1,0 +1,249 @@
+"""What is ready to be swapped in at a step: weight formats and KV pools, prepared beside those in force.
+
+    missing ──make_room (step thread)──▶ build (its own thread) ──▶ ready ──install (between two steps)──▶ in force
+
+Kept: what the champion, a plan in force or a preparation under way names, and of the rest the KEPT_UNUSED that
+were prepared last, of each kind, for a rollback without waiting. They go earlier, oldest first, when a preparation
+lacks memory. The loaded weights stay always: every format is made from them.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from runtime.errors import InvalidKnob, PrepareFailed
+from runtime.hf_model import HFModel, KVPools, copy_blocks
+from runtime.knobs import EngineConfig
+from runtime.kv_cache import BLOCK_TOKENS, BlockPool
+from runtime.scheduler import Scheduler
+from runtime.weights import WeightSet, formats_from, prepared, wanted_bytes
+
+log = logging.getLogger(__name__)
+
+KEPT_UNUSED = 2
+FREE_SHARE = 0.8  # of free memory that a preparation may take
+PAUSE_S = 0.001  # between two layers, so that the steps beside get the core
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a configuration needs and nobody prepared yet. `in_turn`: no room for both pools at once."""
+
+    weight_format: str | None
+    pool_blocks: int | None
+    in_turn: bool = False
+
+
+class WarmStates:
+    """Owned by the step thread; `build` alone runs in another, and changes nothing that is in force."""
+
+    def __init__(
+        self,
+        model: HFModel,
+        pool_blocks: int,
+        free_bytes: Callable[[], int],
+        max_model_len: int,
+        max_blocks: int,
+    ) -> None:
+        """`free_bytes`: memory that can still be taken where the model lies. `max_blocks`: of any pool here."""
+        self._model, self._free_bytes = model, free_bytes
+        self._loaded_dtype: torch.dtype = next(model.model.parameters()).dtype
+        self.formats = formats_from(self._loaded_dtype)
+        self.weight_format = self.loaded_format
+        self.pool_blocks = pool_blocks
+        self.min_blocks, self.max_blocks = -(-max_model_len // BLOCK_TOKENS), max(max_blocks, pool_blocks)
+        self._weights = {self.loaded_format: WeightSet.of_installed(model.model, self.loaded_format)}
+        self._pools: dict[int, KVPools] = {pool_blocks: model.pools}
+
+    @property
+    def loaded_format(self) -> str:
+        return self.formats[0]
+
+    # -- what there is -------------------------------------------------------------------------------------
+
+    def check(self, config: EngineConfig) -> None:
+        """Raises InvalidKnob where this model or machine can never run the configuration."""
+        if config.weight_format not in self.formats:
+            raise InvalidKnob(
+                f"`weight_format` must be one of {', '.join(self.formats)} for weights loaded as "
+                f"{self.loaded_format}, but got {config.weight_format!r}."
+            )
+        if not self.min_blocks <= blocks_of(config) <= self.max_blocks:
+            low, high = self.min_blocks * BLOCK_TOKENS, self.max_blocks * BLOCK_TOKENS
+            raise InvalidKnob(
+                f"`kv_tokens` must be in [{low}, {high}] tokens here, so that the longest request fits and memory "
+                f"holds it, but got {config.kv_tokens}."
+            )
+
+    def in_force(self, config: EngineConfig) -> EngineConfig:
+        """The configuration with the weights and the pool that really serve."""
+        found: dict[str, object] = {"weight_format": self.weight_format}
+        if blocks_of(config) != self.pool_blocks:
+            found["kv_tokens"] = self.pool_blocks * BLOCK_TOKENS
+        return config.patched(found)
+
+    def is_ready(self, config: EngineConfig, may_move_in_turn: bool = False) -> bool:
+        """Whether nothing is left to prepare. A pool that has no room beside the one in force cannot be swapped to
+        and fro, so it counts only where the caller says that moving layer by layer will do."""
+        pools = self._pools.get(blocks_of(config))
+        has_pools = pools is not None and (bool(pools) or may_move_in_turn)
+        return config.weight_format in self._weights and has_pools
+
+    def has_weights(self, config: EngineConfig) -> bool:
+        return config.weight_format in self._weights
+
+    def extra_bytes(self, config: EngineConfig) -> int:
+        """What the configuration holds in memory beside the loaded weights and the pool in force."""
+        weights, num_blocks = self._weights.get(config.weight_format), blocks_of(config)
+        num_bytes = 0 if weights is None else weights.nbytes
+        if num_blocks != self.pool_blocks and self._pools.get(num_blocks):
+            num_bytes += self._pool_bytes(num_blocks)
+        return num_bytes
+
+    def missing(self, config: EngineConfig) -> Wanted:
+        num_blocks = blocks_of(config)
+        return Wanted(
+            config.weight_format if config.weight_format not in self._weights else None,
+            num_blocks if not self._pools.get(num_blocks) else None,
+        )
+
+    # -- preparing -----------------------------------------------------------------------------------------
+
+    def make_room(self, wanted: Wanted, in_use: Iterable[EngineConfig], may_move_in_turn: bool) -> Wanted:
+        """Drops what nobody uses until the wanted fits. Returns how it can be had.
+
+        Raises:
+            PrepareFailed: it does not fit.
+        """
+        used = list(in_use)
+        self._drop(used, KEPT_UNUSED - 1)
+        weight_bytes = wanted_bytes(self._model.model, wanted.weight_format) if wanted.weight_format else 0
+        pool_bytes = self._pool_bytes(wanted.pool_blocks) if wanted.pool_blocks else 0
+        needed = weight_bytes + pool_bytes
+        room = self._room_bytes()
+        if needed > room:
+            self._drop(used, 0)
+            room = self._room_bytes()
+        if needed <= room:
+            return wanted
+        if may_move_in_turn and wanted.pool_blocks is not None and wanted.pool_blocks < self.pool_blocks:
+            per_layer = pool_bytes // len(self._model.kv_shapes)
+            if weight_bytes + 2 * per_layer <= room:
+                return Wanted(wanted.weight_format, wanted.pool_blocks, in_turn=True)
+        raise PrepareFailed(
+            f"The configuration needs {needed} bytes more ({weight_bytes} of weights, {pool_bytes} of KV pool), but "
+            f"{room} may be taken ({FREE_SHARE:.0%} of what is free). Free memory or ask for less."
+        )
+
+    def build(self, wanted: Wanted) -> tuple[WeightSet | None, KVPools | None]:
+        """Makes what is wanted, in the calling thread.
+
+        Raises:
+            PrepareFailed: memory ran out, or the format cannot be made.
+        """
+        device = self._model.device
+        try:
+            if device.type != "cuda":
+                return self._build(wanted)
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.stream(stream):
+                made = self._build(wanted)
+            stream.synchronize()
+            return made
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError among them
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise PrepareFailed(f"The configuration could not be prepared: {reason}") from error
+
+    def _build(self, wanted: Wanted) -> tuple[WeightSet | None, KVPools | None]:
+        weights = pools = None
+        if wanted.weight_format is not None:
+            weights = prepared(self._model.model, wanted.weight_format, lambda: time.sleep(PAUSE_S))
+        if wanted.pool_blocks is not None and not wanted.in_turn:
+            pools = self._model.new_pools(wanted.pool_blocks)
+        return weights, pools
+
+    def add(self, wanted: Wanted, weights: WeightSet | None, pools: KVPools | None) -> None:
+        """Takes in what `build` made."""
+        if weights is not None:
+            self._weights[weights.format] = weights
+        if wanted.pool_blocks is not None:
+            self._pools[wanted.pool_blocks] = {} if pools is None else pools
+
+    def _drop(self, used: Iterable[EngineConfig], num_kept: int) -> None:
+        used = list(used)
+        formats = {config.weight_format for config in used} | {self.loaded_format, self.weight_format}
+        pools = {blocks_of(config) for config in used} | {self.pool_blocks}
+        spare_formats = [name for name in self._weights if name not in formats]
+        spare_pools = [num_blocks for num_blocks in self._pools if num_blocks not in pools]
+        if self._model.device.type == "cuda" and (spare_formats or spare_pools):
+            torch.cuda.synchronize(self._model.device)
+        for name in spare_formats[: max(0, len(spare_formats) - num_kept)]:
+            del self._weights[name]
+        for num_blocks in spare_pools[: max(0, len(spare_pools) - num_kept)]:
+            del self._pools[num_blocks]
+
+    def _room_bytes(self) -> int:
+        return int(FREE_SHARE * self._free_bytes())
+
+    def _pool_bytes(self, num_blocks: int) -> int:
+        return num_blocks * BLOCK_TOKENS * self._model.kv_bytes_per_token
+
+    # -- swapping ------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def install(self, config: EngineConfig, scheduler: Scheduler) -> bool:
+        """Puts a ready configuration's weights and pool in force, between two steps. False if they are already."""
+        num_blocks = blocks_of(config)
+        if config.weight_format == self.weight_format and num_blocks == self.pool_blocks:
+            return False
+        if config.weight_format != self.weight_format:
+            self._weights[config.weight_format].install()
+            self.weight_format = config.weight_format
+            scheduler.use_namespace(config.weight_format)
+        if num_blocks != self.pool_blocks:
+            self._move(num_blocks, scheduler)
+        return True
+
+    def _move(self, num_blocks: int, scheduler: Scheduler) -> None:
+        old = scheduler.pool
+        move = scheduler.move_to(BlockPool(num_blocks, old.block_tokens, old.wants_runs))
+        before, after = self._model.pools, self._pools[num_blocks]
+        if after:
+            for layer, pool in before.items():
+                copy_blocks(pool, after[layer], move, old.block_tokens)
+        else:  # no room for both: each layer's old pool goes before the next layer's new one comes
+            del self._pools[self.pool_blocks]
+            for layer, shape in self._model.kv_shapes.items():
+                after[layer] = self._model.new_pool(shape, num_blocks * old.block_tokens)
+                copy_blocks(before[layer], after[layer], move, old.block_tokens)
+                del before[layer]
+        self._model.pools = after
+        self.pool_blocks = num_blocks
+
+    @contextlib.contextmanager
+    def weights_of(self, config: EngineConfig) -> Iterator[None]:
+        """Computes with the weights of a ready configuration, then goes back to those in force. Step thread only.
+
+        Raises:
+            InvalidKnob: they are not prepared.
+        """
+        weights = self._weights.get(config.weight_format)
+        if weights is None:
+            raise InvalidKnob(f"`weight_format` {config.weight_format} is not prepared; call prepare first.")
+        if weights.format == self.weight_format:
+            yield
+            return
+        weights.install()
+        try:
+            yield
+        finally:
+            self._weights[self.weight_format].install()
+
+
+def blocks_of(config: EngineConfig) -> int:
+    """Whole blocks of the pool that the knob asks for."""
+    return config.kv_tokens // BLOCK_TOKENS
