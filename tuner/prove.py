@@ -3,8 +3,8 @@
     python -m tuner.prove [--config configs/demo.yaml] [--data-dir var/prove]
 
 Starts `tuner run` as a user would, on a fresh store, and only watches until a promotion is applied. Then it
-measures the promoted configuration for as long as the start was measured, and at last lets it alternate in
-short blocks with the shipped default, so that both see the same minutes. Slices of experiments are left out
+measures the promoted configuration for as long as the start was measured, and at last sends the same requests
+to it and to the shipped default, block by block. Slices of experiments are left out
 of every figure. Prints what it found; the last line is one JSON document; exit 1 where a claim fails.
 """
 
@@ -15,24 +15,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.client import RuntimeClient, read_runtime_file
+import psutil
+
+from runtime.client import RuntimeClient
 from runtime.knobs import EngineConfig, default_config
 from store import decisions, queries
 from store.database import StoreReader
 from store.errors import StoreError
 from store.tables import Change
+from tuner.api import DaemonClient
+from tuner.load_report import Outcome, read_report
 from tuner.objective import quantile
 from tuner.promote import describe
 from tuner.report import explain_report
+from tuner.settings import TrafficSettings
+from tuner.traffic import command as traffic_command
 
 MEASURE_S = 185.0
 SETTLE_S = 15.0
 START_UP_S = 5.0
-BLOCK_S, NUM_BLOCKS = 30.0, 14
+BLOCK_S, NUM_BLOCK_PAIRS = 30.0, 7
 MAX_PROMOTION_S = 900.0
 MIN_DROP, MAX_EXCESS = 0.60, 0.10
 POLL_S = 2.0
@@ -171,49 +177,88 @@ def measured(
         num_failed += sum(row.finish_reason in ("error", "rejected", "timeout") for row in rows)
     if not latencies:
         raise SystemExit(f"No request was served under {config_id} outside of slices; nothing to compare.")
+    return figures(config_id, quiet_s, latencies, num_failed)
+
+
+def compare_with_default(
+    reader: StoreReader, data_dir: Path, child: subprocess.Popen[bytes], change: Change
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Promoted and shipped default on the same requests; leaves the promoted one in force.
+
+    Tuning is paused and the generated traffic stopped. Each pair of blocks then gets arrivals of its own, the
+    same ones for both configurations, from an empty queue: the bursts of separate minutes would hide what differs.
+    """
+    DaemonClient(data_dir).act("pause", {})
+    control = RuntimeClient.of_run_dir(data_dir / "run")
+    identity = control.identity()
+    hardware = identity["hardware"]
+    with reader.journal() as session:
+        promoted = EngineConfig.of(decisions.config_values(session, change.to_config_id))
+    default = default_config(hardware["device"], hardware["num_cores"], identity.get("fitted_knobs"))
+    stop_traffic(child.pid)
+    while control.state()["gauges"]["num_live"]:
+        wait_until(time.time() + POLL_S, child)
+    print(
+        f"Beside the shipped default ({describe(promoted.values(), default.values())}), "
+        f"{NUM_BLOCK_PAIRS} pairs of blocks of {BLOCK_S:.0f} s, the same requests in both of a pair.",
+        flush=True,
+    )
+    sent = TrafficSettings.model_validate(traffic_settings(data_dir))
+    outcomes: dict[bool, list[Outcome]] = {False: [], True: []}
+    for pair in range(NUM_BLOCK_PAIRS):
+        settings = sent.model_copy(update={"seed": sent.seed + 1000 + pair})
+        for is_default in (False, True) if pair % 2 == 0 else (True, False):
+            alive(child)
+            control.reconfigure((default if is_default else promoted).values(), None)
+            outcomes[is_default] += block(settings, identity, data_dir)
+    control.reconfigure(promoted.values(), None)
+    control.close()
+    return block_figures(outcomes[False], promoted.config_id), block_figures(
+        outcomes[True], default.config_id
+    )
+
+
+def stop_traffic(run_pid: int) -> None:
+    """Ends the load that `tuner run` makes; it takes no notice before its own end."""
+    for process in psutil.Process(run_pid).children(recursive=True):
+        if "tuner.traffic" in process.cmdline():
+            process.terminate()
+
+
+def traffic_settings(data_dir: Path) -> dict[str, Any]:
+    """The `traffic` section as it was sent, with the rate that the measured capacity gave."""
+    with open(data_dir / "traffic.jsonl") as report:
+        sent: dict[str, Any] = json.loads(report.readline())["settings"]
+    return sent
+
+
+def block(settings: TrafficSettings, identity: Mapping[str, Any], data_dir: Path) -> list[Outcome]:
+    """Sends one block's requests and waits until the last has ended."""
+    path = data_dir / "block.jsonl"
+    vocab_size = identity["model"]["vocab_size"]
+    words = traffic_command(
+        identity["api_url"], settings, duration_s=BLOCK_S, report=path, vocab_size=vocab_size
+    )
+    subprocess.run(words, check=True, capture_output=True)
+    return read_report(path).outcomes
+
+
+def block_figures(outcomes: Sequence[Outcome], config_id: str) -> dict[str, Any]:
+    latencies = [outcome.e2e_s for outcome in outcomes if outcome.ok and outcome.e2e_s is not None]
+    num_failed = sum(not outcome.ok for outcome in outcomes)
+    return figures(config_id, NUM_BLOCK_PAIRS * BLOCK_S, latencies, num_failed)
+
+
+def figures(config_id: str, seconds: float, latencies: Sequence[float], num_failed: int) -> dict[str, Any]:
     return {
         "config_id": config_id,
-        "seconds": round(quiet_s, 1),
+        "seconds": round(seconds, 1),
         "num_requests": len(latencies),
         "num_failed": num_failed,
         "p50_s": round(quantile(latencies, 0.50) or 0.0, 4),
         "p95_s": round(quantile(latencies, 0.95) or 0.0, 4),
         "mean_s": round(sum(latencies) / len(latencies), 4),
     }
-
-
-def compare_with_default(
-    reader: StoreReader, data_dir: Path, child: subprocess.Popen[bytes], change: Change
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Promoted and shipped default in alternating blocks, tuning paused; leaves the promoted one in force."""
-    from tuner.api import DaemonClient
-
-    DaemonClient(data_dir).act("pause", {})
-    address = read_runtime_file(data_dir / "run")
-    assert address is not None, "the runtime's address file is gone"
-    control = RuntimeClient(address.control_url, (data_dir / "run" / "control.key").read_text().strip())
-    identity = control.identity()
-    hardware = identity["hardware"]
-    with reader.journal() as session:
-        promoted = EngineConfig.of(decisions.config_values(session, change.to_config_id))
-    default = default_config(hardware["device"], hardware["num_cores"], identity.get("fitted_knobs"))
-    print(
-        f"Beside the shipped default ({describe(promoted.values(), default.values())}), "
-        f"{NUM_BLOCKS} blocks of {BLOCK_S:.0f} s.",
-        flush=True,
-    )
-    spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    for block in range(NUM_BLOCKS):
-        is_default = block % 2 == 1
-        control.reconfigure((default if is_default else promoted).values(), None)
-        start_at = time.time()
-        wait_until(start_at + BLOCK_S, child)
-        spans[is_default].append((start_at + 2.0, start_at + BLOCK_S))
-    control.reconfigure(promoted.values(), None)
-    wait_until(time.time() + SETTLE_S, child)
-    return measured(reader, spans[False], promoted.config_id), measured(
-        reader, spans[True], default.config_id
-    )
 
 
 def chain_is_whole(data_dir: Path, change: Change) -> bool:
