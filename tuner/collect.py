@@ -37,6 +37,7 @@ class Collected(NamedTuple):
     state: Mapping[str, Any] | None
     num_records: int
     readings: Readings
+    records: Sequence[Record] = ()
 
 
 class _Answer(NamedTuple):
@@ -88,7 +89,7 @@ class Collector:
         readings |= runtime_samples(window)
         self._save(_rows(readings, now, answer.state["config_id"]), answer.last_page, now)
         self._mark = _Mark(answer.state, now_s, _last_step(answer.records) or window.step_before)
-        return Collected(now, answer.state, len(answer.records), readings)
+        return Collected(now, answer.state, len(answer.records), readings, answer.records)
 
     def _ask(self, now: float) -> _Answer | None:
         """The state and all records that wait, whose pages but the last are stored on the way."""

@@ -10,37 +10,41 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from statistics import stdev
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
 from typing import Any
 
 from runtime.clock import Clock
 from runtime.errors import RuntimeFault
 from runtime.knobs import EngineConfig
-from store import decisions
+from store import decisions, evidence
 from store.database import Store
 from store.tables import Experiment, Study
-from tuner.collect import Collector
+from tuner.against_itself import due_at, false_alarm_words
+from tuner.collect import Collected, Collector
 from tuner.error_rate import Lord
-from tuner.experiment import Decided, ExperimentStage
+from tuner.experiment import JUDGED, Decided, ExperimentStage
 from tuner.guardrail import Watchman
 from tuner.harm import HarmRule
+from tuner.interval import effect_ratio
 from tuner.judge import Outcome
 from tuner.keep import KeepStage
+from tuner.notice import NoticeStage
 from tuner.objective import Metric
 from tuner.pairs import ExperimentRules, scored_pairs
+from tuner.planning import Planning
+from tuner.planning_stage import FIRST_PAIR_SD, PlanningStage, window_pair_sd
 from tuner.probation import Probation
 from tuner.promote import PromoteStage, describe
 from tuner.quality_stage import Failed, NotYet, QualityStage
 from tuner.rows import tell
 from tuner.settings import Settings
-from tuner.study import StudyStage
+from tuner.study import StudyStage, Wanted
 from tuner.twin_stage import TwinStage
 from tuner.wishes import Wish, WishDesk
 
 logger = logging.getLogger(__name__)
 
-FIRST_PAIR_SD = 0.2  # log units, until probes of this champion have shown the real one
 MAX_BACK_OFF_S = 60.0
 
 
@@ -85,7 +89,12 @@ class Daemon:
         self.studies = StudyStage(store, settings, snapshot_id, identity)
         self.twins = TwinStage(store, snapshot_id, identity)
         self.probation = Probation(store, settings, snapshot_id)
+        self.planning = PlanningStage(store, settings)
+        self.planned: Planning | None = None  # what the test under way can still find, and when
+        self._told: str | None = None  # the last reason for not opening anything, as told in the story
+        self.notice = NoticeStage(store, settings, snapshot_id)
         self.quality = QualityStage(store, control, settings.quality, snapshot_id)
+        self.collected: Collected | None = None
         self.desk = WishDesk(store, self.promotion, self._end_experiment)
         self.wishes: queue.SimpleQueue[Wish] = queue.SimpleQueue()
         self.stop_event = threading.Event()
@@ -127,6 +136,7 @@ class Daemon:
         with self.store.journal() as session:
             self.desk.is_paused = decisions.is_paused(session)
         self._champion = champion
+        self.notice.start(now)
         self.watchman.start()
 
     def run(self, on_tick: Callable[[], object] = lambda: None) -> None:
@@ -144,6 +154,7 @@ class Daemon:
         now = self.clock.now()
         self.watchman.close()
         self.studies.close()
+        self.notice.close()
         self._end_experiment("interrupted: the daemon was stopped", now)
         while not self.wishes.empty():
             self.wishes.get_nowait().answer.set_result("The daemon is stopping.")
@@ -151,8 +162,9 @@ class Daemon:
     # -- the tick ------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        self.state = None
+        self.state = self.collected = None
         self._stage("collect", now, self._collect)
+        self._stage("notice", now, self._notice)
         state = self._ready_state()
         if state is not None and self.trouble is None:  # before the wishes: what they change is not in it yet
             self._stage("restore", now, lambda now: self._restore_champion(now, state))
@@ -164,10 +176,15 @@ class Daemon:
             return
         self._stage("experiment", now, lambda now: self._experiment(now, state))
         self._stage("heed", now, self._heed)
+        if self.experiments.frozen_by is not None:
+            self.doing = f"Frozen until this is over: {self.experiments.frozen_by}"
+            self._stage("age", now, self.keeping.step)
+            return
         self._stage("quality", now, self._watch_quality)
         if self.settings.mode != "observe" and self.settings.search.enabled and not self.desk.is_paused:
             self._stage("search", now, lambda now: self._search(now, state))
             self._stage("probation", now, self._probation)
+            self._stage("aa", now, self._against_itself)
         else:
             self.doing = (
                 "Paused by a person." if self.desk.is_paused else "Observing: no experiments in this mode."
@@ -212,7 +229,19 @@ class Daemon:
 
     def _collect(self, now: float) -> None:
         # The collector reads the state before it drains: what the state calls ended stands in the store.
-        self.state = self.collector.collect(now).state
+        self.collected = self.collector.collect(now)
+        self.state = self.collected.state
+
+    def _notice(self, now: float) -> None:
+        """A fault freezes what is under way; one that no challenger can cause voids its pair."""
+        if self.collected is not None:
+            self.notice.step(now, self.collected)
+        faults, spoiler = self.notice.open_faults(), self.notice.voiding_fault()
+        self.experiments.frozen_by = faults[0].reason if faults else None
+        if faults:
+            self._stretch_since = now  # what is served now says nothing of the champion
+        if spoiler is not None:
+            self.experiments.void_pair_under_way(f"fault: {spoiler.reason}", spoiler.started_at)
 
     # -- experiments ---------------------------------------------------------------------------------------
 
@@ -226,6 +255,7 @@ class Daemon:
             now, state, lambda start_at, end_at: self.twins.predict(self._metric, start_at, end_at)
         )
         running = self._running()
+        self.planned = None
         if running is not None:
             self._stretch_since = now
             self.doing = self._experiment_words(running)
@@ -239,6 +269,8 @@ class Daemon:
         )
         if decided.experiment.kind == "test":
             self._decided(decided, now)
+        elif decided.experiment.kind == "aa":
+            self._tell_false_alarms(decided, now)
 
     def _decided(self, decided: Decided, now: float) -> None:
         verdict = decided.verdict
@@ -275,7 +307,7 @@ class Daemon:
             )
         for probe in probes:
             self.studies.end(probe, now)
-        if verdict is None or values is None:
+        if verdict is None or values is None or self.experiments.frozen_by is not None:
             return
         target = EngineConfig.of(values)
         if not self._says_the_same(target, now):
@@ -334,13 +366,29 @@ class Daemon:
         if left_s > 0:
             self.doing = f"Learning how the champion serves this traffic, {left_s:.0f} s more."
             return False
-        if (
-            self.twins.prepare(self._champion, self._stretch_since, now, self.settings.experiment.slice_s)
-            is None
-        ):
+        slice_s = self.planning.fix_slices(now).slice_s
+        starved = self.planning.starved(self._window_sd())
+        if starved is not None:
+            self._stay_put(f"No study is opened: {starved}.", now)
+            return False
+        if self.twins.prepare(self._champion, self._stretch_since, now, slice_s, self._metric) is None:
             self.doing = "Learning: too few requests so far to know the champion."
             return False
         return True
+
+    def _stay_put(self, why: str, now: float) -> None:
+        """Nothing is opened, and why: shown as long as it holds, told in the story once."""
+        self.doing = why
+        told, self._told = self._told, why.partition(":")[0]
+        if told != self._told:
+            with self.store.journal() as session:
+                tell(session, now, "experiment", why)
+
+    def _is_harm_spent(self, now: float) -> bool:
+        ledger = self.planning.ledger(now)
+        if ledger.is_spent:
+            self._stay_put(f"No experiment until harm done a day ago no longer counts: {ledger.words}.", now)
+        return ledger.is_spent
 
     def _new_study(self, now: float, state: Mapping[str, Any]) -> Study | None:
         with self.store.journal() as session:
@@ -354,11 +402,15 @@ class Daemon:
             if last is None or last.ended_at is None
             else min(self.settings.search.rest_s, last.ended_at + self.settings.search.rest_s - now)
         )
-        if rest_left_s > 0 and self._cause != "asked":
+        condition = self.notice.condition_to_study(last if rest_left_s > 0 else None)
+        if rest_left_s > 0 and self._cause != "asked" and condition is None:
             self.doing = f"Nothing better was found last time; the next search starts in {rest_left_s:.0f} s."
             return None
-        cause, self._cause = self._cause, "schedule"
-        return self.studies.start(self._champion, state, cause, now, self.quality.why_unavailable)
+        cause, self._cause = self._cause if condition is None else condition.reason, "schedule"
+        study = self.studies.start(self._champion, state, cause, now, self.quality.why_unavailable)
+        if condition is not None:
+            self.notice.study_started(study, condition)
+        return study
 
     def _advance_study(self, study: Study, now: float) -> None:
         wanted = self.studies.next(study, self._champion, self.twins.raw_pair_sd, now)
@@ -375,29 +427,61 @@ class Daemon:
             if isinstance(verdict, Failed) and wanted.trial is not None:
                 self.studies.refuse(wanted.trial, {"quality": verdict.slack}, verdict.reason, now)
                 return
+            if self._is_harm_spent(now):
+                return
             predicted = self.twins.predicted_log_ratio(self._metric, wanted.config)
-            experiment = self._open(wanted.kind, wanted.config, study.study_id, now)
+            planned = self._plan(wanted, predicted) if wanted.kind == "test" else None
+            if planned is not None and not planned.is_feasible:
+                self._stay_put(f"No test is opened: {planned.words}.", now)
+                self.studies.finish(study, "DONE", f"No test is opened: {planned.words}.", now)
+                self.twins.forget()
+                return
+            self._told = None
+            experiment = self._open(wanted.kind, wanted.config, study.study_id, now, planned)
             if wanted.kind == "probe" and wanted.trial is not None:
                 self.studies.begin(wanted.trial, experiment, predicted)
 
-    def _open(self, kind: str, challenger: EngineConfig, study_id: int | None, now: float) -> Experiment:
-        fit, fdr = self.twins.fit, self.settings.experiment.fdr
+    def _plan(self, wanted: Wanted, predicted: float | None) -> Planning:
+        """What the test of a candidate can find: its gain is foretold by its probe and the replay."""
+        level = self.experiments.next_level(self.snapshot_id, self._metric, self._lord)
+        known = [log for log in (wanted.trial.value if wanted.trial else None, predicted) if log is not None]
+        return self.planning.test(level, self._window_sd(), -effect_ratio(fmean(known)) if known else None)
+
+    def _window_sd(self) -> float:
+        return window_pair_sd(self.twins.windows.means, self.twins.noise_share)
+
+    @property
+    def _lord(self) -> Lord:
+        return Lord(alpha=self.settings.experiment.fdr, w0=self.settings.experiment.fdr)
+
+    def _open(
+        self,
+        kind: str,
+        challenger: EngineConfig,
+        study_id: int | None,
+        now: float,
+        planned: Planning | None = None,
+    ) -> Experiment:
+        rules = self._rules(kind)
+        if planned is not None:
+            rules = replace(rules, max_pairs=planned.max_pairs)
         experiment = self.experiments.open(
             kind,
             self.snapshot_id,
             self._champion,
             challenger,
-            self._rules(kind),
+            rules,
             now,
             study_id,
-            fit.twin_fit_id if fit is not None and fit.is_used else None,
-            Lord(alpha=fdr, w0=fdr) if kind == "test" else None,
+            self.twins.fit_id_in_use,
+            self._lord if kind == "test" else None,
+            planned.to_dict() if planned is not None else None,
         )
         if kind == "test":
             change = describe(challenger.values(), self._champion.values())
-            level, cap = experiment.rules["level"], self.settings.experiment.max_pairs
+            level, foreseen = experiment.rules["level"], "" if planned is None else f"; {planned.words}"
             with self.store.journal() as session:
-                text = f"Test of {change} begins: level {level:.2%}, at most {cap} pairs."
+                text = f"Test of {change} begins: level {level:.2%}, at most {rules.max_pairs} pairs{foreseen}."
                 tell(session, now, "experiment", text, {"experiment_id": experiment.experiment_id})
         return experiment
 
@@ -406,15 +490,14 @@ class Daemon:
         return self.settings.objective.metric
 
     def _rules(self, kind: str) -> ExperimentRules:
-        own, guard = self.settings.experiment, self.settings.guardrail
-        is_test = kind == "test"
+        own, guard, itself = self.settings.experiment, self.settings.guardrail, self.settings.aa
         return ExperimentRules(
             metric=self._metric,
-            level=own.fdr,
-            max_pairs=own.max_pairs if is_test else 1,
-            look_every=own.look_every if is_test else 1,
+            level=itself.level if kind == "aa" else own.fdr,
+            max_pairs={"test": own.max_pairs, "aa": itself.max_pairs}.get(kind, 1),
+            look_every=own.look_every if kind in JUDGED else 1,
             min_effect=self.settings.objective.min_effect,
-            slice_s=own.slice_s,
+            slice_s=self.planning.cut.slice_s,
             burn_in_s=own.burn_in_s,
             settle_s=own.settle_s,
             lease_s=own.lease_s,
@@ -426,6 +509,8 @@ class Daemon:
             pair_sd=self._pair_sd(),
             champion_means=self.twins.windows.means,
             champion_slowest_s=self.twins.windows.slowest_s,
+            max_wall_s=own.max_wall_s,
+            adjustment=self.twins.adjustment,
         )
 
     def _pair_sd(self) -> float:
@@ -447,7 +532,12 @@ class Daemon:
             return f"Probing {change}: one pair of slices against the champion."
         if experiment.kind == "holdback":
             return "Holdback: the former champion serves one slice, to see whether the gain stays."
-        return f"Testing {change}: {len(pairs)} of at most {experiment.rules['max_pairs']} pairs scored."
+        progress = f"{len(pairs)} of at most {experiment.rules['max_pairs']} pairs scored"
+        if experiment.kind == "aa":
+            return f"A/A: the champion against itself, to see how often chance wins; {progress}."
+        self.planned = self.planning.running(experiment, [pair.difference for pair in pairs])
+        foreseen = "" if self.planned is None else f"; {self.planned.words}"
+        return f"Testing {change}: {progress}{foreseen}."
 
     # -- probation -----------------------------------------------------------------------------------------
 
@@ -455,12 +545,39 @@ class Daemon:
         """While the last promotion is on probation: a holdback pair when one is due, rollback when it turned bad."""
         if self._running() is not None or self.studies.current() is not None:
             return
-        due = self.probation.step(now)
+        due = self.probation.step(now, self.planning.cut.slice_s)
         if due.rollback_reason is not None:
             logger.warning(self.promotion.rollback("previous", due.rollback_reason, now))
             self._follow_champion(now, "rollback")
-        elif due.former is not None:
+        elif due.former is not None and not self._is_harm_spent(now):
             self._open("holdback", due.former, None, now)
+
+    def _against_itself(self, now: float) -> None:
+        """Now and then, when nothing else is tried: the champion against itself, to know the rate of false alarms."""
+        if self._running() is not None or self.studies.current() is not None or self.twins.fit is None:
+            return
+        with self.store.journal() as session:
+            study = decisions.last_study(session, self.snapshot_id)
+            reign = decisions.latest_champion(session, self.snapshot_id)
+            last_at = evidence.last_experiment_at(session, "aa", self.snapshot_id)
+        if study is None or reign is None:  # what the tuner is for comes first
+            return
+        itself = self.settings.aa
+        since_at = max(last_at or 0.0, reign.since_at)
+        if now >= due_at(since_at, itself.max_pairs * self.planning.cut.pair_s, itself.share):
+            self._open("aa", self._champion, None, now)
+
+    def _tell_false_alarms(self, decided: Decided, now: float) -> None:
+        with self.store.journal() as session:
+            seen = evidence.false_promotion_rate(session, self.snapshot_id)
+            tell(
+                session,
+                now,
+                "judge",
+                f"The champion against itself: {decided.verdict.outcome if decided.verdict else 'no verdict'}. "
+                f"{false_alarm_words(seen)}",
+                {"experiment_id": decided.experiment.experiment_id},
+            )
 
     # -- people --------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from runtime.knobs import KNOBS, Knob, default_config
 from store.metrics import METRICS
 from tuner import errors
+from tuner.rules import RULES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("runtime", "store", "tuner", "dashboard")
@@ -56,6 +57,39 @@ def metric_table() -> str:
         for metric in METRICS.values()
     ]
     return table(["metric", "unit", "better", "label", "source", "what it says"], rows)
+
+
+def rule_table() -> str:
+    rows = []
+    for rule in RULES:
+        band, word = rule.band, "over" if rule.band.rises else "under"
+        told = "{:.0%}" if rule.is_ratio else "{:g}"
+        follows = ["voids the pair"] if rule.voids_pair else ["starts a study"] if rule.starts_study else []
+        rows.append(
+            [
+                f"`{rule.name}`",
+                rule.sees,
+                f"{word} {told.format(band.trigger)}",
+                f"{band.hold_s:g} s",
+                told.format(band.clear),
+                f"{band.clear_s:g} s",
+                rule.kind,
+                rule.severity,
+                *(follows or ["–"]),
+            ]
+        )
+    header = [
+        "rule",
+        "what it sees",
+        "fires",
+        "held for",
+        "over at",
+        "held for",
+        "kind",
+        "severity",
+        "follows",
+    ]
+    return table(header, rows)
 
 
 def exit_code_table() -> str:
@@ -99,6 +133,7 @@ def first_line(path: Path) -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "knobs": knob_table,
     "metrics": metric_table,
+    "rules": rule_table,
     "exit codes": exit_code_table,
     "files": file_map,
 }

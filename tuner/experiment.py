@@ -89,6 +89,7 @@ class ExperimentStage:
         self._store, self._control, self._watchman, self._clock = store, control, watchman, clock
         self._max_error_ratio = max_error_ratio
         self._random_bits = random_bits
+        self.frozen_by: str | None = None  # a fault: only stops are heeded until it is over
 
     # -- opening and closing -------------------------------------------------------------------------------
 
@@ -160,6 +161,8 @@ class ExperimentStage:
             decided = self._stopped(experiment, slices, stop, now)
             if decided is not None:
                 return decided
+            return None
+        if self.frozen_by is not None:
             return None
         for pair in pairs_of(slices):
             if pair[0].state == "PLANNED" and pair[-1].planned_end_at <= now:
@@ -360,6 +363,21 @@ class ExperimentStage:
             rules.slo_limits(),
             scored_s,
         )
+
+    def void_pair_under_way(self, reason: str, since_at: float) -> None:
+        """What spoiled the host since `since_at` spoiled the pair that was served then; the engine's plan ends."""
+        with self._store.journal() as session:
+            running = decisions.running_experiments(session)
+            slices = decisions.slices_of(session, running[0].experiment_id) if running else []
+        pair = [row for row in slices if row.state == "PLANNED"]
+        if not pair or max(row.planned_end_at for row in pair) <= since_at:
+            return
+        self._watchman.release()
+        try:
+            self._control.abort(plan_id_of(pair[0]), reason)
+        except RuntimeFault as error:  # nobody renews the lease any more: it ends the plan
+            logger.warning("Plan %s not aborted: %s", plan_id_of(pair[0]), error)
+        self._void(pair, reason)
 
     def _void(self, pair: list[Slice], reason: str) -> None:
         logger.info("Pair %d of %s is void: %s", pair[0].pair_index, pair[0].experiment_id, reason)

@@ -14,12 +14,14 @@ from runtime import knobs as runtime_knobs
 from runtime.plan import MAX_LEASE_S
 from tuner.settings_knobs import KnobSettings
 from tuner.settings_layers import Layered, environment_layers, file_layer, flag_layer, layered
+from tuner.settings_notice import ForecastSettings, NoticeSettings
 from tuner.settings_quality import QualitySettings
 from tuner.settings_section import Section
 from tuner.settings_traffic import BurstSettings, OutputTokens, PromptShare, TrafficSettings
 
 __all__ = [
-    "AASettings", "ApiSettings", "BurstSettings", "CollectSettings", "ExperimentSettings", "GuardrailSettings",
+    "AASettings", "ApiSettings", "BurstSettings", "CollectSettings", "ExperimentSettings", "ForecastSettings",
+    "GuardrailSettings", "NoticeSettings",
     "HoldbackSettings", "KeepSettings", "KnobSettings", "LearnSettings", "ModelSettings", "ObjectiveSettings",
     "OutputTokens", "PromptShare", "QualitySettings", "SLOSettings", "SearchSettings", "ServerSettings", "Settings",
     "TrafficSettings", "load_settings", "load_settings_with_origins",
@@ -265,6 +267,7 @@ class Settings(Section):
     holdback: HoldbackSettings = HoldbackSettings()
     aa: AASettings = AASettings()
     guardrail: GuardrailSettings = GuardrailSettings()
+    notice: NoticeSettings = NoticeSettings()
     traffic: TrafficSettings | None = None
     """Requests that the tuner makes itself; none if not given."""
     collect: CollectSettings = CollectSettings()
