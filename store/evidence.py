@@ -85,6 +85,20 @@ def holdback_differences(journal: Session, change: Change) -> list[float]:
     return [pair["challenger"] - pair["champion"] for pair in pairs.values() if len(pair) == 2]
 
 
+def last_holdback_at(journal: Session, change: Change) -> float | None:
+    """When the newest holdback pair of a promotion was opened."""
+    return journal.scalars(
+        select(Experiment.created_at)
+        .where(
+            Experiment.kind == "holdback",
+            Experiment.challenger_config_id == change.from_config_id,
+            Experiment.created_at >= change.applied_at,
+        )
+        .order_by(Experiment.created_at.desc())
+        .limit(1)
+    ).first()
+
+
 def false_promotion_rate(
     journal: Session, snapshot_id: str | None = None, since_at: float = 0.0
 ) -> FalsePromotionRate:

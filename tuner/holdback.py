@@ -2,17 +2,21 @@
 
 Holdback pairs serve the old champion for a small share of the time. The share is what the probation
 budget allows given how much worse the old champion is known to be, and never leaves 0.5 to 10 %: a gain
-that halved latency needs few reminders, a gain of 3 % needs many.
+that halved latency needs few reminders, a gain of 3 % needs many. Where the budget allows less, probation
+lasts longer.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuner.interval import log_harm_e_value
+from tuner.interval import anytime_interval, log_harm_e_value
 
 MIN_SHARE, MAX_SHARE = 0.005, 0.10
 HARM_ALPHA = 0.05
+FADE_ALPHA = 0.05
+MIN_PAIRS = 10  # pairs of a probation; the e-value cannot reach its limit before eight
+MIN_MEASURED_PAIRS = 5  # from which on the holdback's own gain says what the old champion costs
 
 
 def holdback_share(budget: float, effect_ratio: float) -> float:
@@ -28,6 +32,13 @@ def holdback_share(budget: float, effect_ratio: float) -> float:
     return min(MAX_SHARE, max(MIN_SHARE, budget / slowdown))
 
 
+def known_effect(promised_ratio: float, differences: Sequence[float]) -> float:
+    """The effect that sizes the share: the verdict's at first, then what the holdback pairs measured."""
+    if len(differences) < MIN_MEASURED_PAIRS:
+        return promised_ratio
+    return math.expm1(-sum(differences) / len(differences))
+
+
 def seconds_between_pairs(share: float, slice_s: float) -> float:
     """A pair holds one slice of the old champion, so pairs start this far apart."""
     return slice_s / share
@@ -35,26 +46,35 @@ def seconds_between_pairs(share: float, slice_s: float) -> float:
 
 @dataclass(frozen=True)
 class HoldbackJudgement:
-    is_harmful: bool
+    """`must_roll_back`: it does harm, or its gain has faded. Gains are ratios of latency; positive is better."""
+
+    must_roll_back: bool
     reason: str
-    gain_ratio: float | None  # mean gain of the promoted configuration over the old one; positive is better
+    gain_ratio: float | None  # mean gain of the promoted configuration over the old one
 
 
-def judge_holdback(differences: Sequence[float], pair_sd: float) -> HoldbackJudgement:
+def judge_holdback(
+    differences: Sequence[float], pair_sd: float, min_effect: float = 0.0
+) -> HoldbackJudgement:
     """Differences are old champion minus promoted one, log units: positive where the promotion still wins.
 
-    Harmful when the evidence that the promoted one is slower reaches an e-value of 1/0.05: valid at any
-    number of pairs, because each pair's order was a coin.
+    Harmful when the evidence that the promoted one is slower reaches an e-value of 1/0.05. Faded when, over at
+    least MIN_PAIRS pairs, even the best case of the anytime-valid 95 % interval is below `min_effect`. Both may
+    be asked after every pair: each pair's order was a coin.
     """
     if not differences:
         return HoldbackJudgement(False, "No holdback pair has been scored yet.", None)
-    mean = sum(differences) / len(differences)
-    gain = 1.0 - math.exp(-mean)
+    num_pairs = len(differences)
+    gain = 1.0 - math.exp(-sum(differences) / num_pairs)
+    seen = f"Over {num_pairs} holdback pairs"
     if log_harm_e_value([-difference for difference in differences], pair_sd) >= -math.log(HARM_ALPHA):
-        return HoldbackJudgement(
-            True,
-            f"Over {len(differences)} holdback pairs the promoted configuration is {-gain:.1%} slower than "
-            "the one before it.",
-            gain,
+        slower = f"{seen} the promoted configuration is {-gain:.1%} slower than the one before it."
+        return HoldbackJudgement(True, slower, gain)
+    interval = anytime_interval(differences, FADE_ALPHA)
+    best = None if interval is None else 1.0 - math.exp(-interval.high)
+    if best is not None and num_pairs >= MIN_PAIRS and best < min_effect:
+        faded = (
+            f"{seen} the gain has faded: {gain:.1%}, and at best {best:.1%}, below the minimum of {min_effect:.0%}."
         )
-    return HoldbackJudgement(False, f"{len(differences)} holdback pairs: the gain is {gain:.1%}.", gain)
+        return HoldbackJudgement(True, faded, gain)
+    return HoldbackJudgement(False, f"{num_pairs} holdback pairs: the gain is {gain:.1%}.", gain)

@@ -1,4 +1,4 @@
-"""Watches a promotion after the fact: holdback pairs now and then, rollback when the gain has turned.
+"""Watches a promotion after the fact: holdback pairs now and then, rollback when the gain has turned or faded.
 
 Reads Change, Verdict and holdback Slice rows; the daemon opens the pair or rolls back as it is told.
 """
@@ -6,14 +6,11 @@ Reads Change, Verdict and holdback Slice rows; the daemon opens the pair or roll
 from dataclasses import dataclass
 
 from runtime.knobs import EngineConfig
-from store import decisions
+from store import decisions, evidence
 from store.database import Store
 from store.tables import Verdict
-from tuner.holdback import holdback_share, judge_holdback, seconds_between_pairs
-from tuner.pairs import scored_pairs
+from tuner.holdback import MIN_PAIRS, holdback_share, judge_holdback, known_effect, seconds_between_pairs
 from tuner.settings import Settings
-
-MIN_PAIRS = 10  # the e-value cannot reach its limit before eight
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,8 @@ class Probation:
     def __init__(self, store: Store, settings: Settings, snapshot_id: str) -> None:
         self._store, self._settings, self._snapshot_id = store, settings, snapshot_id
 
-    def step(self, now: float) -> Due:
+    def step(self, now: float, slice_s: float) -> Due:
+        """What is due now, where a slice takes `slice_s`."""
         if self._settings.holdback.share == 0.0:
             return Due()
         with self._store.journal() as session:
@@ -41,22 +39,18 @@ class Probation:
                 return Due()
             applied_at = change.applied_at
             verdict = session.get(Verdict, change.verdict_id)
-            earlier = decisions.experiments_against(session, "holdback", change.from_config_id, applied_at)
-            slices = [decisions.slices_of(session, experiment.experiment_id) for experiment in earlier]
+            last_at = evidence.last_holdback_at(session, change) or applied_at
+            differences = evidence.holdback_differences(session, change)
             former = EngineConfig.of(decisions.config_values(session, change.from_config_id))
-        differences = [pair.difference for one in slices for pair in scored_pairs(one)]
-        is_over = now > applied_at + self._settings.holdback.duration_s and len(differences) >= MIN_PAIRS
-        if is_over or verdict is None:
+        if verdict is None:
             return Due()
         # The scale was fixed by the test, before the first holdback pair: the e-value needs that.
-        judgement = judge_holdback(differences, verdict.evidence["rules"]["pair_sd"])
-        if judgement.is_harmful:
+        min_effect = self._settings.objective.min_effect
+        judgement = judge_holdback(differences, verdict.evidence["rules"]["pair_sd"], min_effect)
+        if judgement.must_roll_back:
             return Due(rollback_reason=judgement.reason)
-        effect_ratio = (
-            verdict.effect_ratio if verdict is not None and verdict.effect_ratio is not None else 0.0
-        )
-        share = holdback_share(self._settings.holdback.share, effect_ratio)
-        last_at = max([experiment.created_at for experiment in earlier], default=applied_at)
-        if now - last_at < seconds_between_pairs(share, self._settings.experiment.slice_s):
+        if now > applied_at + self._settings.holdback.duration_s and len(differences) >= MIN_PAIRS:
             return Due()
-        return Due(former=former)
+        effect_ratio = known_effect(verdict.effect_ratio or 0.0, differences)
+        share = holdback_share(self._settings.holdback.share, effect_ratio)
+        return Due(former=former) if now - last_at >= seconds_between_pairs(share, slice_s) else Due()

@@ -1,7 +1,8 @@
 """Fits the champion twin before experiments and lets it predict their pairs. Writes TwinFit rows.
 
-The twin is fitted on a stretch in which the champion alone served, and never again until the champion or
-the daemon changes: what an experiment subtracts was fixed before its first coin.
+Where the twin predicts too badly, covariates stand in for it, if they help (`tuner.covariates`). Either is
+fitted on a stretch in which the champion alone served, and never again until the champion or the daemon
+changes: what an experiment subtracts was fixed before its first coin.
 """
 
 import logging
@@ -17,6 +18,8 @@ from runtime.step_model import fit_step_model
 from store import queries
 from store.database import Store
 from store.tables import TwinFit
+from tuner.covariates import REACH_S, CovariateFit, fit_covariates, window_of
+from tuner.covariates import predict_pair as predict_by_covariates
 from tuner.objective import Metric
 from tuner.rows import tell
 from tuner.twin import ServedRequest, TwinParameters, calibrate_twin, predict_pair
@@ -36,6 +39,7 @@ class TwinStage:
         self._store, self._snapshot_id, self._identity = store, snapshot_id, identity
         self._parameters: TwinParameters | None = None
         self._fitted: TwinParameters | None = None  # also where it predicts too badly to be subtracted
+        self._covariates: CovariateFit | None = None
         self._served: list[ServedRequest] = []
         self._champion_log: float | None = None
         self.fit: TwinFit | None = None
@@ -46,12 +50,37 @@ class TwinStage:
         """The spread of a pair of the champion's own windows, log units; None where too few were seen."""
         return None if self.fit is None else self.fit.parameters["error"]["raw_sd"]
 
+    @property
+    def adjustment(self) -> str:
+        """What is subtracted from a slice's response: `twin`, `covariates` or `none`."""
+        if self._parameters is not None:
+            return "twin"
+        return "covariates" if self._covariates is not None and self._covariates.usable else "none"
+
+    @property
+    def fit_id_in_use(self) -> int | None:
+        return None if self.fit is None or self.adjustment == "none" else self.fit.twin_fit_id
+
+    @property
+    def noise_share(self) -> float:
+        """What the adjustment left of the sd of the champion's own pairs."""
+        if self.fit is None or self.adjustment == "none":
+            return 1.0
+        if self.adjustment == "twin":
+            error = self.fit.parameters["error"]
+            return float(error["residual_sd"] / error["raw_sd"])
+        fitted = self.fit.parameters["covariates"]
+        return float(fitted["adjusted_sd"] / fitted["raw_sd"])
+
     def forget(self) -> None:
         """The champion changed: its twin is no longer the twin of anything."""
+        self._covariates = None
         self._parameters, self._fitted, self._champion_log, self.fit = None, None, None, None
         self.windows = ChampionWindows((), 0.0)
 
-    def prepare(self, champion: EngineConfig, since_at: float, now: float, slice_s: float) -> TwinFit | None:
+    def prepare(
+        self, champion: EngineConfig, since_at: float, now: float, slice_s: float, metric: Metric = "e2e_s"
+    ) -> TwinFit | None:
         """Fits on the champion's own stretch [since_at, now]. None where too few steps were seen."""
         start_at = max(since_at, now - MAX_STRETCH_S)
         with self._store.metrics() as session:
@@ -72,16 +101,23 @@ class TwinStage:
             self._identity["model"]["max_model_len"],
         )
         parameters, error = calibrate_twin(parameters, served, WINDOW_S)
+        one_engine = champion.replicas == 1
+        is_used = error.usable and one_engine and metric != "tpot_s"
+        covariates = None if is_used else fit_covariates(metric, served, window_of(start_at, now, slice_s))
+        kept = {} if covariates is None else {"covariates": covariates.to_dict()}
+        several = f"The twin is not used: it replays one engine, and `replicas` is {champion.replicas}."
+        told = error.reason if one_engine else several
+        reason = told if covariates is None else f"{told} {covariates.reason}"
         self.fit = TwinFit(
             snapshot_id=self._snapshot_id,
             config_id=champion.config_id,
             fitted_at=now,
-            parameters=parameters.to_dict() | {"error": asdict(error)},
+            parameters=parameters.to_dict() | {"error": asdict(error)} | kept,
             num_steps=fitted.num_steps,
             step_error_ratio=fitted.relative_error,
             latency_error_ratio=error.relative_error,
-            is_used=error.usable,
-            reason=error.reason,
+            is_used=is_used,
+            reason=reason,
         )
         with self._store.journal() as session:
             session.add(self.fit)
@@ -89,9 +125,10 @@ class TwinStage:
                 session,
                 now,
                 "experiment",
-                f"{error.reason} A step is predicted to {fitted.relative_error:.1%}.",
+                f"{reason} A step is predicted to {fitted.relative_error:.1%}.",
             )
-        self._parameters = parameters if error.usable else None
+        self._parameters = parameters if is_used else None
+        self._covariates = covariates
         self._fitted, self._served, self._champion_log = parameters, served, None
         return self.fit
 
@@ -99,9 +136,10 @@ class TwinStage:
         """What the replay of the champion's own arrivals makes of a configuration, against the champion's replay.
 
         A prior: it ranks candidates and never decides. It knows nothing of knobs that change a step's own
-        speed (threads), and extrapolates from the batches that the champion formed.
+        speed (threads), and extrapolates from the batches that the champion formed. It replays one engine, so
+        it says nothing of a configuration with several.
         """
-        if self._fitted is None or metric == "tpot_s":
+        if self._fitted is None or metric == "tpot_s" or max(self._fitted.config.replicas, challenger.replicas) > 1:
             return None
         if self._champion_log is None:
             self._champion_log = self._replayed_log(metric, self._fitted.config)
@@ -125,14 +163,22 @@ class TwinStage:
 
         The replay starts from the engine's real backlog at the pair's start: under "no effect" that backlog
         depends on no coin, so the sign-flip test stays exact, and the twin cannot drift away over pairs.
-        None where no twin is in use for this metric.
+        Where covariates stand in, they predict the same requests. None where neither is in use.
         """
-        if self._parameters is None or metric == "tpot_s":
-            return None
+        if self._parameters is None:
+            return self._predict_by_covariates(start_at, end_at)
         with self._store.metrics() as session:
             rows = queries.timings_in_system(session, start_at, end_at + AFTER_PAIR_S)
         found = predict_pair(self._parameters, served_by_champion(rows), start_at, end_at)
         return {id: seen.log_e2e if metric == "e2e_s" else seen.log_ttft for id, seen in found.items()}
+
+
+    def _predict_by_covariates(self, start_at: float, end_at: float) -> dict[str, float] | None:
+        if self._covariates is None or self._covariates.model is None or not self._covariates.usable:
+            return None
+        with self._store.metrics() as session:
+            rows = queries.timings_in_system(session, start_at - REACH_S, end_at)
+        return predict_by_covariates(self._covariates.model, served_by_champion(rows), start_at, end_at)
 
 
 class ChampionWindows(NamedTuple):
