@@ -118,17 +118,18 @@ def _fragmentation(steps: Sequence[Record], kv_total_tokens: float | None) -> Re
 def token_gaps(steps: Iterable[Record], step_before: Record | None) -> list[tuple[float, int]]:
     """Gaps between two tokens of one request, seconds, each with the number of requests that had it.
 
-    A step gives each request that decodes one token, so the gap is the time since the step before. A step
-    that only computes prompts while others wait to decode lengthens their gap. Idle time is no gap: the step
-    after it computes a prompt and decodes nothing.
+    A step gives each request that decodes one token, so the gap is the time since the step before of the same
+    engine. A step that only computes prompts while others wait to decode lengthens their gap. Idle time is no
+    gap: the step after it computes a prompt and decodes nothing.
     """
     gaps = []
-    since_at = step_before["at"] if step_before is not None else None
+    since_at = {} if step_before is None else {step_before.get("replica", 0): step_before["at"]}
     for step in steps:
-        if step["num_decode"] and since_at is not None:
-            gaps.append((max(0.0, step["at"] - since_at), step["num_decode"]))
+        replica = step.get("replica", 0)
+        if step["num_decode"] and replica in since_at:
+            gaps.append((max(0.0, step["at"] - since_at[replica]), step["num_decode"]))
         if step["num_decode"] or step["num_running"] <= step["num_prefill_rows"]:
-            since_at = step["at"]
+            since_at[replica] = step["at"]
     return gaps
 
 

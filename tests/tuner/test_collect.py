@@ -104,6 +104,8 @@ def test_gap_between_tokens_spans_steps_that_only_compute_prompts() -> None:
     gaps = token_gaps(steps, None)
     assert [(pytest.approx(gap), count) for gap, count in gaps] == [(0.1, 1), (0.4, 2), (0.2, 1)]
     assert token_gaps(steps[1:2], step(0, 9.8)) == [(pytest.approx(0.3), 1)]
+    two = [{**one, "replica": index} for one in steps for index in (0, 1)]
+    assert sorted(token_gaps(two, None)) == sorted(2 * gaps)  # each engine's steps follow its own
     weighted = runtime_samples(Window(steps, runtime_state(), seconds=1.0))
     assert weighted[metrics.ITL_S, "mean"] == pytest.approx((0.1 + 2 * 0.4 + 0.2) / 4)
     assert weighted[metrics.ITL_S, "p50"] == pytest.approx(0.2)
