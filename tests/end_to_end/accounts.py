@@ -63,7 +63,7 @@ def settle(
     return Accounts(
         num_sent=len(sent),
         num_ok=len(ok),
-        failed=Counter(kind_of(line) for line in failed),
+        failed=dict(Counter(kind_of(line) for line in failed)),
         lost=sorted(set(sent) - set(ended)),
         not_allowed=[line for line in failed if not is_excused(line, excuses, kills, slack_s)],
         missing=sorted(id for id in ids if stored[id] == 0),

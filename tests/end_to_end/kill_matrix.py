@@ -52,7 +52,7 @@ class Matrix:
         kills: list[Kill] = []
         breaches: list[str] = []
         book = self.site.folder / f"{victim.name.replace(' ', '-')}.jsonl"
-        book.unlink(missing_ok=True)
+        book.write_text("")
         self._up()
         told_before, began_at = num_told(self.site, victim) or 0, time.time()
         self._begin(book)

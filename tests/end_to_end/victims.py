@@ -120,7 +120,7 @@ VICTIMS: Mapping[str, Victim] = {
             told=("note", "The runtime died"),
         ),
         Victim(
-            "dashboard", Deployment.dashboard_pid, dashboard_is_well, kills_a_life=5,
+            "dashboard", Deployment.dashboard_pid, dashboard_is_well, kills_a_life=5, pause_s=(1.0, 5.0),
             told=("note", "The dashboard ended"),
         ),
         Victim(
