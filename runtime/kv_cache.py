@@ -74,10 +74,11 @@ class BlockPool:
         return blocks
 
     def extend(self, last_block: int) -> int:
-        """One more block for the sequence that ends with `last_block`: the next one if it can be had."""
+        """One more block for the sequence that ends with `last_block`: the next one if it can be had. What is cached
+        there gives way for a run of blocks, unless it was used lately."""
         follower = last_block + 1
         is_near = follower < self.num_blocks and not self._holders[follower]
-        if is_near and (self._free[follower] or self.wants_runs):
+        if is_near and (self._free[follower] or (self.wants_runs and self.index.is_stale(follower))):
             self._evict(follower)
             self._hold(np.array([follower], np.int32))
             return follower

@@ -23,7 +23,10 @@ class PrefixIndex:
         self.salt = secrets.token_bytes(SALT_BYTES) if salt is None else salt
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # registered and held by nobody, oldest use first
+        self._idle: OrderedDict[int, int] = (
+            OrderedDict()
+        )  # registered and held by nobody -> use; oldest first
+        self._num_uses = 0
 
     def __len__(self) -> int:
         return len(self._key_of)
@@ -59,8 +62,7 @@ class PrefixIndex:
         """Nobody holds the block any more. True if it stays known, as the most recently used one."""
         if block not in self._key_of:
             return False
-        self._idle[block] = None
-        self._idle.move_to_end(block)
+        self._use(block)
         return True
 
     def wake(self, block: int) -> None:
@@ -70,7 +72,12 @@ class PrefixIndex:
         """The chain was used. Its end becomes older than its beginning, without which it is worth nothing."""
         for block in reversed(blocks):
             if block in self._idle:
-                self._idle.move_to_end(block)
+                self._use(block)
+
+    def is_stale(self, block: int) -> bool:
+        """Idle, and about half of the idle blocks were used since."""
+        used = self._idle.get(block)
+        return used is not None and 2 * (self._num_uses - used) >= len(self._idle)
 
     def is_idle(self, block: int) -> bool:
         return block in self._idle
@@ -80,6 +87,11 @@ class PrefixIndex:
 
     def oldest(self, avoid: frozenset[int]) -> int | None:
         return next((block for block in self._idle if block not in avoid), None)
+
+    def _use(self, block: int) -> None:
+        self._num_uses += 1
+        self._idle[block] = self._num_uses
+        self._idle.move_to_end(block)
 
     def forget(self, block: int) -> None:
         self._idle.pop(block, None)

@@ -1,0 +1,269 @@
+"""The prefix cache between pool, index and scheduler: who holds what, what is found, and what is never found."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.knobs import EngineConfig
+from runtime.kv_cache import BlockPool
+from runtime.prefix_cache import PrefixIndex, chain
+from runtime.request import Request
+from runtime.scheduler import Batch, Scheduler
+
+SIZE = 4  # tokens a block
+
+
+def scheduler(
+    num_blocks: int = 32, wants_runs: bool = True, max_model_len: int = 64, **knobs: object
+) -> Scheduler:
+    pool = BlockPool(num_blocks, SIZE, wants_runs)
+    return Scheduler(pool, EngineConfig.of({"prefix_cache": "on", **knobs}), max_model_len)
+
+
+def serve(s: Scheduler, id: str, prompt: list[int], output: int = 3) -> Request:
+    request = Request.of_tokens(id, prompt, output, arrived_at=0.0)
+    s.add(request)
+    run(s)
+    return request
+
+
+def run(s: Scheduler) -> None:
+    while (batch := s.schedule(0.0)) is not None:
+        s.finish_step(batch, [token_after(request) for request in batch.sampled_requests()], 0.0)
+
+
+def token_after(request: Request) -> int:
+    """A token that depends on the text so far and on nothing else, as a greedy model's."""
+    return hash(tuple(request.token_ids[: request.num_tokens].tolist())) % 50
+
+
+def held_tables(s: Scheduler) -> list[np.ndarray]:
+    return [s._seats.blocks_of(request.seat) for request in s.running]
+
+
+@pytest.mark.parametrize("wants_runs", [True, False])
+def test_a_prompt_that_was_served_before_computes_its_last_block_only(wants_runs: bool) -> None:
+    s = scheduler(wants_runs=wants_runs)
+    prompt = list(range(20))
+    serve(s, "first", prompt)
+    s.add(Request.of_tokens("second", prompt, 3, arrived_at=0.0))
+    batch = s.schedule(0.0)
+    assert batch is not None and batch.starts.tolist() == [16] and batch.new_tokens.tolist() == [4]
+    assert (s.num_hit_tokens, s.num_looked_up_tokens) == (16, 40)
+    assert (batch.copies is not None) == wants_runs
+
+
+def test_a_running_requests_blocks_are_shared_and_outlive_it() -> None:
+    s = scheduler(wants_runs=False)
+    prompt = list(range(12))
+    s.add(Request.of_tokens("long", prompt, 20, arrived_at=0.0))
+    s.finish_step(s.schedule(0.0), [7], 0.0)
+    s.add(Request.of_tokens("short", prompt, 1, arrived_at=0.0))
+    s.finish_step(s.schedule(0.0), [7, 7], 0.0)
+    first, second = (s._seats.blocks_of(0), [*held_tables(s)])
+    assert s.num_hit_tokens == 8 and len(second) == 1
+    s.pool.check_integrity(held_tables(s))
+    assert s.cancel("long") and len(first)
+    s.pool.check_integrity([])
+    assert s.cached_tokens >= 8 and s.pool.num_free == s.pool.num_blocks
+
+
+def test_a_copied_prefix_lies_in_consecutive_blocks() -> None:
+    s = scheduler()
+    serve(s, "first", list(range(20)))
+    for name in "abc":
+        s.add(Request.of_tokens(name, [*range(16), 90, 91, 92], 5, arrived_at=0.0))
+    batch = s.schedule(0.0)
+    assert batch is not None and batch.copies is not None and len(batch.copies.targets) == 12
+    for table in held_tables(s):
+        assert (np.diff(table) == 1).all()
+    assert len(np.unique(np.concatenate(held_tables(s)))) == 15  # nobody writes into another's blocks
+
+
+def test_other_weights_find_nothing_of_these_and_find_their_own_again() -> None:
+    s = scheduler()
+    s.use_namespace("float32")
+    serve(s, "a", list(range(20)))
+    s.use_namespace("int8")
+    serve(s, "b", list(range(20)))
+    assert s.num_hit_tokens == 0
+    s.use_namespace("float32")
+    serve(s, "c", list(range(20)))
+    assert s.num_hit_tokens == 16
+
+
+def test_a_request_that_lived_through_a_swap_of_weights_leaves_nothing_behind() -> None:
+    s = scheduler()
+    s.use_namespace("float32")
+    s.add(Request.of_tokens("a", list(range(6)), 30, arrived_at=0.0))
+    s.finish_step(s.schedule(0.0), [1], 0.0)
+    known = len(s.pool.index)
+    s.use_namespace("int8")
+    s.use_namespace("float32")
+    run(s)
+    assert len(s.pool.index) == known == 1
+
+
+def test_switching_off_gives_the_blocks_back_and_keeps_who_runs() -> None:
+    s = scheduler()
+    serve(s, "a", list(range(20)))
+    s.add(Request.of_tokens("b", list(range(30, 44)), 10, arrived_at=0.0))
+    s.finish_step(s.schedule(0.0), [1], 0.0)
+    s.config = s.config.patched({"prefix_cache": "off"})
+    s.forget_prefixes()
+    assert s.cached_tokens == 0 and len(s.pool.index) == 0
+    s.pool.check_integrity(held_tables(s))
+    run(s)
+    assert s.pool.num_free == 32 and s.cached_tokens == 0
+
+
+def test_a_replayed_request_is_never_looked_up() -> None:
+    s = scheduler()
+    for name in "ab":
+        s.add(Request.of_lengths(name, 20, 3, 0.0))
+        while (batch := s.schedule(0.0)) is not None:
+            s.finish_step(batch, None, 0.0)
+    assert (s.num_looked_up_tokens, s.num_hit_tokens, len(s.pool.index)) == (0, 0, 0)
+
+
+def test_the_longest_unused_prefix_gives_way_and_its_end_before_its_beginning() -> None:
+    s = scheduler(num_blocks=12, wants_runs=False, max_model_len=48)
+    serve(s, "old", list(range(100, 116)), 1)
+    serve(s, "new", list(range(200, 216)), 1)
+    serve(s, "big", list(range(300, 316)), 8)  # wants 6 blocks of 12, of which 8 are idle
+    assert s.pool.index.find(_keys(s, list(range(200, 216)), 4)) != []
+    old = s.pool.index.find(_keys(s, list(range(100, 116)), 4))
+    assert len(old) < 4
+
+
+def _keys(s: Scheduler, tokens: list[int], num_blocks: int) -> list[bytes]:
+    return chain(s.pool.index.root(""), np.array(tokens, np.int32), SIZE, num_blocks)
+
+
+def test_keys_depend_on_salt_namespace_and_everything_before() -> None:
+    tokens = np.arange(8, dtype=np.int32)
+    here, there = PrefixIndex(), PrefixIndex()
+    roots = {here.root("a"), here.root("b"), there.root("a")}
+    assert len({chain(root, tokens, SIZE, 2)[1] for root in roots}) == 3
+    other = np.array([9, *range(1, 8)], np.int32)
+    assert chain(here.root("a"), tokens, SIZE, 2)[1] != chain(here.root("a"), other, SIZE, 2)[1]
+
+
+def test_refuses_to_share_a_block_that_nobody_filled() -> None:
+    with pytest.raises(ValueError, match="nothing in it to share"):
+        BlockPool(4).share([2])
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data(), st.integers(4, 30), st.booleans())
+def test_blocks_are_conserved_when_they_are_shared_cached_and_evicted(
+    data: st.DataObject, num_blocks: int, wants_runs: bool
+) -> None:
+    pool, tables = BlockPool(num_blocks, SIZE, wants_runs), []
+    for number in range(data.draw(st.integers(1, 40))):
+        action = data.draw(st.sampled_from(["allocate", "extend", "free", "register", "share", "forget"]))
+        chosen = data.draw(st.integers(0, len(tables) - 1)) if tables else 0
+        if action == "allocate" and pool.num_free:
+            tables.append(pool.allocate(data.draw(st.integers(1, pool.num_free))))
+        elif action == "extend" and tables and pool.num_free:
+            tables[chosen] = np.append(tables[chosen], np.int32(pool.extend(int(tables[chosen][-1]))))
+        elif action == "free" and tables:
+            pool.free(tables.pop(chosen))
+        elif action == "register" and tables:
+            pool.register(int(data.draw(st.sampled_from(tables[chosen].tolist()))), b"%d" % number)
+        elif action == "share" and len(pool.index):
+            known = [block for block in range(num_blocks) if pool.index.key_of(block)]
+            block = data.draw(st.sampled_from(known))
+            pool.share([block])
+            tables.append(np.array([block], np.int32))
+        elif action == "forget":
+            pool.forget_prefixes()
+        pool.check_integrity(tables)
+
+
+class Contents:
+    """What each slot of the pool really holds: the text up to its token. Stands in for keys and values."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.text_at: list[object] = [None] * num_slots
+
+    def compute(self, s: Scheduler, batch: Batch) -> None:
+        packed = s.pack(batch)
+        if packed.copies is not None:
+            self.move(packed.copies.sources.tolist(), packed.copies.targets.tolist(), self)
+        for row, request in enumerate(batch.requests):
+            start, new = int(batch.starts[row]), int(batch.new_tokens[row])
+            slots = packed.slots[packed.row_starts[row] : packed.row_starts[row + 1]].tolist()
+            for slot, end in zip(slots, range(start + 1, start + new + 1), strict=True):
+                self.text_at[slot] = request.token_ids[:end].tobytes()
+        for row, request in enumerate(batch.requests):
+            for position in range(int(packed.contexts[row])):
+                slot = int(packed.block_tables[row, position // SIZE]) * SIZE + position % SIZE
+                assert self.text_at[slot] == request.token_ids[: position + 1].tobytes(), (
+                    "another text's keys"
+                )
+
+    def move(self, sources: list[int], targets: list[int], other: "Contents") -> None:
+        taken = [self.text_at[block * SIZE : (block + 1) * SIZE] for block in sources]
+        for block, content in zip(targets, taken, strict=True):
+            other.text_at[block * SIZE : (block + 1) * SIZE] = content
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(16, 40), st.booleans())
+def test_every_row_attends_to_its_own_text_whatever_is_shared_copied_preempted_or_moved(
+    data: st.DataObject, num_blocks: int, wants_runs: bool
+) -> None:
+    s = scheduler(num_blocks, wants_runs, max_model_len=64, prefill_chunk=16, max_batched_tokens=32)
+    contents = Contents(num_blocks * SIZE)
+    finished: list[Request] = []
+    num_added = 0
+    for step in range(3000):
+        if step < 50:
+            s.config = s.config.patched({"prefix_cache": data.draw(st.sampled_from(["on", "on", "off"]))})
+            for _ in range(data.draw(st.integers(0, 2))):
+                shared = data.draw(st.integers(0, 30))
+                prompt = [*range(shared), *data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=8))]
+                s.add(Request.of_tokens(str(num_added), prompt, data.draw(st.integers(1, 20)), 0.0))
+                num_added += 1
+            if data.draw(st.integers(0, 9)) == 0 and s.running:
+                finished.append(s.running[0])
+                s.cancel(s.running[0].id)
+            if data.draw(st.integers(0, 14)) == 0:
+                pool = BlockPool(data.draw(st.integers(16, 40)), SIZE, wants_runs)
+                there = Contents(pool.num_blocks * SIZE)
+                move = s.move_to(pool)
+                contents.move(move.sources.tolist(), move.targets.tolist(), there)
+                contents = there
+        batch = s.schedule(0.0)
+        s.pool.check_integrity(held_tables(s))
+        if batch is None:
+            if step >= 50 and not s.has_requests:
+                break
+            continue
+        contents.compute(s, batch)
+        finished += s.finish_step(batch, [token_after(r) for r in batch.sampled_requests()], 0.0)
+    assert len({request.id for request in finished}) == num_added
+    assert s.pool.num_held == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data(), st.booleans())
+def test_tokens_are_the_same_with_the_cache_and_without(data: st.DataObject, wants_runs: bool) -> None:
+    prompts = data.draw(st.lists(st.tuples(st.integers(0, 24), st.integers(0, 3)), min_size=1, max_size=12))
+    outputs = []
+    for cache in ("on", "off"):
+        s = scheduler(40, wants_runs, prefix_cache=cache)
+        requests = [
+            Request.of_tokens(str(i), [*range(shared), tail], 6, 0.0)
+            for i, (shared, tail) in enumerate(prompts)
+        ]
+        for request in requests:
+            s.add(request)
+            s.finish_step(batch, [token_after(r) for r in batch.sampled_requests()], 0.0) if (
+                batch := s.schedule(0.0)
+            ) else None
+        run(s)
+        outputs.append([request.output_ids.tolist() for request in requests])
+    assert outputs[0] == outputs[1]
