@@ -39,6 +39,7 @@ from tuner.promote import PromoteStage, describe
 from tuner.quality_stage import Failed, NotYet, QualityStage
 from tuner.rows import tell
 from tuner.settings import Settings
+from tuner.stage_costs import StageCosts
 from tuner.study import StudyStage, Wanted
 from tuner.twin_stage import TwinStage
 from tuner.wishes import Wish, WishDesk
@@ -104,6 +105,7 @@ class Daemon:
         self.trouble: str | None = None  # why the runtime cannot be tuned now; told by whoever watches its process
         self.started_at = clock.now()
         self.num_failures: dict[str, int] = {}
+        self.costs = StageCosts()
         self._back_off: dict[str, BackOff] = {}
         self._champion = EngineConfig()  # known from `start` on
         self._withheld: set[str] = set()  # winners that were not applied for their quality, as told
@@ -145,7 +147,8 @@ class Daemon:
         self._stretch_since = self.clock.now()  # what came before was preparation: the measured capacity, say
         while not self.stop_event.is_set():
             began = self.clock.now()
-            self.tick(began)
+            with self.costs.measured(StageCosts.TICK):
+                self.tick(began)
             self._stage("supervise", began, lambda now: on_tick())
             self.stop_event.wait(max(0.05, interval_s - (self.clock.now() - began)))
 
@@ -220,7 +223,8 @@ class Daemon:
         if now < back_off.until_at:
             return
         try:
-            stage(now)
+            with self.costs.measured(name):
+                stage(now)
             back_off.succeeded()
         except Exception:
             self.num_failures[name] = self.num_failures.get(name, 0) + 1

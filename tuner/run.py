@@ -180,6 +180,7 @@ def status_of(daemon: Daemon, supervisor: RuntimeSupervisor) -> dict[str, Any]:
         "api_url": daemon.identity["api_url"],
         "model": daemon.identity["model"]["name"],
         "num_failures": dict(daemon.num_failures),
+        "costs": daemon.costs.to_dict(),
         "engine": (daemon.state or {}).get("engine", "unknown"),
         "dashboard_url": daemon.dashboard_url,
     }
