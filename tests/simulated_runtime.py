@@ -66,6 +66,8 @@ class SimulatedRuntime:
         # Nats that its outputs lose a token, on average: what a bad weight format does.
         self.loss: Callable[[EngineConfig], float] = lambda config: 0.0
         self.score_error: Exception | None = None
+        self.prepare_error: Exception | None = None
+        self.prepared: list[str] = []  # config_ids, in the order in which they were prepared
         self.scored: list[str] = []  # config_ids, in the order in which they were scored
         self.num_engine_restarts = 0
         self.boot_id = "boot-1"
@@ -246,6 +248,14 @@ class SimulatedRuntime:
         self._answer()
         self.runner.abort(plan_id, reason, self.now)
         return {"version": self.runner.version, "config_id": self.runner.champion.config_id}
+
+    def prepare(self, values: dict[str, Any]) -> dict[str, Any]:
+        self._answer()
+        if self.prepare_error is not None:
+            raise self.prepare_error
+        config = EngineConfig.of(values)
+        self.prepared.append(config.config_id)
+        return {"config_id": config.config_id, "prepare_s": 0.0, "extra_bytes": 0}
 
     def tokenize(self, texts: list[str]) -> dict[str, Any]:
         """A token a character."""
