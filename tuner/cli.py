@@ -7,6 +7,7 @@ acting ones (pause, resume, rollback, approve, reject) go through the daemon's A
 import json
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Serves a language model and tunes it while it serves. Exit codes: 0 ok, 2 usage or settings, "
-    "66 model missing or damaged, 69 nothing answers, 70 internal error, 75 busy (port, store or folder in use).",
+    "65 file damaged or foreign, 66 model missing or damaged, 69 nothing answers, 70 internal error, "
+    "75 busy (port, store or folder in use).",
 )
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Settings file (YAML).")]
 DataDir = Annotated[
@@ -139,23 +141,73 @@ def explain(
     show(explain_report(data_dir_of(config, data_dir), change), as_json)
 
 
+class Form(StrEnum):
+    """Of an export."""
+
+    YAML = "yaml"
+    JSON = "json"
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    ENV = "env"
+
+
 @app.command()
 def export(
     config: ConfigOption = None,
     data_dir: DataDir = None,
+    form: Annotated[Form, typer.Option("--format", "-f", help="What reads it.")] = Form.YAML,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; standard output if absent.")
     ] = None,
+    evidence: Annotated[
+        Path | None,
+        typer.Option("--evidence", help="Writes all that the verdict was made of, for `tuner verify`."),
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option("--experiment", help="With --evidence: another than the last promotion's.")
+    ] = None,
 ) -> None:
-    """The champion as YAML with its evidence; `tuner run --config` reads it back."""
-    from tuner.report import export_text
+    """The champion with its evidence: as settings, as arguments of vLLM or SGLang, as environment variables."""
+    from tuner.report import evidence_text, export_text
 
-    text = export_text(data_dir_of(config, data_dir))
+    folder = data_dir_of(config, data_dir)
+    if experiment is not None and evidence is None:
+        fail("--experiment names whose evidence to write: give --evidence FILE too.", 2)
+    if evidence is not None:
+        write_out(evidence_text(folder, experiment), evidence)
+        print(f"Check it with `tuner verify {evidence}`.")
+    if evidence is None or output is not None:
+        write_out(export_text(folder, form.value), output)
+
+
+def write_out(text: str, output: Path | None) -> None:
     if output is None:
         print(text, end="")
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        fail(f"{output} cannot be written: {error.strerror}. Give another file.", 2)
+    print(f"Written to {output}.")
+
+
+@app.command()
+def verify(
+    evidence: Annotated[Path, typer.Argument(help="A file that `tuner export --evidence` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Judge an exported verdict again, bit for bit. Exit codes: 0 all holds, 1 something differs, 65 not evidence."""
+    from tuner.verify import as_dicts, read_evidence
+    from tuner.verify import verify as verify_evidence
+
+    checks = verify_evidence(*read_evidence(evidence))
+    if as_json:
+        print(json.dumps(as_dicts(checks), indent=2))
     else:
-        output.write_text(text)
-        print(f"Written to {output}.")
+        for check in checks:
+            print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}")
+    if not all(check.passed for check in checks):
+        sys.exit(1)
 
 
 @app.command()
@@ -249,7 +301,7 @@ def doctor(config: ConfigOption = None, data_dir: DataDir = None, as_json: AsJso
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Benchmarks of the statistics: aa, azure --trace FILE, harm; each with --help."""
+    """Benchmarks of the statistics: aa, azure --trace FILE, harm, hour; each with --help."""
     from tuner.bench_judge import main as bench_judge
 
     sys.exit(bench_judge(context.args))

@@ -280,10 +280,20 @@ def story_document(story: Explanation) -> dict[str, Any]:
 # --- export ---------------------------------------------------------------------------------------
 
 
-def export_text(data_dir: Path) -> str:
-    from store.export import export_yaml, proof_of_champion
+def export_text(data_dir: Path, format: str = "yaml") -> str:
+    """The champion in one of `store.export.FORMATS`."""
+    from store.export import export_as, proof_of_champion
     from tuner import __version__
 
     reader = StoreReader(data_dir)
     with reader.journal() as journal, reader.metrics() as metrics:
-        return export_yaml(proof_of_champion(journal, metrics), __version__)
+        return export_as(format, proof_of_champion(journal, metrics), __version__)
+
+
+def evidence_text(data_dir: Path, experiment_id: str | None) -> str:
+    """Everything behind one verdict, for `tuner verify`; behind the last promotion where none is named."""
+    from store.export_evidence import export_evidence
+    from tuner import __version__
+
+    with StoreReader(data_dir).journal() as journal:
+        return export_evidence(journal, experiment_id, __version__)

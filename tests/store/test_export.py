@@ -77,7 +77,7 @@ def test_a_champion_that_nothing_proved_says_so(told: Store) -> None:
         session.add(Champion(SNAPSHOT, "cccc", T0 + 500, change_id=3))
     text = export_yaml(proof_in(told), "0.1.0")
     found = read_export(text)
-    assert "# Not proven: no experiment on live traffic" in text
+    assert "# Not proven.\n# Provisional: no experiment on live traffic" in text
     assert (found.config_id, found.evidence["proven"]) == ("cccc", False)
     assert found.evidence["change"] == {
         "kind": "person",

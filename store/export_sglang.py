@@ -1,0 +1,62 @@
+"""SGLang: the arguments of `python -m sglang.launch_server`.
+
+Source: `ServerArgs` of SGLang, whose fields are its arguments.
+"""
+
+from typing import Any
+
+from store.export_flags import Target, Told, Values, export_flags, flag, nothing
+from store.proof import Proof
+
+
+def export_sglang(proof: Proof, tuner_version: str) -> str:
+    return export_flags(SGLANG, proof, tuner_version)
+
+
+def _policy(value: Any, values: Values, model: Values) -> Told:
+    if value == "fcfs":
+        return flag("--schedule-policy", "fcfs")
+    return nothing(
+        "SGLang orders by arrival, by shared prefix (lpm, dfs-weight), by longest output (lof) or priority"
+    )
+
+
+def _weights(value: Any, values: Values, model: Values) -> Told:
+    if value in ("float32", "bfloat16", "float16"):
+        return flag("--dtype", value)
+    return nothing(
+        "quantise the checkpoint for SGLang and name it with --quantization; its kernels round otherwise"
+    )
+
+
+SGLANG = Target(
+    name="SGLang",
+    as_of="0.5.23",
+    command=lambda model: ("python", "-m", "sglang.launch_server", "--model-path", model),
+    context_flag="--context-length",
+    knobs={
+        "max_num_seqs": lambda value, values, model: flag("--max-running-requests", value),
+        # Tokens of prompts that one step computes, beside the decodes that --enable-mixed-chunk lets into it.
+        "max_batched_tokens": lambda value, values, model: Told(
+            ("--chunked-prefill-size", str(value), "--enable-mixed-chunk")
+        ),
+        "prefill_chunk": lambda value, values, model: nothing(
+            "SGLang bounds the prompt tokens of a step (--chunked-prefill-size), not those of one prompt"
+        ),
+        "policy": _policy,
+        "batch_wait_ms": lambda value, values, model: nothing("SGLang starts a request at the next step"),
+        "threads_decode": lambda value, values, model: nothing(
+            "SGLang on a CPU binds its threads once (SGLANG_CPU_OMP_THREADS_BIND), for every kind of step"
+        ),
+        "threads_prefill": lambda value, values, model: nothing(
+            "SGLang on a CPU binds its threads once (SGLANG_CPU_OMP_THREADS_BIND), for every kind of step"
+        ),
+        "max_queued_requests": lambda value, values, model: flag("--max-queued-requests", value),
+        "weight_format": _weights,
+        "kv_tokens": lambda value, values, model: flag("--max-total-tokens", value),
+        "prefix_cache": lambda value, values, model: (
+            Told(("--disable-radix-cache",)) if value == "off" else Told()
+        ),
+        "replicas": lambda value, values, model: flag("--data-parallel-size", value),
+    },
+)

@@ -1,0 +1,79 @@
+"""vLLM: the arguments of `vllm serve`.
+
+Source: `SchedulerConfig`, `CacheConfig`, `ParallelConfig` and `ModelConfig` of vLLM, whose fields are its arguments.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from store.export_flags import Target, Told, Values, export_flags, flag, nothing
+from store.proof import Proof
+
+
+def export_vllm(proof: Proof, tuner_version: str) -> str:
+    return export_flags(VLLM, proof, tuner_version)
+
+
+def _policy(value: Any, values: Values, model: Values) -> Told:
+    if value == "fcfs":
+        return flag("--scheduling-policy", "fcfs")
+    return nothing("vLLM admits by arrival or by a priority that the client gives")
+
+
+def _weights(value: Any, values: Values, model: Values) -> Told:
+    if value in ("float32", "bfloat16", "float16"):
+        return flag("--dtype", value)
+    return nothing(
+        "quantise the checkpoint for vLLM and name it with --quantization; its kernels round otherwise"
+    )
+
+
+def _kv(value: Any, values: Values, model: Values) -> Told:
+    """vLLM takes bytes of one GPU."""
+    if not model.get("kv_bytes_per_token"):
+        return nothing(
+            "vLLM sizes the cache in bytes (--kv-cache-memory-bytes), and a token's are not recorded"
+        )
+    return flag("--kv-cache-memory-bytes", int(value) * int(model["kv_bytes_per_token"]))
+
+
+def _queue(value: Any, values: Values, model: Values) -> Told:
+    """vLLM counts requests that run too, and all replicas behind one server."""
+    running = int(values.get("max_num_seqs", 0)) * int(values.get("replicas", 1))
+    return flag("--max-num-queued-reqs", int(value) + running)
+
+
+def _notes(values: Values) -> Sequence[str]:
+    if values.get("max_batched_tokens", 0) < values.get("max_num_seqs", 0):
+        return ["vLLM refuses fewer batched tokens than sequences: raise --max-num-batched-tokens."]
+    return ()
+
+
+VLLM = Target(
+    name="vLLM",
+    as_of="0.33",
+    command=lambda model: ("vllm", "serve", model),
+    context_flag="--max-model-len",
+    knobs={
+        "max_num_seqs": lambda value, values, model: flag("--max-num-seqs", value),
+        "max_batched_tokens": lambda value, values, model: flag("--max-num-batched-tokens", value),
+        # The longest piece of one prompt in a step, here and there.
+        "prefill_chunk": lambda value, values, model: flag("--long-prefill-token-threshold", value),
+        "policy": _policy,
+        "batch_wait_ms": lambda value, values, model: nothing("vLLM starts a request at the next step"),
+        "threads_decode": lambda value, values, model: nothing(
+            "vLLM on a CPU binds its threads once (VLLM_CPU_OMP_THREADS_BIND), for every kind of step"
+        ),
+        "threads_prefill": lambda value, values, model: nothing(
+            "vLLM on a CPU binds its threads once (VLLM_CPU_OMP_THREADS_BIND), for every kind of step"
+        ),
+        "max_queued_requests": _queue,
+        "weight_format": _weights,
+        "kv_tokens": _kv,
+        "prefix_cache": lambda value, values, model: Told(
+            ("--enable-prefix-caching",) if value == "on" else ("--no-enable-prefix-caching",)
+        ),
+        "replicas": lambda value, values, model: flag("--data-parallel-size", value),
+    },
+    notes=_notes,
+)
