@@ -132,7 +132,7 @@ class WarmStates:
             return wanted
         if may_move_in_turn and wanted.pool_blocks is not None and wanted.pool_blocks < self.pool_blocks:
             per_layer = pool_bytes // len(self._model.kv_shapes)
-            if weight_bytes + 2 * per_layer <= room:
+            if weight_bytes + per_layer <= room:
                 return Wanted(wanted.weight_format, wanted.pool_blocks, in_turn=True)
         raise PrepareFailed(
             f"The configuration needs {needed} bytes more ({weight_bytes} of weights, {pool_bytes} of KV pool), but "

@@ -1,0 +1,321 @@
+"""WARM knobs in an engine of this process: prepared beside serving, swapped between two steps, nothing lost."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.clock import Clock
+from runtime.engine import Engine
+from runtime.executor import Executor
+from runtime.knobs import EngineConfig
+from runtime.link import Frame
+from runtime.loader import load_model
+from runtime.plan import PlannedSlice, PlanRunner, SlicePlan
+from runtime.weights import wanted_bytes
+from tests.runtime.tiny_models import save_tiny_model
+
+DEMO = Path(__file__).parents[2] / "runtime" / "demo_model"
+LIMIT_S = 60.0
+
+
+class Here:
+    """An engine, the frames that it sent, and control calls that wait for their answer."""
+
+    def __init__(
+        self, folder: Path, kv_tokens: int = 1024, max_model_len: int | None = None, **knobs: Any
+    ) -> None:
+        loaded = load_model(folder, torch.device("cpu"), torch.float32, max_model_len)
+        config = EngineConfig.of(knobs)
+        self.executor = Executor(loaded, kv_tokens, config)
+        self.frames: list[Frame] = []
+        self.clock = Clock.started_now()
+        self.runner = PlanRunner(self.executor.warm.in_force(config), fits=self.executor.warm.check)
+        self.engine = Engine(self.executor, self.runner, self.clock, self.frames.append)
+        self.num_calls = 0
+
+    @property
+    def scheduler(self) -> Any:
+        return self.engine.scheduler
+
+    def submit(self, id: str, prompt: list[int], max_tokens: int) -> None:
+        self.engine.submit({
+            "op": "submit", "id": id, "token_ids": prompt, "max_tokens": max_tokens, "ignore_eos": True,
+            "arrived_at": self.clock.now(),
+        })  # fmt: skip
+
+    def call(self, name: str, **args: Any) -> Frame:
+        """Steps on until the call is answered."""
+        self.num_calls += 1
+        self.engine.control({"op": "control", "call": self.num_calls, "name": name, "args": args})
+        until = time.monotonic() + LIMIT_S
+        while time.monotonic() < until:
+            for frame in reversed(self.frames):
+                if frame["op"] == "reply" and frame["call"] == self.num_calls:
+                    return frame
+            if not self.engine.step():
+                time.sleep(0.001)
+        raise TimeoutError(f"{name} was not answered")
+
+    def run(self, between: Callable[[int], None] = lambda step: None) -> None:
+        step = 0
+        while self.scheduler.has_requests:
+            between(step)
+            self.engine.step()
+            step += 1
+
+    def texts(self) -> dict[str, list[int]]:
+        told: dict[str, list[int]] = {}
+        for frame in self.frames:
+            for item in frame["items"] if frame["op"] == "tokens" else ():
+                told.setdefault(item[0], []).append(item[1])
+        return told
+
+    def ends(self) -> list[str]:
+        items = [item for frame in self.frames if frame["op"] == "tokens" for item in frame["items"]]
+        return [item[0] for item in items if item[2] is not None]
+
+    def state(self) -> EngineConfig:
+        """The configuration in force, read back from what computes and not from what was asked."""
+        return self.executor.warm.in_force(self.engine.tick.config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("qwen2", tmp_path_factory.mktemp("model") / "tiny")
+
+
+def prompts(num: int, length: int = 20) -> list[list[int]]:
+    return [[5 + (7 * i + k * k) % 80 for k in range(length + i % 5)] for i in range(num)]
+
+
+def values(here: Here, **patch: Any) -> dict[str, Any]:
+    return here.runner.champion.patched(patch).values()
+
+
+def plan_of(here: Here, config: EngineConfig, slice_s: float = 60.0) -> dict[str, Any]:
+    now = here.clock.now()
+    planned = PlannedSlice("s1", "challenger", config.config_id, now, now + slice_s, burn_in_s=0.0)
+    return SlicePlan(
+        "p1", "e1", here.runner.version, {config.config_id: config.values()}, (planned,), 5.0
+    ).to_dict()
+
+
+# -- preparing -----------------------------------------------------------------------------------------------
+
+
+def test_prepares_beside_serving_and_tells_what_it_took(folder: Path) -> None:
+    here = Here(folder)
+    wanted = values(here, weight_format="int8", kv_tokens=2048)
+    told = here.call("prepare", values=wanted)["value"]
+    weight_bytes = wanted_bytes(here.executor._model.model, "int8")
+    pool_bytes = 2048 * here.executor.identity()["kv_bytes_per_token"]
+    assert told["config_id"] == EngineConfig.of(wanted).config_id and told["prepare_s"] > 0
+    assert pool_bytes < told["extra_bytes"] <= pool_bytes + weight_bytes
+    assert here.state() == here.runner.champion, "nothing is in force before it is committed"
+    again = here.call("prepare", values=wanted)["value"]
+    assert again == {**told, "prepare_s": 0.0}
+
+
+def test_what_differs_in_live_knobs_only_needs_no_preparation(folder: Path) -> None:
+    here = Here(folder)
+    told = here.call("prepare", values=values(here, max_num_seqs=3, prefix_cache="on"))["value"]
+    assert (told["prepare_s"], told["extra_bytes"]) == (0.0, 0)
+
+
+def test_a_plan_with_an_unprepared_configuration_is_refused_until_it_is_prepared(folder: Path) -> None:
+    here = Here(folder)
+    challenger = here.runner.champion.patched({"weight_format": "bfloat16"})
+    error = here.call("plan", **plan_of(here, challenger))["error"]
+    assert error["kind"] == "invalid_plan" and "not prepared; call prepare first" in error["message"]
+    here.call("prepare", values=challenger.values())
+    assert here.call("plan", **plan_of(here, challenger))["value"]["accepted"]
+    here.engine.step()
+    assert here.state().weight_format == "bfloat16"
+    here.call("abort", plan_id="p1", reason="test")
+    assert here.state() == here.runner.champion
+
+
+def test_no_memory_fails_the_preparation_with_the_numbers_and_leaves_the_champion(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Here(folder)
+    before = here.runner.champion
+    monkeypatch.setattr(here.executor.warm, "_free_bytes", lambda: 1000)
+    for name, args in (
+        ("prepare", {"values": values(here, kv_tokens=4096)}),
+        ("reconfigure", {"patch": {"weight_format": "int8"}}),
+    ):
+        error = here.call(name, **args)["error"]
+        assert error["kind"] == "prepare_failed" and "800 may be taken" in error["message"]
+    assert here.runner.champion == before == here.state() and here.runner.version == 0
+    here.submit("a", prompts(1)[0], 4)
+    here.run()
+    assert here.ends() == ["a"]
+
+
+def test_a_build_that_fails_is_told_and_leaves_the_champion(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Here(folder)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 5 bytes")
+
+    monkeypatch.setattr("runtime.warm.prepared", fail)
+    error = here.call("reconfigure", patch={"weight_format": "int8"})["error"]
+    assert error["kind"] == "prepare_failed" and "can't allocate memory" in error["message"]
+    assert here.state().weight_format == "float32" and here.runner.version == 0
+
+
+@pytest.mark.parametrize(
+    ("patch", "rule"),
+    [
+        ({"weight_format": "float64"}, "float32, bfloat16, int8"),
+        ({"kv_tokens": 64}, r"must be in \[256,"),
+        ({"kv_tokens": 2**34}, "must be in"),
+    ],
+)
+def test_what_this_machine_can_never_run_is_no_knob(folder: Path, patch: dict[str, Any], rule: str) -> None:
+    here = Here(folder)
+    for name, args in (("prepare", {"values": values(here, **patch)}), ("reconfigure", {"patch": patch})):
+        error = here.call(name, **args)["error"]
+        assert error["kind"] == "invalid_knob"
+        with pytest.raises(AssertionError, match=rule):
+            raise AssertionError(error["message"])
+
+
+def test_unused_states_are_kept_for_a_rollback_and_dropped_when_newer_ones_come(folder: Path) -> None:
+    here = Here(folder)
+    warm = here.executor.warm
+    for tokens in (1040, 1056, 1072, 1088):
+        here.call("prepare", values=values(here, kv_tokens=tokens))
+    assert not warm.is_ready(EngineConfig.of(values(here, kv_tokens=1040)))
+    assert warm.is_ready(EngineConfig.of(values(here, kv_tokens=1072)))
+    done = here.call("reconfigure", patch={"kv_tokens": 1088})["value"]
+    back = here.call("reconfigure", patch={"kv_tokens": 1024})["value"]
+    assert done["version"] == 1 and back["version"] == 2 and back["prepare_s"] < 0.05
+
+
+# -- swapping under load -------------------------------------------------------------------------------------
+
+
+def serve_all(here: Here, between: Callable[[int], None]) -> dict[str, list[int]]:
+    for i, prompt in enumerate(prompts(32)):
+        here.submit(str(i), prompt, 24 + i % 7)
+    here.run(between)
+    assert sorted(here.ends(), key=int) == [str(i) for i in range(32)], "each stream ends once"
+    texts = here.texts()
+    assert {id: len(text) for id, text in texts.items()} == {str(i): 24 + i % 7 for i in range(32)}
+    return texts
+
+
+def test_32_streams_keep_every_token_while_the_pool_grows_shrinks_and_prefixes_come_and_go() -> None:
+    quiet = serve_all(Here(DEMO, max_model_len=256, max_num_seqs=32), lambda step: None)
+    here = Here(DEMO, max_model_len=256, max_num_seqs=32)
+    patches: list[dict[str, Any]] = [
+        {"kv_tokens": 4096}, {"prefix_cache": "on"}, {"kv_tokens": 512}, {"prefix_cache": "off"}, {"kv_tokens": 2048},
+    ]  # fmt: skip
+    swaps: list[float] = []
+
+    def disturb(step: int) -> None:
+        if step % 6 == 2 and patches:
+            patch = patches.pop(0)
+            done = here.call("reconfigure", patch=patch, expected_version=here.runner.version)["value"]
+            assert (
+                {name: here.state().values()[name] for name in patch}
+                == patch
+                == {name: done["config"][name] for name in patch}
+            )
+            assert here.scheduler.pool.num_tokens == here.state().kv_tokens
+            swaps.append(done["commit_us"])
+
+    assert serve_all(here, disturb) == quiet
+    assert not patches and all(us > 0 for us in swaps)
+    assert here.scheduler.num_preemptions > 0, "512 tokens do not hold 32 streams"
+
+
+def test_32_streams_go_on_through_swaps_of_their_weights(folder: Path) -> None:
+    here = Here(folder, kv_tokens=4096, max_num_seqs=32)
+    formats = ["int8", "bfloat16", "float32"]
+
+    def disturb(step: int) -> None:
+        if step % 5 == 2 and formats:
+            format = formats.pop(0)
+            here.call("reconfigure", patch={"weight_format": format})
+            assert here.state().weight_format == format
+
+    serve_all(here, disturb)
+    assert not formats and here.scheduler.num_preemptions == 0
+
+
+def test_a_slice_of_other_weights_serves_with_them_and_goes_back(folder: Path) -> None:
+    here = Here(folder)
+    challenger = here.runner.champion.patched({"weight_format": "int8", "kv_tokens": 512})
+    here.call("prepare", values=challenger.values())
+    here.submit("a", prompts(1)[0], 30)
+    here.engine.step()
+    here.call("plan", **plan_of(here, challenger, slice_s=0.2))
+    here.engine.step()
+    assert here.state() == challenger
+    started = next(frame for frame in here.frames if frame.get("kind") == "slice_started")
+    assert started["commit_us"] > 0
+    time.sleep(0.25)
+    here.run()
+    assert here.state() == here.runner.champion and here.ends() == ["a"]
+    served_by = {frame["config_id"] for frame in here.frames if frame["op"] == "tokens"}
+    assert served_by == {challenger.config_id, here.runner.champion.config_id}
+
+
+def test_a_shrink_without_room_for_both_pools_moves_layer_by_layer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet, here = Here(folder, kv_tokens=4096), Here(folder, kv_tokens=4096)
+    for one in (quiet, here):
+        for i, prompt in enumerate(prompts(4)):
+            one.submit(str(i), prompt, 12)
+        one.engine.step()
+    bytes_per_token = here.executor.identity()["kv_bytes_per_token"]
+    monkeypatch.setattr(here.executor.warm, "_free_bytes", lambda: 2048 * bytes_per_token)
+    challenger = values(here, kv_tokens=2048)
+    assert here.call("prepare", values=challenger)["error"]["kind"] == "prepare_failed", (
+        "no room to swap to and fro"
+    )
+    assert here.call("reconfigure", patch={"kv_tokens": 2048})["value"]["commit_us"] > 0
+    assert here.state().kv_tokens == 2048 == here.scheduler.pool.num_tokens
+    for one in (quiet, here):
+        one.run()
+    assert here.texts() == quiet.texts()
+
+
+def test_tokens_are_those_without_a_prefix_cache_and_most_of_a_shared_prompt_is_not_computed() -> None:
+    texts, prefill = [], []
+    shared = prompts(1, 96)[0]
+    for cache in ("off", "on"):
+        here = Here(DEMO, max_model_len=256, prefix_cache=cache)
+        for i in range(8):
+            here.submit(str(i), [*shared, 5 + i, 9], 12)
+            here.engine.step()
+        here.run()
+        texts.append(here.texts())
+        steps = [frame["record"] for frame in here.frames if frame["op"] == "step"]
+        prefill.append(sum(record["num_prefill_tokens"] for record in steps))
+    assert texts[0] == texts[1]
+    assert prefill[1] < 0.4 * prefill[0]
+
+
+def test_a_restarted_engine_starts_on_the_weights_and_the_pool_of_its_champion(folder: Path) -> None:
+    from runtime.engine import _with_weights
+
+    loaded = load_model(folder, torch.device("cpu"), torch.float32)
+    config = EngineConfig.of({"weight_format": "int8", "kv_tokens": 1500})
+    executor = Executor(loaded, 4096, config, config.kv_tokens)
+    config = _with_weights(executor, config, "int8")
+    assert config.values() | {"weight_format": "int8", "kv_tokens": 1500} == config.values()
+    assert executor.pool.num_tokens == 1488 and executor.identity()["fitted_knobs"]["kv_tokens"] == 4096
+    engine = Engine(executor, PlanRunner(config), Clock.started_now(), lambda frame: None)
+    engine.step()
+    assert executor.warm.in_force(config) == config and executor.warm.weight_format == "int8"

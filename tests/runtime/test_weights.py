@@ -1,0 +1,114 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from runtime import weights
+from runtime.weights import (
+    WeightSet,
+    formats_from,
+    linear_bfloat16_plain,
+    linear_int8_plain,
+    prepared,
+    quantised,
+    wanted_bytes,
+)
+
+LIMITS = {"bfloat16": 0.02, "int8": 0.03}  # relative to the float32 result: what the format itself loses
+
+
+def model(bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 40, bias=bias), nn.LayerNorm(40), nn.Linear(40, 16, bias=bias))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 3, 40])
+@pytest.mark.parametrize("format", ["bfloat16", "int8"])
+def test_a_prepared_layer_computes_what_its_specification_says(format: str, rows: int, bias: bool) -> None:
+    layer = nn.Linear(24, 40, bias=bias)
+    x = torch.randn(2, rows, 24)
+    with torch.inference_mode():
+        if format == "int8":
+            expected = linear_int8_plain(x, *quantised(layer.weight), layer.bias)
+        else:
+            expected = linear_bfloat16_plain(x, layer.weight, layer.bias)
+        exact = layer(x)
+        prepared(nn.Sequential(layer), format).install()
+        actual = layer(x)
+    assert actual.shape == exact.shape and actual.dtype == exact.dtype
+    scale = expected.abs().max() if rows else 1.0
+    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=weights.MAX_ERROR[format])
+    if rows:
+        assert 0 < (actual - exact).norm() / exact.norm() < LIMITS[format]
+
+
+def test_int8_of_one_row_does_not_depend_on_its_company() -> None:
+    layer = nn.Linear(64, 32, bias=False)
+    prepared(nn.Sequential(layer), "int8").install()
+    x = torch.randn(1, 9, 64)
+    x[0, 1:] *= 1000
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x)[0, :1], layer(x[:, :1])[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "int8"])
+def test_installing_the_loaded_set_again_restores_every_bit(format: str) -> None:
+    m, x = model(), torch.randn(1, 5, 24)
+    with torch.inference_mode():
+        before = m(x)
+        loaded = WeightSet.of_installed(m, "float32")
+        prepared(m, format).install()
+        assert not torch.equal(m(x), before)
+        loaded.install()
+        assert torch.equal(m(x), before)
+
+
+def test_preparing_changes_nothing_until_it_is_installed() -> None:
+    m, x = model(), torch.randn(1, 5, 24)
+    with torch.inference_mode():
+        before = m(x)
+        prepared(m, "int8")
+        assert torch.equal(m(x), before)
+
+
+def test_weights_shared_by_two_layers_are_held_once() -> None:
+    tied = nn.Linear(24, 24, bias=False)
+    other = nn.Linear(24, 24, bias=False)
+    other.weight = tied.weight
+    assert prepared(nn.Sequential(tied, other), "int8").nbytes == 24 * 24 + 4 * 24
+
+
+def test_the_bytes_are_known_before_and_never_more_after() -> None:
+    m = model(bias=False)
+    for format in ("bfloat16", "int8"):
+        assert 0 < prepared(m, format).nbytes <= wanted_bytes(m, format)
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "int8"])
+def test_a_layer_whose_fast_form_differs_is_served_by_its_specification(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_agrees", lambda *_: False)
+    m, x = model(), torch.randn(1, 5, 24)
+    made = prepared(m, format)
+    with torch.inference_mode():
+        exact = linear(x, m[0].weight, m[0].bias)
+        made.install()
+        assert 0 < (m[0](x) - exact).norm() / exact.norm() < LIMITS[format]
+
+
+def test_numbers_that_are_none_stay_none() -> None:
+    m, x = model(), torch.randn(1, 3, 24)
+    x[0, 1] = torch.nan
+    for format in ("bfloat16", "int8"):
+        prepared(m, format).install()
+        with torch.inference_mode():
+            out = m(x)
+        assert out[0, 1].isnan().all() and out[0, [0, 2]].isfinite().all()
+
+
+def test_only_formats_no_finer_than_the_loaded_one_are_offered() -> None:
+    assert formats_from(torch.float32) == ("float32", "bfloat16", "int8")
+    assert formats_from(torch.bfloat16) == ("bfloat16", "int8")
+    assert formats_from(torch.float64) == ("float64",)
