@@ -147,7 +147,9 @@ class RequestSeconds(NamedTuple):
     total_s: float
 
 
-_SPENT = select(func.count(), func.coalesce(func.sum(RequestTiming.finished_at - RequestTiming.arrived_at), 0.0))
+_SPENT = select(
+    func.count(), func.coalesce(func.sum(RequestTiming.finished_at - RequestTiming.arrived_at), 0.0)
+)
 
 
 def request_seconds_of(metrics: Session, slice_ids: Collection[str]) -> RequestSeconds:

@@ -1,4 +1,4 @@
-"""Benchmarks of the judge: `python -m tuner.bench_judge aa | azure --trace FILE | harm`.
+"""Benchmarks of the judge: `python -m tuner.bench_judge aa | azure --trace FILE | harm | hour`.
 
 Each prints a table for people; the last line of stdout is one JSON document. Progress goes to stderr.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from store.interval import Rate
+from tuner import bench_hour
 from tuner.bench_aa import LevelReport, lord_level, run_aa
 from tuner.bench_harm import run_harm
 from tuner.bench_trace import run_trace
@@ -34,11 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     azure.add_argument("--trace", type=Path, required=True)
     harm = commands.add_parser("harm", help="false stops and speed of the harm rule")
     harm.add_argument("--experiments", type=int, default=4000)
-    for command in (aa, azure, harm):
+    hour = commands.add_parser("hour", help="the real engine against itself for an hour, and coins over it")
+    bench_hour.add_arguments(hour)
+    anomalies = commands.add_parser("anomalies", help="recall, delay, false alarms and price of noticing")
+    anomalies.add_argument("--num", type=int, default=100, help="anomalies of each kind")
+    anomalies.add_argument("--days", type=float, default=3.0, help="quiet days at 1 Hz; 0 for none")
+    for command in (aa, azure, harm, hour, anomalies):
         command.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args(argv)
     began = time.monotonic()
-    document = {"aa": bench_aa, "azure": bench_azure, "harm": bench_harm}[args.command](args)
+    benchmarks = {
+        "aa": bench_aa,
+        "azure": bench_azure,
+        "harm": bench_harm,
+        "hour": bench_hour.bench_hour,
+        "anomalies": bench_anomalies,
+    }
+    document = benchmarks[args.command](args)
     elapsed_s = time.monotonic() - began
     print(
         json.dumps(
@@ -136,6 +149,14 @@ def bench_harm(args: argparse.Namespace) -> dict[str, Any]:
             f"{row['median_scored_s']:>10.0f}{p90:>8}{row['median_requests']:>17.0f}{row['judge_median_pairs']:>20.0f}"
         )
     return {**found, "false_stop_rate": {**false_stops._asdict(), "ratio": false_stops.ratio}}
+
+
+def bench_anomalies(args: argparse.Namespace) -> dict[str, Any]:
+    from tuner.bench_anomalies import report, run_anomalies  # the store, which the others need not load
+
+    found = run_anomalies(args.num, args.days, args.seed, lambda what: print(what, file=sys.stderr, flush=True))
+    print(report(found))
+    return found
 
 
 def _share(value: float | None) -> str:

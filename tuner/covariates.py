@@ -171,9 +171,7 @@ def _windows(
             and one.arrived_at < first_at + 2 * window_s
         ]
         logs = [log_of(one, metric) for one in near]
-        inside = [
-            row for row, one in enumerate(near) if one.arrived_at >= first_at and logs[row] is not None
-        ]
+        inside = [row for row, one in enumerate(near) if one.arrived_at >= first_at and logs[row] is not None]
         if inside:
             arrived_at = np.array([near[row].arrived_at for row in inside])
             known = np.array([logs[row] for row in inside], dtype=float)

@@ -73,8 +73,6 @@ def judge_holdback(
     interval = anytime_interval(differences, FADE_ALPHA)
     best = None if interval is None else 1.0 - math.exp(-interval.high)
     if best is not None and num_pairs >= MIN_PAIRS and best < min_effect:
-        faded = (
-            f"{seen} the gain has faded: {gain:.1%}, and at best {best:.1%}, below the minimum of {min_effect:.0%}."
-        )
+        faded = f"{seen} the gain has faded: {gain:.1%}, and at best {best:.1%}, below the minimum of {min_effect:.0%}."
         return HoldbackJudgement(True, faded, gain)
     return HoldbackJudgement(False, f"{num_pairs} holdback pairs: the gain is {gain:.1%}.", gain)

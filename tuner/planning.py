@@ -194,7 +194,9 @@ def starved_words(asked: Asked) -> str:
     if not math.isfinite(asked.slicing.needed_s):
         return "not enough traffic: no request came, so there is nothing to compare"
     pairs = pairs_needed(max(MIN_PAIR_SD, asked.pair_sd), gain, asked.level)
-    return f"not enough traffic: about {told_duration(2.0 * pairs * asked.slicing.needed_s)} to see {gain:.0%}"
+    return (
+        f"not enough traffic: about {told_duration(2.0 * pairs * asked.slicing.needed_s)} to see {gain:.0%}"
+    )
 
 
 def _hopeless_words(asked: Asked) -> str:

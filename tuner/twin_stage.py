@@ -139,7 +139,11 @@ class TwinStage:
         speed (threads), and extrapolates from the batches that the champion formed. It replays one engine, so
         it says nothing of a configuration with several.
         """
-        if self._fitted is None or metric == "tpot_s" or max(self._fitted.config.replicas, challenger.replicas) > 1:
+        if (
+            self._fitted is None
+            or metric == "tpot_s"
+            or max(self._fitted.config.replicas, challenger.replicas) > 1
+        ):
             return None
         if self._champion_log is None:
             self._champion_log = self._replayed_log(metric, self._fitted.config)
@@ -171,7 +175,6 @@ class TwinStage:
             rows = queries.timings_in_system(session, start_at, end_at + AFTER_PAIR_S)
         found = predict_pair(self._parameters, served_by_champion(rows), start_at, end_at)
         return {id: seen.log_e2e if metric == "e2e_s" else seen.log_ttft for id, seen in found.items()}
-
 
     def _predict_by_covariates(self, start_at: float, end_at: float) -> dict[str, float] | None:
         if self._covariates is None or self._covariates.model is None or not self._covariates.usable:

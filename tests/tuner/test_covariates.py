@@ -71,7 +71,9 @@ def test_prediction_does_not_look_at_what_a_treatment_can_cause():
 def test_prediction_follows_the_backlog_at_the_start_of_the_pair():
     requests = served(200, 5, load_effect=0.6)
     start_at = requests[100].arrived_at
-    stuck = [one._replace(finished_at=start_at + 1.0) if one.arrived_at < start_at else one for one in requests]
+    stuck = [
+        one._replace(finished_at=start_at + 1.0) if one.arrived_at < start_at else one for one in requests
+    ]
     assert (features_of(requests, start_at) != features_of(stuck, start_at)).any()
 
 

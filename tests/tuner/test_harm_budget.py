@@ -26,4 +26,6 @@ def test_budget_is_a_share_of_all_the_time_that_requests_spend():
 def test_ledger_is_spent_at_its_budget_and_never_without_one():
     assert HarmLedger(100.0, 100.0).is_spent and not HarmLedger(100.0, 99.0).is_spent
     assert not HarmLedger(0.0, 5.0).is_spent
-    assert HarmLedger(100.0, 25.0).words == "25% of the day's harm budget is spent (25 of 100 request-seconds)"
+    assert (
+        HarmLedger(100.0, 25.0).words == "25% of the day's harm budget is spent (25 of 100 request-seconds)"
+    )

@@ -7,7 +7,9 @@ from tuner.power import crossings, power_curve
 from tuner.sign_flip import UNIT, SignFlipTest
 
 
-@pytest.mark.parametrize(("level", "max_pairs", "look_every", "effect"), [(0.05, 20, 5, 0.6), (0.0025, 30, 4, 0.9)])
+@pytest.mark.parametrize(
+    ("level", "max_pairs", "look_every", "effect"), [(0.05, 20, 5, 0.6), (0.0025, 30, 4, 0.9)]
+)
 def test_many_experiments_at_once_cross_where_the_exact_test_does(level, max_pairs, look_every, effect):
     rng = np.random.default_rng(5)
     units = np.rint((rng.standard_normal((60, max_pairs)) - effect) * 8).astype(np.int64)
@@ -38,7 +40,9 @@ def test_larger_effects_are_found_more_often_and_sooner():
 def test_smallest_effect_is_found_with_the_power_asked_for():
     curve = power_curve(0.0025, 30, 5)
     assert curve.power(curve.min_effect()) == pytest.approx(0.8, abs=0.01)
-    assert power_curve(0.0025, 60, 5).min_effect() < curve.min_effect() < power_curve(0.0025, 15, 5).min_effect()
+    assert (
+        power_curve(0.0025, 60, 5).min_effect() < curve.min_effect() < power_curve(0.0025, 15, 5).min_effect()
+    )
 
 
 def test_a_level_that_the_cap_cannot_reach_finds_nothing():
