@@ -1,7 +1,7 @@
 """The daemon's connection to its runtime, the same object across restarts of the runtime."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +60,14 @@ class RuntimeConnection:
 
     def abort(self, plan_id: str, reason: str) -> Answer:
         return self._now().abort(plan_id, reason)
+
+    def tokenize(self, texts: Sequence[str]) -> Answer:
+        return self._now().tokenize(texts)
+
+    def score(
+        self, values: Mapping[str, Any], sequences: Sequence[Sequence[int]], piece_tokens: int | None = None
+    ) -> Answer:
+        return self._now().score(values, sequences, piece_tokens)
 
     def drain(self, boot_id: str | None, after_seq: int, limit: int = 5000) -> Answer:
         return self._now().drain(boot_id, after_seq, limit)
