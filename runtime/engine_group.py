@@ -294,7 +294,8 @@ class EngineGroup:
         return int(told["high"]) if told is not None else 1
 
     def _held_bytes(self, index: int) -> int:
-        gauges = self._members[index].process.replica.gauges
+        """What an engine told; one that has not spoken yet holds what the leader does, which is its like."""
+        gauges = self._members[index].process.replica.gauges or self._front.engine.leader.gauges
         return int(gauges.get("rss_bytes", 0)) + int(gauges.get("device_memory_bytes", 0))
 
 

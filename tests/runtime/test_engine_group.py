@@ -208,14 +208,16 @@ def test_an_engine_that_was_away_during_a_change_comes_back_with_it(tmp_path: Pa
 
 def test_a_plan_sends_new_requests_to_as_many_engines_as_its_slice_says(tmp_path: Path) -> None:
     with live_server(tmp_path, env=CORES) as server, server.control() as control:
-        plan = plan_of(server, "p1", [("s1", 1, 0.3, 1.3), ("s2", 2, 1.3, 2.3), ("s3", 1, 2.3, 3.3)])
         with pytest.raises(InvalidPlan, match="not prepared"):
-            control.plan(plan)
+            control.plan(plan_of(server, "p0", [("s0", 1, 0.0, 1.0), ("s0b", 2, 1.0, 2.0)]))
         control.prepare(champion_with(server, replicas=2))
-        plan = plan_of(server, "p1", [("s1", 1, 0.3, 1.3), ("s2", 2, 1.3, 2.3), ("s3", 1, 2.3, 3.3)])
-        control.plan(plan)
         with Load(server, 4) as load:
-            wait_until(lambda: state(server)["slice_id"] == "s3", "the last slice has begun")
+            wait_until(lambda: len(load.answers) > 4, "requests are served")
+            slices = [("s1", 1, 0.5, 3.0), ("s2", 2, 3.0, 5.5), ("s3", 1, 5.5, 8.0)]
+            control.plan(plan_of(server, "p1", slices))
+            while state(server)["slice_id"] != "s3":
+                control.lease("p1", 5.0)
+                time.sleep(0.2)
             wait_until(lambda: state(server)["plan_id"] is None, "the plan is over")
         assert all(answer.status_code == 200 for answer in load.answers)
         steps: dict[Any, set[int]] = {}
