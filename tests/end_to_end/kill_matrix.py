@@ -27,16 +27,19 @@ from typing import Any
 from sqlalchemy import select, text
 
 from store.connection import sqlite_library
-from store.database import StoreReader
-from store.tables import Experiment, RequestTiming, Slice
+from store.database import Store, StoreReader
+from store.samples import save_samples
+from store.tables import Experiment, RequestTiming, Sample, Slice
 from tests.end_to_end.accounts import Kill, read_ledger, settle
 from tests.end_to_end.deployment import Deployment
 from tests.end_to_end.victims import VICTIMS, Mark, Victim, engine_outlives, num_told
 from tests.servers import ROOT
+from tuner.watched import FORECAST_LABELS
 
 RECOVERY_LIMIT_S = 180.0
 SLACK_S = 3.0  # a request may have been on its way when all was well again
 SETTLE_S = 8.0  # the daemon drains once a second
+FORECASTS = "notice: {forecast: {min_history_s: 0, refit_s: 600}}\n"
 OVERDUE_S = 60.0  # a slice that ended this long ago must be scored or void
 
 
@@ -177,6 +180,18 @@ class Matrix:
         }  # fmt: skip
 
 
+def seed_past(data_dir: Path) -> None:
+    """Two hours of samples of every metric that has a forecast, so that there is something to fit from the start."""
+    noise, end_at = random.Random(0), time.time()
+    with closing(Store.open(data_dir)) as store, store.metrics() as session:
+        for metric, label in FORECAST_LABELS.items():
+            instants = [end_at - 10.0 * number for number in range(720, 0, -1)]
+            values = [noise.lognormvariate(0.0, 0.1) for _ in instants]
+            save_samples(
+                session, [Sample(metric, label, at, v) for at, v in zip(instants, values, strict=True)]
+            )
+
+
 def stored_ids(data_dir: Path, since_at: float) -> list[str]:
     with StoreReader(data_dir).metrics() as session:
         finished = select(RequestTiming.request_id).where(
@@ -273,7 +288,10 @@ def main() -> int:
     seed = asked.seed if asked.seed is not None else random.SystemRandom().randrange(2**31)
     print(f"seed {seed}, folder {asked.folder}", flush=True)
     folder = asked.folder.resolve()
-    matrix = Matrix(Deployment(folder), asked.rate, random.Random(seed))
+    site = Deployment(folder, FORECASTS)
+    if not site.data_dir.exists():
+        seed_past(site.data_dir)
+    matrix = Matrix(site, asked.rate, random.Random(seed))
     try:
         for name in names:
             path = folder / f"{name.replace(' ', '-')}.json"
