@@ -38,7 +38,7 @@ class FalsePromotionRate(NamedTuple):
 
     rate: Rate
     level: float | None  # what each was allowed; None where there was none or they differ
-    num_stopped: int  # of `rate.total`: ended early, by the guardrail or from outside
+    num_stopped: int  # of `rate.total`: stopped for harm, which a champion cannot do itself
     num_hours: int  # hours of the day (UTC) that they have seen, of 24
 
 
@@ -102,14 +102,14 @@ def last_holdback_at(journal: Session, change: Change) -> float | None:
 def false_promotion_rate(
     journal: Session, snapshot_id: str | None = None, since_at: float = 0.0
 ) -> FalsePromotionRate:
-    """Counts `aa` experiments that came to a verdict; those that the daemon's end interrupted are no tests."""
+    """Counts `aa` experiments that were judged or stopped for harm; one cut short by other things is no test."""
     found = (
         select(Experiment.created_at, Experiment.state, Verdict.outcome, Verdict.level)
         .join(Verdict, Verdict.experiment_id == Experiment.experiment_id)
         .where(
             Experiment.kind == "aa",
             Experiment.created_at >= since_at,
-            ~Experiment.reason.startswith("interrupted"),
+            (Experiment.state == "DECIDED") | Experiment.reason.startswith("harm: "),
         )
     )
     if snapshot_id is not None:

@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 from sqlalchemy import Integer, cast, func, select, text
 from sqlalchemy.orm import Session
 
+from store.evidence import FalsePromotionRate as FalsePromotionRate
+from store.evidence import RealisedGain as RealisedGain
+from store.evidence import false_promotion_rate as false_promotion_rate
+from store.evidence import realised_gain as realised_gain
 from store.latency import RequestSummary, summarise
 from store.metrics import METRICS
 from store.series import Bin as Bin

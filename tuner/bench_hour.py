@@ -37,7 +37,8 @@ from tuner.hardware import HostProbe
 from tuner.harm import HarmRule
 from tuner.objective import Metric
 from tuner.pairs import ExperimentRules, timing_of
-from tuner.planning_stage import FIRST_PAIR_SD, window_pair_sd
+from tuner.planning import slicing
+from tuner.planning_stage import window_pair_sd
 from tuner.promote import PromoteStage
 from tuner.run import signals_set, traffic
 from tuner.settings import Settings
@@ -67,6 +68,7 @@ class Hour:
     learn_s: float
     slice_s: float
     burn_in_s: float
+    min_requests: int
     spans: list[tuple[float, float]] = field(default_factory=list)
     learned_until_at: float | None = None  # what the first fits were made of ends here
     twin_fit_id: int | None = None
@@ -81,8 +83,9 @@ class Hour:
         return 60.0 * self.minutes - self.recorded_s
 
     @classmethod
-    def planned(cls, minutes: float, num_experiments: int, utilisation: float) -> "Hour":
+    def planned(cls, args: argparse.Namespace) -> "Hour":
         """Slices as long as the minutes allow for that many experiments."""
+        minutes, num_experiments = args.minutes, args.experiments
         learn_s = min(MAX_LEARN_S, max(MIN_LEARN_S, LEARN_SHARE * 60.0 * minutes))
         each_s = (60.0 * minutes - learn_s) / max(1, num_experiments) - AT_THE_END_S
         slice_s = (each_s / PAIRS_LIVE - BETWEEN_PAIRS_S) / 2.0
@@ -91,14 +94,9 @@ class Hour:
                 f"{num_experiments} experiments of {PAIRS_LIVE} pairs need slices of at least 2 s, but {minutes:g} "
                 f"minutes leave {slice_s:.1f} s. Give more `--minutes` or fewer `--experiments`."
             )
-        return cls(
-            minutes,
-            num_experiments,
-            utilisation,
-            learn_s,
-            round(slice_s, 2),
-            round(BURN_IN_SHARE * slice_s, 2),
-        )
+        burn_in_s = round(BURN_IN_SHARE * slice_s, 2)
+        cut = (learn_s, round(slice_s, 2), burn_in_s, args.min_requests)
+        return cls(minutes, num_experiments, args.utilisation, *cut)
 
     @classmethod
     def read(cls, data: Path) -> "Hour | None":
@@ -124,12 +122,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--utilisation", type=float, default=0.5, help="of what the shipped default can serve"
     )
+    parser.add_argument("--min-requests", type=int, default=5, help="judged requests that a slice needs")
     parser.add_argument("--data", type=Path, default=Path("var/bench-hour"), help="folder of the recording")
 
 
 def bench_hour(args: argparse.Namespace) -> dict[str, Any]:
     args.data.mkdir(parents=True, exist_ok=True)
-    hour = Hour.read(args.data) or Hour.planned(args.minutes, args.experiments, args.utilisation)
+    hour = Hour.read(args.data) or Hour.planned(args)
     if hour.left_s > 1.0:
         record(hour, args.data)
     live = live_table(args.data)
@@ -253,10 +252,27 @@ class Recorder:
             return True
         if now < self._span_from + self.hour.learn_s:
             return False
+        if self.hour.twin_fit_id is None:
+            self._lengthen_slices(now)
         fit = self.twins.prepare(self.champion, self._span_from, now, self.hour.slice_s, METRIC)
         if fit is not None and self.hour.twin_fit_id is None:
             self.hour.twin_fit_id, self.hour.learned_until_at = fit.twin_fit_id, now
         return fit is not None
+
+    def _lengthen_slices(self, now: float) -> None:
+        """Where the machine serves too few requests for the slices that were planned: fewer experiments then."""
+        with self.store.metrics() as session:
+            seen = evidence.request_seconds_between(session, self._span_from, now)
+        rate_per_s = seen.num / (now - self._span_from)
+        cut = slicing(self.hour.slice_s, self.hour.burn_in_s, self.hour.min_requests, rate_per_s)
+        if cut.slice_s > self.hour.slice_s:
+            print(
+                f"{rate_per_s:.1f} requests/s need slices of {cut.slice_s:.1f} s instead of {self.hour.slice_s:g} s; "
+                "fewer experiments will fit.",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.hour.slice_s = round(cut.slice_s, 2)
 
     def _is_running(self) -> bool:
         with self.store.journal() as session:
@@ -275,11 +291,11 @@ class Recorder:
             burn_in_s=self.hour.burn_in_s,
             settle_s=settings.experiment.settle_s,
             lease_s=settings.experiment.lease_s,
-            min_requests=settings.experiment.min_requests,
+            min_requests=self.hour.min_requests,
             slos=[],
             max_error_ratio=settings.guardrail.max_error_ratio,
             error_min_requests=settings.guardrail.min_requests,
-            pair_sd=max(0.05, window_pair_sd(windows.means, self.twins.noise_share)) or FIRST_PAIR_SD,
+            pair_sd=max(0.05, window_pair_sd(windows.means, self.twins.noise_share)),
             champion_means=windows.means,
             champion_slowest_s=windows.slowest_s,
             adjustment=self.twins.adjustment,

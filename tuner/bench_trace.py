@@ -1,4 +1,4 @@
-"""The judge on a recorded trace: how noisy a pair is with and without the champion twin.
+"""The judge on a recorded trace and on the demo's traffic: how noisy a pair is, raw, with covariates, with the twin.
 
 The measured system is a replay whose steps take the "true" seconds times a noise of their own and times a
 slowly drifting host; the champion is compared with itself. The twin is fitted on the step log of the first
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -20,7 +21,11 @@ from runtime.knobs import EngineConfig
 from runtime.replay import Arrival, Replay
 from runtime.scheduler import Batch
 from runtime.step_model import StepModel, StepModelFit, fit_step_model
+from tuner.arrivals import arrivals as demo_arrivals
+from tuner.covariates import REACH_S, CovariateFit, fit_covariates
+from tuner.covariates import predict_pair as predict_by_covariates
 from tuner.interval import pairs_needed
+from tuner.settings import TrafficSettings
 from tuner.sign_flip import min_pairs_to_cross
 from tuner.twin import (
     MIN_WINDOW_REQUESTS,
@@ -42,6 +47,7 @@ HOST_SD, HOST_TAU_S = 0.05, 300.0  # sd of ln(host factor) and how long it remem
 STALL_CHANCE, STALL_FACTOR = 0.002, 8.0
 GAIN = 0.10
 SLICES_S = (60.0, 20.0)  # a sixth of each is burn-in
+DEMO_REQUESTS = 8000
 CALIBRATION_WINDOW_S = 20.0
 # A small model on a few cores: about 8 million weights, 60 GFLOP/s, 10 GB/s, 2 ms around each step.
 IDENTITY = {"model": {"num_parameters": 8e6, "weight_bytes": 32e6, "num_layers": 6, "hidden_size": 256}}
@@ -83,6 +89,7 @@ class PairNoise:
     """Champion against itself in pairs of slices; sds in log units, pairs for 80 % power for a 10 % gain at 5 %.
 
     raw: no twin. drifting: a twin that follows its own backlog. twin: from the real backlog at the pair's start.
+    covariates: what stands in for the twin, whether or not its rule would let it.
     """
 
     slice_s: float
@@ -91,14 +98,16 @@ class PairNoise:
     requests_per_slice: float
     raw_sd: float
     drifting_sd: float
+    covariates_sd: float
     twin_sd: float
     raw_pairs_needed: int
     drifting_pairs_needed: int
+    covariates_pairs_needed: int
     twin_pairs_needed: int
     twin_hours_needed: float
 
 
-Predictions = Mapping[str, TwinPrediction]
+Predictions = Mapping[str, float]  # request_id -> ln(e2e)
 
 
 class PairSample(NamedTuple):
@@ -107,6 +116,7 @@ class PairSample(NamedTuple):
     counts: tuple[int, int]
     raw: float
     drifting: float
+    covariates: float
     twin: float
 
 
@@ -156,6 +166,7 @@ class Serving(NamedTuple):
     fit_until: float
     step_fit: StepModelFit
     calibration: Calibration
+    covariates: CovariateFit
     utilisation: float
 
 
@@ -171,43 +182,60 @@ def serve(config: EngineConfig, model: StepModel, arrivals: Sequence[Arrival], s
     unfitted = TwinParameters(config, fit.model, KV_BLOCKS, BLOCK_TOKENS, CONTEXT_TOKENS)
     past = [done for done in served if done.finished_at <= fit_until]
     calibration = calibrate_twin(unfitted, past, CALIBRATION_WINDOW_S)
-    return Serving(served, fit_until, fit, calibration, system.busy_s / arrivals[-1].arrived_at)
+    standing_in = fit_covariates("e2e_s", past, CALIBRATION_WINDOW_S)
+    return Serving(served, fit_until, fit, calibration, standing_in, system.busy_s / arrivals[-1].arrived_at)
 
 
 def pair_samples(serving: Serving, slice_s: float) -> Iterator[PairSample]:
     """Every pair of slices after the fitted part, a sixth of each slice being burn-in."""
     parameters = serving.calibration.parameters
     everything = sorted(serving.served, key=lambda request: request.arrived_at)
-    drifting = predict_pair(parameters, everything, 0.0, math.inf)
+    drifting = logs_of(predict_pair(parameters, everything, 0.0, math.inf))
     start_at = serving.fit_until
     while start_at + 2 * slice_s <= everything[-1].arrived_at:
         near = [r for r in everything if r.finished_at > start_at and r.arrived_at < start_at + 3 * slice_s]
-        twin = predict_pair(parameters, near, start_at, start_at + 2 * slice_s)
+        twin = logs_of(predict_pair(parameters, near, start_at, start_at + 2 * slice_s))
+        standing_in = _by_covariates(serving, everything, start_at, start_at + 2 * slice_s)
         slices: tuple[list[ServedRequest], list[ServedRequest]] = ([], [])
         for request in near:
             if request.id in twin and (request.arrived_at - start_at) % slice_s >= slice_s / 6:
                 slices[request.arrived_at >= start_at + slice_s].append(request)
         start_at += 2 * slice_s
-        yield _sample(*slices, drifting, twin)
+        yield _sample(*slices, drifting, standing_in, twin)
+
+
+def logs_of(predictions: Mapping[str, TwinPrediction]) -> Predictions:
+    return {id: seen.log_e2e for id, seen in predictions.items()}
+
+
+def _by_covariates(
+    serving: Serving, everything: Sequence[ServedRequest], start_at: float, end_at: float
+) -> Predictions | None:
+    if serving.covariates.model is None:
+        return None
+    near = [r for r in everything if r.finished_at > start_at - REACH_S and r.arrived_at < end_at]
+    return predict_by_covariates(serving.covariates.model, near, start_at, end_at)
 
 
 def _sample(
-    one: list[ServedRequest], two: list[ServedRequest], drifting: Predictions, twin: Predictions
+    one: list[ServedRequest],
+    two: list[ServedRequest],
+    drifting: Predictions,
+    standing_in: Predictions | None,
+    twin: Predictions,
 ) -> PairSample:
     counts = (len(one), len(two))
     if 0 in counts:
-        return PairSample(counts, 0.0, 0.0, 0.0)
+        return PairSample(counts, 0.0, 0.0, 0.0, 0.0)
 
     def change(predictions: Predictions | None) -> float:
         means = [
-            fmean(
-                r.log_e2e - (predictions[r.id].log_e2e if predictions is not None else 0.0) for r in requests
-            )
+            fmean(r.log_e2e - (predictions[r.id] if predictions is not None else 0.0) for r in requests)
             for requests in (one, two)
         ]
         return means[1] - means[0]
 
-    return PairSample(counts, change(None), change(drifting), change(twin))
+    return PairSample(counts, change(None), change(drifting), change(standing_in), change(twin))
 
 
 def planned_pairs(sd: float) -> int:
@@ -218,9 +246,14 @@ def planned_pairs(sd: float) -> int:
 def pair_noise(servings: Sequence[Serving], slice_s: float) -> PairNoise:
     samples = [sample for serving in servings for sample in pair_samples(serving, slice_s)]
     full = [sample for sample in samples if min(sample.counts) >= MIN_WINDOW_REQUESTS]
-    raw_sd, drifting_sd, twin_sd = (
+    raw_sd, drifting_sd, covariates_sd, twin_sd = (
         stdev(values)
-        for values in ([s.raw for s in full], [s.drifting for s in full], [s.twin for s in full])
+        for values in (
+            [s.raw for s in full],
+            [s.drifting for s in full],
+            [s.covariates for s in full],
+            [s.twin for s in full],
+        )
     )
     return PairNoise(
         slice_s=slice_s,
@@ -229,9 +262,11 @@ def pair_noise(servings: Sequence[Serving], slice_s: float) -> PairNoise:
         requests_per_slice=fmean(count for sample in full for count in sample.counts),
         raw_sd=raw_sd,
         drifting_sd=drifting_sd,
+        covariates_sd=covariates_sd,
         twin_sd=twin_sd,
         raw_pairs_needed=planned_pairs(raw_sd),
         drifting_pairs_needed=planned_pairs(drifting_sd),
+        covariates_pairs_needed=planned_pairs(covariates_sd),
         twin_pairs_needed=planned_pairs(twin_sd),
         twin_hours_needed=planned_pairs(twin_sd) * 2 * slice_s / 3600,
     )
@@ -239,16 +274,31 @@ def pair_noise(servings: Sequence[Serving], slice_s: float) -> PairNoise:
 
 def run_trace(path: Path, seed: int, num_runs: int = 5) -> dict[str, Any]:
     """The whole benchmark: the trace served `num_runs` times, with other noise each time."""
-    config = EngineConfig.of({})
-    true_model = replace(StepModel.of_shape(IDENTITY), **TRUE_COEFFICIENTS)
     recorded, length_factor = read_trace(path)
-    stretch = stretch_for(config, true_model, recorded, UTILISATION)
+    found = run_arrivals(EngineConfig.of({}), recorded, UTILISATION, seed, num_runs)
+    return {"trace": path.name, "length_factor": length_factor, **found}
+
+
+def run_demo(seed: int, config: EngineConfig, utilisation: float, num_runs: int = 3) -> dict[str, Any]:
+    """The same on an hour of the demo's traffic: Poisson arrivals, its mix of lengths."""
+    settings = TrafficSettings(kind="poisson", rate_per_s=1.0)
+    drawn = islice(demo_arrivals(settings, np.random.default_rng(seed), CONTEXT_TOKENS), DEMO_REQUESTS)
+    recorded = [
+        Arrival(str(i), one.at_s, one.prompt_tokens, one.output_tokens) for i, one in enumerate(drawn)
+    ]
+    return run_arrivals(config, recorded, utilisation, seed, num_runs)
+
+
+def run_arrivals(
+    config: EngineConfig, recorded: Sequence[Arrival], target: float, seed: int, num_runs: int
+) -> dict[str, Any]:
+    """Arrivals on a clock stretched to the utilisation wanted, served `num_runs` times."""
+    true_model = replace(StepModel.of_shape(IDENTITY), **TRUE_COEFFICIENTS)
+    stretch = stretch_for(config, true_model, recorded, target)
     arrivals = stretched(recorded, stretch)
     servings = [serve(config, true_model, arrivals, seed + run) for run in range(num_runs)]
     return {
-        "trace": path.name,
         "num_requests": len(arrivals),
-        "length_factor": length_factor,
         "clock_stretch": stretch,
         "requests_per_s": len(arrivals) / arrivals[-1].arrived_at,
         "runs": [_run_row(serving) for serving in servings],
@@ -269,6 +319,7 @@ def _run_row(serving: Serving) -> dict[str, Any]:
         "step_bias": serving.step_fit.bias,
         "twin_error": error.relative_error,
         "twin_usable": error.usable,
+        "covariates_usable": serving.covariates.usable,
         "later_twin_error": later.relative_error,
         "later_num_windows": later.num_windows,
     }

@@ -22,6 +22,7 @@ from store.database import Store
 from store.tables import Experiment, Study
 from tuner.against_itself import due_at, false_alarm_words
 from tuner.collect import Collected, Collector
+from tuner.confirmed import LOST_REASON, confirmed_config
 from tuner.error_rate import Lord
 from tuner.experiment import JUDGED, Decided, ExperimentStage
 from tuner.guardrail import Watchman
@@ -111,6 +112,7 @@ class Daemon:
         self._withheld: set[str] = set()  # winners that were not applied for their quality, as told
         self._stretch_since = self.started_at  # since when the champion has served alone
         self.keeping = KeepStage(store, settings.keep)
+        collector.has_room = self.keeping.has_room
         self._cause = "start"
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -127,9 +129,13 @@ class Daemon:
         if self.settings.mode != "observe":
             self.promotion.recover(now)
         champion = self.promotion.champion()
+        confirmed = confirmed_config(self.store, self.snapshot_id)
         state = self.control.state()
         if self.settings.mode == "observe":
             champion = self.promotion.note(EngineConfig.of(state["champion"]), now)
+        elif confirmed is not None:
+            champion = confirmed
+            self.promotion.apply("restore", champion, LOST_REASON, now)
         elif champion is None:
             self.promotion.apply("start", initial, "The first configuration served here.", now)
             champion = initial
@@ -159,6 +165,7 @@ class Daemon:
         self.studies.close()
         self.notice.close()
         self._end_experiment("interrupted: the daemon was stopped", now)
+        self.keeping.close()
         while not self.wishes.empty():
             self.wishes.get_nowait().answer.set_result("The daemon is stopping.")
 
@@ -166,6 +173,7 @@ class Daemon:
 
     def tick(self, now: float) -> None:
         self.state = self.collected = None
+        self._stage("keep", now, self.keeping.look)
         self._stage("collect", now, self._collect)
         self._stage("notice", now, self._notice)
         state = self._ready_state()
@@ -240,7 +248,8 @@ class Daemon:
         """A fault freezes what is under way; one that no challenger can cause voids its pair."""
         if self.collected is not None:
             self.notice.step(now, self.collected)
-        faults, spoiler = self.notice.open_faults(), self.notice.voiding_fault()
+        faults = [*self.notice.open_faults(), *self.keeping.open_faults()]
+        spoiler = self.notice.voiding_fault()
         self.experiments.frozen_by = faults[0].reason if faults else None
         if faults:
             self._stretch_since = now  # what is served now says nothing of the champion
@@ -259,7 +268,8 @@ class Daemon:
             now, state, lambda start_at, end_at: self.twins.predict(self._metric, start_at, end_at)
         )
         running = self._running()
-        self.planned = None
+        if running is None or running.kind != "test":
+            self.planned = None
         if running is not None:
             self._stretch_since = now
             self.doing = self._experiment_words(running)

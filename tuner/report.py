@@ -14,6 +14,7 @@ from store import decisions, queries
 from store.database import StoreReader
 from store.errors import UnknownRow
 from store.explain import ExperimentRecord, Explanation, explain
+from tuner.against_itself import false_alarm_words
 from tuner.api import DaemonClient
 from tuner.errors import DaemonNotRunning
 
@@ -59,6 +60,8 @@ def status_report(data_dir: Path) -> Report:
             (row, session.get(queries.Verdict, row.verdict_id))
             for row in decisions.waiting_recommendations(session)
         ]
+        gain = queries.realised_gain(session)
+        alarms = queries.false_promotion_rate(session)
     now = time.time()
     with reader.metrics() as session:
         minute = queries.request_percentiles(session, now - 60.0, now)
@@ -78,6 +81,9 @@ def status_report(data_dir: Path) -> Report:
             }
             for row, verdict in waiting
         ],
+        "realised_gain": None if gain is None else gain._asdict(),
+        "false_promotions": {**alarms._asdict(), "rate": alarms.rate._asdict()},
+        "trust": [*gain_words(gain), false_alarm_words(alarms)],
         "last_minute": {
             "num": minute.num,
             "success_ratio": minute.success_ratio,
@@ -117,12 +123,26 @@ def status_lines(document: dict[str, Any], snapshot: Any) -> list[str]:
         )
     )
     lines += [f"experiment  {row['kind']} {row['experiment_id']}" for row in document["experiments"]]
+    lines += [f"trust       {words}" for words in document["trust"]]
     lines += [
         f"waiting     recommendation {row['recommendation_id']}: {row['reason']} "
         f"(tuner approve {row['recommendation_id']})"
         for row in document["recommendations"]
     ]
     return lines
+
+
+def gain_words(gain: queries.RealisedGain | None) -> list[str]:
+    """What the last promotion was worth when the former champion was asked again; nothing before the first pair."""
+    if gain is None or gain.gain_ratio is None:
+        return []
+    known = gain.low_ratio is not None and gain.high_ratio is not None
+    interval = (
+        f"95 % interval {gain.low_ratio:.1%} to {gain.high_ratio:.1%}" if known else "too few for an interval"
+    )
+    promised = "" if gain.promised_ratio is None else f", {gain.promised_ratio:.1%} at its verdict"
+    seen = f"{interval}, {gain.num_pairs} holdback pairs"
+    return [f"Change {gain.change_id} keeps a gain of {gain.gain_ratio:.1%} ({seen}){promised}."]
 
 
 def summary(latencies: Any) -> dict[str, float] | None:

@@ -25,10 +25,11 @@ def served(num: int, seed: int, load_effect: float, noise: float = 0.2) -> list[
     prompt, output = rng.integers(20, 600, num), rng.integers(2, 60, num)
     load = np.log1p(faded_sum(at, output.astype(float), 8.0))
     log = 0.3 * np.log(output) + load_effect * load + noise * rng.standard_normal(num) - 2.0
+    rows = zip(at.tolist(), prompt.tolist(), output.tolist(), np.exp(log).tolist(), strict=True)
     return [
-        ServedRequest(str(i), float(at[i]), int(prompt[i]), int(output[i]), float(at[i]) + 0.01, float(at[i] + np.exp(log[i])))
-        for i in range(num)
-    ]  # fmt: skip
+        ServedRequest(str(index), start_at, *lengths, start_at + 0.01, start_at + seconds)
+        for index, (start_at, *lengths, seconds) in enumerate(rows)
+    ]
 
 
 def test_are_used_where_load_moves_latency():
