@@ -65,12 +65,15 @@ class FakeEngine:
     max_seqs: int | None = None
     hold_file: Path | None = None
     requests: dict[str, FakeRequest] = field(default_factory=dict)
+    prepared: set[str] = field(default_factory=set)
 
     def run(self) -> None:
         reader = FrameReader(self.sock)
         hello, *rest = reader.poll(None)
         self.clock = Clock(hello["boot_epoch"], hello["boot_monotonic"])
-        self.plans = PlanRunner(EngineConfig.of(hello["config"]), hello["version"])
+        self.plans = PlanRunner(
+            EngineConfig.of(hello["config"]), hello["version"], is_prepared=self._is_prepared
+        )
         self.gauged_at = 0.0
         self.config = self.plans.champion
         self.slice_id: str | None = None
@@ -117,6 +120,7 @@ class FakeEngine:
                     "prepare_s": done.prepare_s, "commit_us": done.commit_us}  # fmt: skip
         if name == "prepare":
             config = EngineConfig.of(args["values"])
+            self.prepared.add(config.config_id)
             return {"config_id": config.config_id, "prepare_s": 0.0, "extra_bytes": 0}
         if name == "plan":
             if Path(os.environ.get("FAKE_REFUSE_FILE", "/nowhere")).exists() and "engine-1" in self.sock.getpeername():
@@ -134,6 +138,11 @@ class FakeEngine:
                     "num_pieces": 1, "elapsed_s": 0.0, "busy_s": 0.0, "longest_piece_s": 0.0}  # fmt: skip
         self.plans.abort(args["plan_id"], args["reason"], now)
         return {"version": self.plans.version, "config_id": self.plans.champion.config_id}
+
+    def _is_prepared(self, config: EngineConfig) -> bool:
+        """As of the real engine: weights and pool are prepared, the other knobs are not its own or need nothing."""
+        changed = config.changes_from(self.plans.champion)
+        return not {"weight_format", "kv_tokens"} & set(changed) or config.config_id in self.prepared
 
     def _tick(self) -> None:
         now = self.clock.now()

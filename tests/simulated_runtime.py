@@ -17,6 +17,7 @@ from runtime.slice_stats import SliceLedger
 from runtime.step_model import StepModel
 from runtime.timings import RecordBuffer
 from tests.fakes import fake_scores
+from tuner.preparation import warm_changes
 
 IDENTITY = {
     "boot_id": "boot-1", "pid": 1, "engine_pid": 2, "started_at": 0.0, "api_url": "http://127.0.0.1:1",
@@ -55,7 +56,7 @@ class SimulatedRuntime:
         self.now = 1000.0
         self.rate_per_s, self.output_tokens, self.noise_sd = rate_per_s, output_tokens, noise_sd
         self.random = random.Random(seed)
-        self.runner = PlanRunner(EngineConfig())
+        self.runner = PlanRunner(EngineConfig(), is_prepared=self._is_prepared)
         self.pool = BlockPool(1024, 64)
         self.scheduler = Scheduler(self.pool, EngineConfig(), 2048)
         self.slices, self.records = SliceLedger(), RecordBuffer()
@@ -68,6 +69,7 @@ class SimulatedRuntime:
         self.score_error: Exception | None = None
         self.prepare_error: Exception | None = None
         self.prepared: list[str] = []  # config_ids, in the order in which they were prepared
+        self._ready: set[str] = set()  # those of them that this engine holds
         self.scored: list[str] = []  # config_ids, in the order in which they were scored
         self.num_engine_restarts = 0
         self.boot_id = "boot-1"
@@ -255,7 +257,11 @@ class SimulatedRuntime:
             raise self.prepare_error
         config = EngineConfig.of(values)
         self.prepared.append(config.config_id)
+        self._ready.add(config.config_id)
         return {"config_id": config.config_id, "prepare_s": 0.0, "extra_bytes": 0}
+
+    def _is_prepared(self, config: EngineConfig) -> bool:
+        return not warm_changes(config, self.runner.champion) or config.config_id in self._ready
 
     def tokenize(self, texts: list[str]) -> dict[str, Any]:
         """A token a character."""
@@ -292,7 +298,8 @@ class SimulatedRuntime:
     def kill_engine(self) -> None:
         """What a kill -9 of the engine does: the plan is gone, the champion is back."""
         self.num_engine_restarts += 1
-        self.runner = PlanRunner(self.runner.champion, self.runner.version)
+        self.runner = PlanRunner(self.runner.champion, self.runner.version, is_prepared=self._is_prepared)
+        self._ready.clear()
         self.slices.end()
 
     def has_plan(self, plan_id: str) -> bool:

@@ -48,10 +48,13 @@ from tuner.pairs import (
     verdict_row,
 )
 from tuner.planning import told_duration
+from tuner.preparation import Preparation
+from tuner.rows import tell
 
 logger = logging.getLogger(__name__)
 
 HARM_PREFIX = "harm: "
+UNPREPARED_PREFIX = "could not be prepared: "
 JUDGED = ("test", "aa")  # kinds that end with a verdict
 MAX_STRAY_RATIO = 0.05  # requests of a slice that the engine did not count to it
 PLAN_LEAD_S = 0.5  # between posting a plan and its first slice: a journal write, a loopback call
@@ -73,6 +76,11 @@ class Decided:
         """Stopped because of what the challenger did."""
         return (self.experiment.reason or "").startswith(HARM_PREFIX)
 
+    @property
+    def is_unprepared(self) -> bool:
+        """Ended before its first slice: the engine could not make the challenger ready, for want of memory mostly."""
+        return (self.experiment.reason or "").startswith(UNPREPARED_PREFIX)
+
 
 class ExperimentStage:
     """Drives the one experiment that may be under way."""
@@ -85,7 +93,9 @@ class ExperimentStage:
         max_error_ratio: float,
         clock: Callable[[], float],
         random_bits: Callable[[int], int] = secrets.randbits,
+        preparation: Preparation | None = None,
     ) -> None:
+        self._preparation = preparation or Preparation(control)
         self._store, self._control, self._watchman, self._clock = store, control, watchman, clock
         self._max_error_ratio = max_error_ratio
         self._random_bits = random_bits
@@ -200,6 +210,33 @@ class ExperimentStage:
         if now + 2 * rules.slice_s > experiment.created_at + rules.max_wall_s:
             return self._close(experiment, "STOPPED", out_of_time(rules, pairs), now)
         if experiment.kind != "holdback" or not num_planned:
+            return self._start_when_prepared(experiment, rules, slices, now, state)
+        return None
+
+    def _start_when_prepared(
+        self,
+        experiment: Experiment,
+        rules: ExperimentRules,
+        slices: list[Slice],
+        now: float,
+        state: Mapping[str, Any],
+    ) -> Decided | None:
+        """Starts the next pair, or waits until the challenger's warm knobs are prepared beside serving."""
+        if state["engine"] != "ready":
+            return None
+        with self._store.journal() as session:
+            champion, challenger = (
+                EngineConfig.of(decisions.config_values(session, id))
+                for id in (experiment.champion_config_id, experiment.challenger_config_id)
+            )
+        found = self._preparation.look(challenger, champion, state, now)
+        if found.state == "failed":
+            return self._close(experiment, "STOPPED", UNPREPARED_PREFIX + found.words, now)
+        if found.words:
+            with self._store.journal() as session:
+                details = {"experiment_id": experiment.experiment_id, "config_id": challenger.config_id}
+                tell(session, now, "experiment", found.words, details)
+        if found.state == "ready":
             self._start_pair(experiment, rules, slices, now, state)
         return None
 
@@ -213,8 +250,6 @@ class ExperimentStage:
         now: float,
         state: Mapping[str, Any],
     ) -> None:
-        if state["engine"] != "ready":
-            return
         pair_index = max((planned.pair_index for planned in slices), default=-1) + 1
         coin = draw_coin(experiment.experiment_id, pair_index, self._random_bits)
         rows = planned_pair(
@@ -225,6 +260,7 @@ class ExperimentStage:
         try:
             self._post(experiment, rules, slices, rows, state)
         except (InvalidPlan, StaleVersion) as error:
+            self._preparation.forget()  # it may have been dropped for want of memory
             self._void(rows, f"The engine refused the plan: {error}")
         except RuntimeFault as error:
             self._void(rows, f"The plan was not posted: {error}")

@@ -223,6 +223,8 @@ class StudyStage:
             elif decided.is_harm:
                 # Optuna's samplers never read failed trials: harm is told as a complete, infeasible one.
                 trial.state, trial.value, trial.constraints = "COMPLETE", HARM_VALUE, {"harm": 1.0}
+            elif decided.is_unprepared:  # the same holds for what this machine has no room for
+                trial.state, trial.value, trial.constraints = "COMPLETE", 0.0, {"memory": 1.0}
             else:
                 trial.state = "FAIL"
             champion = EngineConfig.of(
@@ -232,7 +234,7 @@ class StudyStage:
             change = describe(probed.values(), champion.values())
             result = (
                 f"{math.exp(trial.value) - 1:+.0%}"
-                if trial.value is not None
+                if trial.value is not None and not decided.is_unprepared
                 else f"no value ({trial.reason})"
             )
             prior = decisions.predictions_of(session, [trial.proposal_id])[trial.proposal_id]

@@ -92,7 +92,10 @@ class TwinStage:
         except RuntimeFault as too_few:
             logger.info("No twin: %s", too_few)
             return None
-        kv_tokens, block_tokens = self._identity["kv_total_tokens"], self._identity["kv_block_tokens"]
+        # An engine of ours says what it fitted, so that the knob tells the pool's size; another tells its size once.
+        is_knob = "fitted_knobs" in self._identity
+        kv_tokens = champion.kv_tokens if is_knob else self._identity["kv_total_tokens"]
+        block_tokens = self._identity["kv_block_tokens"]
         parameters = TwinParameters(
             champion,
             fitted.model,
@@ -155,9 +158,10 @@ class TwinStage:
         served = self._served[-MAX_REPLAYED:]
         if not served:
             return None
-        found = predict_pair(
-            replace(self._fitted, config=config), served, served[0].arrived_at, math.inf
-        ).values()
+        parameters = replace(self._fitted, config=config)
+        if config.kv_tokens != self._fitted.config.kv_tokens:
+            parameters = replace(parameters, kv_blocks=config.kv_tokens // parameters.block_tokens)
+        found = predict_pair(parameters, served, served[0].arrived_at, math.inf).values()
         return (
             fmean(seen.log_e2e if metric == "e2e_s" else seen.log_ttft for seen in found) if found else None
         )
