@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from runtime.clock import Clock
 from runtime.errors import InvalidKnob, InvalidRequest, LinkBroken, ModelError, PrepareFailed, RuntimeFault
+from runtime.host import num_cores
 from runtime.knobs import EngineConfig, default_config, knob_reports
 from runtime.link import Frame, FrameReader, encode
 from runtime.plan import PlanRunner, PlanTick, SlicePlan
@@ -362,7 +363,7 @@ def _prepare(
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from runtime.executor import Executor, num_cores
+    from runtime.executor import Executor
     from runtime.loader import load_model, resolve_device, resolve_dtype
 
     transformers_logging.set_verbosity_error()

@@ -1,14 +1,11 @@
 """Computes the scheduler's batches with a model in memory: threads, KV pool, forward pass, sampling."""
 
-import contextlib
 import logging
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -18,6 +15,7 @@ import transformers
 import runtime
 from runtime.errors import ModelError
 from runtime.hf_model import HFModel, KVPools
+from runtime.host import cpu_model, free_memory_bytes, num_cores
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.linear import pack_linears
@@ -123,6 +121,7 @@ class Executor:
         held = {"rss_bytes": self._process.memory_info().rss}
         if self._device.type == "cuda":
             held["device_memory_bytes"] = torch.cuda.memory_reserved(self._device)
+            held["device_free_bytes"] = torch.cuda.mem_get_info(self._device)[0]
         return held
 
     def identity(self) -> dict[str, Any]:
@@ -135,6 +134,7 @@ class Executor:
                 "device_name": torch.cuda.get_device_name(self._device) if on_cuda else cpu_model(),
                 "cpu_model": cpu_model(),
                 "num_cores": num_cores(),
+                "num_devices": torch.cuda.device_count() if on_cuda else 1,
                 "memory_bytes": psutil.virtual_memory().total,
             },
             "versions": {
@@ -224,25 +224,3 @@ def _warm_up_requests(rows: int, prompt_tokens: int) -> Iterator[Request]:
     for row in range(rows):
         length = prompt_tokens if rows == 1 else min(8 + row, prompt_tokens)
         yield Request.of_tokens(str(row), [0] * length, 2, 0.0, SamplingParams(float(row % 2), 0.9, seed=row))
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_model() -> str:
-    if (info := Path("/proc/cpuinfo")).is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def free_memory_bytes() -> int:
-    """Memory that can still be taken here: what the system has, or the control group's limit allows."""
-    free: int = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    with contextlib.suppress(OSError, ValueError):  # no control group, or its limit is "max"
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(0, free)

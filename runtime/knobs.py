@@ -183,7 +183,7 @@ class EngineConfig:
         unit="engines",
         apply=ApplyMode.WARM,
         searched=False,  # each takes the memory of a whole model
-        help="Engine processes behind one front end.",
+        help="Engine processes behind one front end; this many times the threads should not exceed the cores.",
     )
 
     @classmethod

@@ -66,7 +66,8 @@ def group_phase(replicas: Iterable[Replica]) -> Phase:
 
 
 def summed_gauges(replicas: Sequence[Replica]) -> dict[str, Any]:
-    """Gauges of the group: numbers are added, ratios averaged, instants the latest; words are the first engine's."""
+    """Gauges of the group: numbers are added, ratios averaged, instants the latest, what is free the least; words
+    are the first engine's."""
     told = [replica.gauges for replica in replicas if replica.gauges]
     if len(told) < 2:
         return dict(told[0]) if told else {}
@@ -77,6 +78,8 @@ def summed_gauges(replicas: Sequence[Replica]) -> dict[str, Any]:
             continue
         if name == "at" or name.endswith("_at"):
             sums[name] = max(values)
+        elif name.endswith("_free_bytes"):  # engines may share what is free
+            sums[name] = min(values)
         else:
             sums[name] = sum(values) / (len(values) if name.endswith("_ratio") else 1)
     return sums
