@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.knobs import EngineConfig
 from store.interval import Rate
-from tuner import bench_hour
+from tuner import bench_hour, bench_quality
 from tuner.bench_aa import LevelReport, lord_level, run_aa
 from tuner.bench_harm import run_harm
 from tuner.bench_trace import run_demo, run_trace
@@ -41,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     anomalies = commands.add_parser("anomalies", help="recall, delay, false alarms and price of noticing")
     anomalies.add_argument("--num", type=int, default=100, help="anomalies of each kind")
     anomalies.add_argument("--days", type=float, default=3.0, help="quiet days at 1 Hz; 0 for none")
-    for command in (aa, azure, harm, hour, anomalies):
+    quality = commands.add_parser(
+        "quality", help="weight formats against the loaded weights, beside live streams"
+    )
+    bench_quality.add_arguments(quality)
+    for command in (aa, azure, harm, hour, anomalies, quality):
         command.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args(argv)
     began = time.monotonic()
@@ -51,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "harm": bench_harm,
         "hour": bench_hour.bench_hour,
         "anomalies": bench_anomalies,
+        "quality": bench_quality.bench_quality,
     }
     document = benchmarks[args.command](args)
     elapsed_s = time.monotonic() - began
@@ -133,7 +138,9 @@ def _print_noise(name: str, found: Mapping[str, Any]) -> None:
             f"{'yes' if run['twin_usable'] else 'no':>6}{_share(run['later_twin_error']):>18}"
             f"{'yes' if run['covariates_usable'] else 'no':>28}"
         )
-    print("Champion against itself: sd of a pair (log units) and pairs for 80 % power for a 10 % gain at 5 %:")
+    print(
+        "Champion against itself: sd of a pair (log units) and pairs for 80 % power for a 10 % gain at 5 %:"
+    )
     kinds = ("raw", "covariates", "drifting", "twin")
     print(
         f"{'slice':>6}{'pairs':>7}{'requests':>10}"
@@ -171,7 +178,9 @@ def bench_harm(args: argparse.Namespace) -> dict[str, Any]:
 def bench_anomalies(args: argparse.Namespace) -> dict[str, Any]:
     from tuner.bench_anomalies import report, run_anomalies  # the store, which the others need not load
 
-    found = run_anomalies(args.num, args.days, args.seed, lambda what: print(what, file=sys.stderr, flush=True))
+    found = run_anomalies(
+        args.num, args.days, args.seed, lambda what: print(what, file=sys.stderr, flush=True)
+    )
     print(report(found))
     return found
 

@@ -155,12 +155,12 @@ def silence_prophet() -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """The files that a fit leaves in its temporary folder; two and a folder each time."""
-    for path in sorted(folder.rglob("*"), reverse=True):
+    """The files that a fit leaves below its temporary folder; cmdstanpy's own folder in it has to stay."""
+    for path in sorted(folder.glob("*/**/*"), reverse=True):
         try:
             path.rmdir() if path.is_dir() else path.unlink()
         except OSError:
-            continue  # cmdstanpy keeps its own folder; what is in use goes with the process
+            continue  # what is in use goes with the process
 
 
 def main() -> None:

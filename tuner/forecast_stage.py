@@ -3,7 +3,7 @@
     minutes in memory ─▶ due? ─▶ ForecastProcess ─▶ Forecast rows (bands), a ForecastFit row, the band in memory
 
 A metric is fitted for the first time when it has enough of a past, then daily in its own slot of the day, and
-an hour after another champion began to serve. What fails keeps its last bands, and is tried again an hour later.
+an hour after another champion began to serve. What fails keeps its last bands, and is tried again, less and less often.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 BAND_SD = 4.0
 STEP_S = 600.0
 HORIZON_S = 36 * 3600.0  # bands end here: older ones are stale, and layer B stands alone
-RETRY_S = 3600.0
+RETRY_S, MAX_RETRY_S = 60.0, 3600.0  # twice as long each time
 AFTER_CHANGE_S = 3600.0
 TELL_LEARNING_S = 600.0
 
@@ -50,6 +50,7 @@ class _Plan:
     due_at: float = 0.0
     fit: ForecastFit | None = None
     told_at: float = -1e18
+    num_failures: int = 0  # in a row
 
 
 @dataclass
@@ -60,6 +61,7 @@ class ForecastStage:
     statistics: StatisticsStage
     rules: ForecastRules = field(default_factory=ForecastRules)
     process: ForecastProcess | None = None
+    history: list[float] = field(default_factory=list)  # s that each fit of this life took, the newest 1000
     _plans: dict[str, _Plan] = field(default_factory=dict)
     _changed_at: list[float] = field(default_factory=list)
     _asked: tuple[int, str, NDArray[np.float64]] | None = None
@@ -79,6 +81,8 @@ class ForecastStage:
                 if plan.fit is None or plan.fit.fitted_at is None:
                     continue
                 plan.due_at = self._next_at(plan, plan.fit.fitted_at)
+                if plan.fit.state == "FAILED":
+                    plan.due_at = now
                 rows = latest_bands(session, metric, now - STEP_S, plan.fit.fitted_at)
                 if len(rows) > 1:
                     self.statistics.bands[metric] = Band([BandPoint(*row) for row in rows])
@@ -86,6 +90,10 @@ class ForecastStage:
     def close(self) -> None:
         if self.process is not None:
             self.process.close()
+
+    @property
+    def is_busy(self) -> bool:
+        return self.process is not None and self.process.is_busy
 
     def champion_changed(self, now: float) -> None:
         """What depends on the configuration is learnt anew once an hour of it is known."""
@@ -160,11 +168,12 @@ class ForecastStage:
             metric, "FITTED", now, f"Fitted to {len(ats)} minutes.", now, found["num_points"],
             float(ats[-1] - ats[0]), found["scale"], state.how.is_log, found["fit_s"],
         )  # fmt: skip
-        plan.due_at = self._next_at(plan, now)
+        plan.due_at, plan.num_failures = self._next_at(plan, now), 0
         with self.store.metrics() as session:
             save_forecasts(session, [Forecast(metric, p.at, now, p.expected, p.low, p.high) for p in points])
             save_forecast_fits(session, [plan.fit])
         self.statistics.bands[metric] = Band(points)
+        self.history = [*self.history[-999:], float(found["fit_s"])]
         logger.info(
             "Forecast of %s fitted to %d points in %.1f s", metric, found["num_points"], found["fit_s"]
         )
@@ -172,7 +181,8 @@ class ForecastStage:
     def _failed(self, metric: str, plan: _Plan, reason: str, now: float) -> None:
         logger.warning("The forecast of %s failed: %s", metric, reason)
         before = plan.fit
-        plan.due_at = now + RETRY_S
+        plan.due_at = now + min(MAX_RETRY_S, RETRY_S * 2.0**plan.num_failures)
+        plan.num_failures += 1
         plan.fit = ForecastFit(
             metric, "FAILED", now, reason,
             before.fitted_at if before else None, before.num_points if before else 0,

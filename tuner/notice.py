@@ -21,9 +21,9 @@ from store.tables import Anomaly, Study
 from tuner.collect import Collected
 from tuner.detect import BIN_S, Thresholds
 from tuner.forecast_stage import ForecastRules, ForecastStage
-from tuner.hysteresis import Hold
 from tuner.rows import tell
-from tuner.rules import Reading, Rule, limits_for, rules_for
+from tuner.rule_book import RuleBook, RuleEvent
+from tuner.rules import limits_for, rules_for
 from tuner.settings import Settings
 from tuner.signals import Limit, Signals
 from tuner.statistics_stage import Finding, Outlier, StatisticsStage
@@ -57,13 +57,12 @@ class NoticeStage:
         self._store, self._snapshot_id, self._own = store, snapshot_id, own
         slos = [Limit(slo.metric, slo.statistic, slo.limit) for slo in settings.slos]
         self.signals = Signals(limits_for(slos, own.itl_p99_s))
-        self.rules = rules_for(own.disabled, own.triggers) if own.rules else ()
+        self.book = RuleBook(rules_for(own.disabled, own.triggers) if own.rules else ())
         self.statistics = StatisticsStage(Thresholds().times(own.caution))
         f = own.forecast
         self.forecasts = ForecastStage(
             store, self.statistics, ForecastRules(f.min_points, f.min_history_s, f.refit_s, f.timeout_s)
         )
-        self._holds: dict[tuple[str, str], Hold] = {}
         self._standing: dict[
             tuple[str, str], Standing
         ] = {}  # (rule, label), or ("", component) of layers B and C
@@ -83,9 +82,8 @@ class NoticeStage:
             left = noticing.open_anomalies(session)
             recent = noticing.recent_anomalies(session, now - COOL_DOWN_S)
             self._studied = noticing.studied_anomalies(session)
-        rules = {rule.name: rule for rule in self.rules}
         for row in left:
-            self._adopt(row, rules, now)
+            self._adopt(row, now)
         for row in recent:
             if row.layer == "A":
                 self._ended[row.rule, row.label] = row
@@ -99,8 +97,8 @@ class NoticeStage:
     def close(self) -> None:
         self.forecasts.close()
 
-    def _adopt(self, row: Anomaly, rules: Mapping[str, Rule], now: float) -> None:
-        is_ours = row.rule in rules if row.layer == "A" else self._own.statistics
+    def _adopt(self, row: Anomaly, now: float) -> None:
+        is_ours = row.rule in self.book.rules if row.layer == "A" else self._own.statistics
         if not is_ours:
             row.ended_at = now
             with self._store.journal() as session:
@@ -110,7 +108,7 @@ class NoticeStage:
                 )
         elif row.layer == "A":
             self._standing[row.rule, row.label] = Standing(row)
-            self._holds[row.rule, row.label] = Hold(is_open=True, since_at=row.started_at, worst=row.worst)
+            self.book.adopt((row.rule, row.label), row.started_at, row.worst)
         else:
             self._standing["", row.details.get("component", "")] = Standing(row)
 
@@ -186,31 +184,19 @@ class NoticeStage:
     # -- layer A -------------------------------------------------------------------------------------------
 
     def _apply_rules(self, now: float) -> None:
-        for rule in self.rules:
-            if rule.champion_only and not self.signals.is_champion:
-                continue
-            for reading in rule.signal(self.signals, now):
-                self._apply(rule, reading, now)
+        for found in self.book.step(self.signals, now):
+            if found.event == "opened":
+                self._open_rule(found, now)
+            elif found.event == "closed":
+                self._end(found.key, now, found.hold.worst)
+            elif found.key in self._standing:
+                self._worsen(self._standing[found.key], found.hold.worst, now)
 
-    def _apply(self, rule: Rule, reading: Reading, now: float) -> None:
-        key = (rule.name, reading.label)
-        hold = self._holds.setdefault(key, Hold())
-        value = reading.value
-        if not reading.counts:  # known, and not beyond: whatever the number says
-            value = min(value, rule.band.clear) if rule.band.rises else max(value, rule.band.clear)
-        event = hold.advance(rule.band, value, now)
-        if event == "opened":
-            self._open_rule(rule, reading, hold, now)
-        elif event == "closed":
-            self._end(key, now)
-        elif hold.is_open and key in self._standing:
-            self._worsen(self._standing[key], hold.worst, now)
-
-    def _open_rule(self, rule: Rule, reading: Reading, hold: Hold, now: float) -> None:
-        key = (rule.name, reading.label)
-        last = self._ended.get(key)
+    def _open_rule(self, found: RuleEvent, now: float) -> None:
+        rule, reading, hold = found.rule, found.reading, found.hold
+        last = self._ended.get(found.key)
         if last is not None and last.ended_at is not None and now - last.ended_at < rule.cool_down_s:
-            self._reopen(key, last, now)
+            self._reopen(found.key, last, now)
             return
         row = Anomaly(
             rule=rule.name,
@@ -231,7 +217,7 @@ class NoticeStage:
                 "is_ratio": rule.is_ratio,
             },
         )
-        self._open(key, row, now)
+        self._open(found.key, row, now)
 
     def _reopen(self, key: tuple[str, str], row: Anomaly, now: float) -> None:
         """It came back within its cool-down: the same anomaly, and nobody is told twice."""
@@ -334,14 +320,14 @@ class NoticeStage:
         with self._store.journal() as session:
             session.merge(standing.row)
 
-    def _end(self, key: tuple[str, str], now: float) -> None:
+    def _end(self, key: tuple[str, str], now: float, worst: float | None = None) -> None:
         standing = self._standing.pop(key, None)
         if standing is None:
             return
-        row, hold = standing.row, self._holds.get(key)
+        row = standing.row
         row.ended_at = now
-        if hold is not None and hold.worst is not None:
-            row.worst = hold.worst
+        if worst is not None:
+            row.worst = worst
         if standing.outliers:
             row.details = {
                 **row.details,
