@@ -45,6 +45,7 @@ class Deployment:
         self.log_path, self.config = folder / "daemon.out", folder / "settings.yaml"
         self.run_dir = self.data_dir / "run"
         self.daemon: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}  # beside our own
         folder.mkdir(parents=True, exist_ok=True)
         if not self.config.exists():
             text = SETTINGS.replace("DATA_DIR", str(self.data_dir)).replace("PORT", str(free_port()))
@@ -58,6 +59,7 @@ class Deployment:
             self.daemon = subprocess.Popen(
                 [sys.executable, "-m", "tuner.cli", "run", "-c", str(self.config), "--plain"],
                 cwd=ROOT, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, **self.environment},
             )  # fmt: skip
 
     def wait_up(self) -> None:

@@ -28,8 +28,7 @@ from sqlalchemy import select, text
 
 from store.connection import sqlite_library
 from store.database import Store, StoreReader
-from store.samples import save_samples
-from store.tables import Experiment, RequestTiming, Sample, Slice
+from store.tables import Experiment, RequestTiming, SampleRollup, Slice
 from tests.end_to_end.accounts import Kill, read_ledger, settle
 from tests.end_to_end.deployment import Deployment
 from tests.end_to_end.victims import VICTIMS, Mark, Victim, engine_outlives, num_told
@@ -181,15 +180,13 @@ class Matrix:
 
 
 def seed_past(data_dir: Path) -> None:
-    """Two hours of samples of every metric that has a forecast, so that there is something to fit from the start."""
-    noise, end_at = random.Random(0), time.time()
+    """Two hours of minutes of every metric that has a forecast, so that there is something to fit from the start."""
+    noise, end_at = random.Random(0), time.time() // 60 * 60
     with closing(Store.open(data_dir)) as store, store.metrics() as session:
         for metric, label in FORECAST_LABELS.items():
-            instants = [end_at - 10.0 * number for number in range(720, 0, -1)]
-            values = [noise.lognormvariate(0.0, 0.1) for _ in instants]
-            save_samples(
-                session, [Sample(metric, label, at, v) for at, v in zip(instants, values, strict=True)]
-            )
+            for number in range(120, 0, -1):
+                mean = noise.lognormvariate(0.0, 0.1)
+                session.add(SampleRollup(metric, label, 60, end_at - 60.0 * number, 60, mean, mean, mean))
 
 
 def stored_ids(data_dir: Path, since_at: float) -> list[str]:
@@ -291,6 +288,7 @@ def main() -> int:
     site = Deployment(folder, FORECASTS)
     if not site.data_dir.exists():
         seed_past(site.data_dir)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and so through `finally`
     matrix = Matrix(site, asked.rate, random.Random(seed))
     try:
         for name in names:

@@ -125,7 +125,7 @@ VICTIMS: Mapping[str, Victim] = {
         ),
         Victim(
             "forecast", lambda site: site.child_pid("tuner.forecast"), forecast_is_well,
-            mark=lambda site: newest(site, "fit"), pause_s=(0.0, 2.0),
+            mark=lambda site: newest(site, "fit"), kills_a_life=7, pause_s=(0.0, 2.0),
         ),
         Victim(
             "search", lambda site: site.child_pid("tuner.propose"), search_is_well,
