@@ -244,6 +244,8 @@ def _scrape(service: Service) -> Scrape:
         num_restarts=front.engine.num_restarts,
         version=front.engine.version, config_id=front.engine.config_id,
         num_preemptions=gauges.get("num_preemptions_total"), records_dropped=front.records.dropped,
+        num_looked_up_tokens=gauges.get("prefix_looked_up_tokens_total"),
+        num_hit_tokens=gauges.get("prefix_hit_tokens_total"),
     )  # fmt: skip
 
 

@@ -97,6 +97,8 @@ class Scrape:
     version: int
     config_id: str | None
     num_preemptions: int | None
+    num_looked_up_tokens: int | None
+    num_hit_tokens: int | None
     records_dropped: int
 
 
@@ -167,6 +169,12 @@ class _Page:
         yield from self._counter(
             "tuner_preemptions", "Requests pushed out of the KV cache.", scrape.num_preemptions
         )
+        for name, help, value in (
+            ("prefix_cache_queries", "Tokens looked up in the prefix cache.", scrape.num_looked_up_tokens),
+            ("prefix_cache_hits", "Tokens found in the prefix cache.", scrape.num_hit_tokens),
+        ):
+            yield from self._counter(f"tuner_{name}", help, value)
+            yield from self._counter(f"vllm:{name}", help, value)
         yield from self._counter(
             "tuner_records_dropped", "Records lost as nobody drained them.", scrape.records_dropped
         )

@@ -183,9 +183,14 @@ CPU_STEAL_RATIO = _host(
     "cpu_steal_ratio", "ratio", "lower", "Share of the time in which the hypervisor gave our cores to others."
 )
 CLOCK_STEP_S = _host(
-    "clock_step_s", "s", None, "How far the system clock was set since the last sample; about 0 if it was not."
+    "clock_step_s",
+    "s",
+    None,
+    "How far the system clock was set since the last sample; about 0 if it was not.",
 )
-SUSPENDED_S = _host("suspended_s", "s", "lower", "Time since the last sample in which the host was suspended.")
+SUSPENDED_S = _host(
+    "suspended_s", "s", "lower", "Time since the last sample in which the host was suspended."
+)
 LOAD_1M = _host("load_1m", "threads", "lower", "Load average over one minute.")
 RUN_QUEUE = _host("run_queue", "threads", "lower", "Threads that run or wait for a core.")
 MEMORY_USED_BYTES = _host(
@@ -232,6 +237,18 @@ KV_FRAGMENTATION_RATIO = _runtime(
     "ratio",
     "lower",
     "Share of the KV cache that lies in blocks which are held and not filled.",
+)
+PREFIX_HIT_TOKENS_PER_S = _runtime(
+    "prefix_hit_tokens_per_s",
+    "tokens/s",
+    "higher",
+    "Prompt tokens that the prefix cache spared from being computed.",
+)
+PREFIX_HIT_RATIO = _runtime(
+    "prefix_hit_ratio",
+    "ratio",
+    "higher",
+    "Share of the admitted requests' known tokens that the prefix cache held; absent while it is off.",
 )
 PREEMPTIONS_TOTAL = _runtime(
     "preemptions_total",

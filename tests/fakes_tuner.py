@@ -169,6 +169,8 @@ def runtime_state(boot_id: str = "b1", **changed: Any) -> dict[str, Any]:
             "kv_used_tokens": 404,
             "kv_total_tokens": 4040,
             "num_preemptions_total": 3,
+            "prefix_looked_up_tokens_total": 100,
+            "prefix_hit_tokens_total": 20,
         },
         "counters": {"requests_total": 0, "tokens_total": 0, "errors_by_kind": {}},
         "slice_stats": {},

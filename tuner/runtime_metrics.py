@@ -35,6 +35,7 @@ def runtime_samples(window: Window) -> Readings:
         requests = [record for record in window.records if record["kind"] == "request"]
         steps = [record for record in window.records if record["kind"] == "step"]
         readings |= _rates(window, steps, window.seconds)
+        readings |= _prefix_hits(window, window.seconds)
         readings |= _latencies(requests)
         readings |= _steps(steps, window.step_before)
         readings |= _fragmentation(steps, window.state["gauges"].get("kv_total_tokens"))
@@ -71,6 +72,23 @@ def _rates(window: Window, steps: Sequence[Record], seconds: float) -> Readings:
         now, before = window.state["counters"], window.before["counters"]
         readings[metrics.REQUESTS_PER_S, ""] = (now["requests_total"] - before["requests_total"]) / seconds
         readings[metrics.OUTPUT_TOKENS_PER_S, ""] = (now["tokens_total"] - before["tokens_total"]) / seconds
+    return readings
+
+
+def _prefix_hits(window: Window, seconds: float) -> Readings:
+    """From the engine's running totals; an engine that was replaced begins them anew, which is no reading."""
+    if window.before is None:
+        return {}
+    names = ("prefix_hit_tokens_total", "prefix_looked_up_tokens_total")
+    now, before = window.state["gauges"], window.before["gauges"]
+    if any(gauges.get(name) is None for gauges in (now, before) for name in names):
+        return {}
+    num_hit, num_looked_up = (now[name] - before[name] for name in names)
+    if num_hit < 0 or num_looked_up < num_hit:
+        return {}
+    readings: Readings = {(metrics.PREFIX_HIT_TOKENS_PER_S, ""): num_hit / seconds}
+    if num_looked_up:
+        readings[metrics.PREFIX_HIT_RATIO, ""] = num_hit / num_looked_up
     return readings
 
 

@@ -61,6 +61,8 @@ RUNTIME = [
     "output_tokens",
     "kv_used_ratio",
     "kv_fragmentation_ratio",
+    "prefix_hit_tokens_per_s",
+    "prefix_hit_ratio",
     "preemptions_total",
     "batch_size",
     "step_s",

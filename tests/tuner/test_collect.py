@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,24 @@ def test_rates_are_of_the_window_and_latencies_of_requests_that_ended_well() -> 
     assert readings[metrics.KV_USED_RATIO, ""] == pytest.approx(0.1)
 
 
+def gauges_after(hit: int, looked_up: int) -> dict[str, Any]:
+    return runtime_state()["gauges"] | {
+        "prefix_hit_tokens_total": hit,
+        "prefix_looked_up_tokens_total": looked_up,
+    }
+
+
+def test_prefix_hits_are_of_the_window_and_absent_after_an_engine_began_anew() -> None:
+    state = runtime_state(gauges=gauges_after(hit=50, looked_up=140))
+    readings = runtime_samples(Window([], state, seconds=2.0, before=runtime_state()))
+    assert readings[metrics.PREFIX_HIT_TOKENS_PER_S, ""] == 15.0
+    assert readings[metrics.PREFIX_HIT_RATIO, ""] == pytest.approx(0.75)
+    anew = runtime_state(gauges=gauges_after(hit=5, looked_up=9))
+    assert (metrics.PREFIX_HIT_RATIO, "") not in runtime_samples(Window([], anew, seconds=2.0, before=state))
+    off = runtime_samples(Window([], state, seconds=2.0, before=state))
+    assert off[metrics.PREFIX_HIT_TOKENS_PER_S, ""] == 0.0 and (metrics.PREFIX_HIT_RATIO, "") not in off
+
+
 def test_what_is_not_known_is_absent_never_zero() -> None:
     nothing = runtime_samples(Window([], runtime_state(gauges={"num_live": 3, "num_queued": 2}), seconds=1.0))
     assert {metric for metric, _ in nothing} == {
@@ -127,6 +146,7 @@ def test_all_that_is_emitted_is_declared_and_all_that_is_declared_is_emitted(
     ps.cores = [core._replace(idle=core.idle + 1) for core in ps.cores]
     client.records = [request(1, 0.0), step(2, 1.0), step(3, 1.1)]
     client.changed["counters"] = {"requests_total": 1, "tokens_total": 11, "errors_by_kind": {"timeout": 1}}
+    client.changed["gauges"] = gauges_after(hit=50, looked_up=140)
     emitted = collector.collect(2.0).readings
     for metric, label in emitted:
         assert metric_named(metric).check_label(label) == label
