@@ -38,8 +38,11 @@ Version = tuple[int, ...]
 BUSY_TIMEOUT_S = 5.0
 MAX_WAL_BYTES = 64 * 1024 * 1024  # a WAL that grew beyond this under a long read is cut back afterwards
 
-# The WAL-reset race: with two connections, a checkpoint racing a commit that resets the WAL makes a later
-# checkpoint skip frames. Source: sqlite.org/wal.html#walresetbug; fixed in 3.51.3, back-ported to 3.44.6, 3.50.7.
+# The WAL-reset race: while one connection checkpoints, another one's commit resets the WAL, and a later checkpoint
+# skips frames. It takes two connections that write or checkpoint. Here only the writer's single connection can do
+# either (readers open `mode=ro`), so that an affected library is safe too; a rollback journal (DELETE) would be no
+# safer, and every reader of the dashboard would hold up the daemon's commits.
+# Source: sqlite.org/wal.html#walresetbug; fixed in 3.51.3, back-ported to 3.44.6, 3.50.7.
 RACE_FIRST: Version = (3, 7, 0)
 RACE_FIXED: Version = (3, 51, 3)
 RACE_BACKPORTS: tuple[Version, ...] = ((3, 44, 6), (3, 50, 7))
@@ -224,7 +227,8 @@ def _as_store_error(error: BaseException | None, path: Path) -> StoreError:
     if code == _CONSTRAINT:
         return RowRefused(f"{path.name}: {told}. Nothing of this session is stored.")
     if code in (_CORRUPT, _NOTADB):
-        return DamagedStore(f"{path} is damaged ({told}). Move it aside or restore a backup.", str(path))
+        fix = "`tuner run` sets it aside and restores the last backup."
+        return DamagedStore(f"{path} is damaged ({told}). {fix}", str(path), told)
     if code == _FULL:
         return StoreFull(f"{path}: the disk is full ({told}). Free some space; serving goes on meanwhile.")
     if code in (_BUSY, _LOCKED):
@@ -238,13 +242,22 @@ def _as_store_error(error: BaseException | None, path: Path) -> StoreError:
 
 
 def back_up(path: Path, target: Path) -> None:
-    """Copies a file that may be in use, for its owner alone, and puts the copy in place of `target` in one step."""
+    """Copies a file that may be in use, for its owner alone, and puts the copy in place of `target` in one step.
+
+    Raises:
+        StoreError: it could not be copied, or the copy fails its check; an older `target` stays as it is.
+    """
     beside = target.with_name(target.name + ".tmp")
     beside.unlink(missing_ok=True)
     descriptor = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)  # VACUUM INTO would use the umask
     try:
         with store_errors(path), closing(_connect(path, "ro")) as connection:
             connection.execute("VACUUM INTO ?", (str(beside),))
+        with store_errors(beside), closing(_connect(beside, "ro")) as copy:
+            (found,) = copy.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                told = f"{beside} is damaged ({found}): the copy of {path} is not used. Is the disk failing?"
+                raise DamagedStore(told, str(path), str(found))
         os.fsync(descriptor)
         os.replace(beside, target)
     finally:

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,9 +31,10 @@ from store.connection import (
     writer_engine,
 )
 from store.drain import Drained, save_drained
-from store.errors import DamagedStore, NoStore, OlderStore, StoreBusy
+from store.errors import DamagedStore, NoStore, OlderStore, StoreBusy, StoreFull
 from store.last_good import LastGood, read_last_good, write_last_good
 from store.lock import DataDirLock
+from store.room import Room
 from store.tables import SCHEMA_VERSIONS, Which
 
 log = logging.getLogger(__name__)
@@ -77,8 +79,9 @@ class StoreFile:
         with store_errors(self.path), self._open_engine().connect() as connection:
             found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
         if found != "ok":
-            told = f"{self.path} is damaged: {found}. Move it aside or restore a backup."
-            raise DamagedStore(told, str(self.path))
+            fix = "`tuner run` sets it aside and restores the last backup."
+            what = " ".join(str(found).split())
+            raise DamagedStore(f"{self.path} is damaged ({what}). {fix}", str(self.path), what)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -151,6 +154,7 @@ class Store:
 
     def __init__(self, data_dir: Path, lock: DataDirLock, files: Mapping[Which, StoreFile]) -> None:
         self.data_dir = data_dir
+        self.room: Room | None = None  # told of writes that find none
         self._lock = lock
         self._files = files
 
@@ -177,14 +181,23 @@ class Store:
     @contextmanager
     def journal(self) -> Iterator[Session]:
         """A session of the journal; see `StoreFile.session`."""
-        with self._files["journal"].session() as session:
+        with self._told_when_full(), self._files["journal"].session() as session:
             yield session
 
     @contextmanager
     def metrics(self) -> Iterator[Session]:
         """A session of the metrics; see `StoreFile.session`."""
-        with self._files["metrics"].session() as session:
+        with self._told_when_full(), self._files["metrics"].session() as session:
             yield session
+
+    @contextmanager
+    def _told_when_full(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreFull as error:
+            if self.room is not None:
+                self.room.found_full(str(error))
+            raise
 
     def save_drained(
         self, boot_id: str, records: Iterable[Mapping[str, Any]], next_seq: int, dropped: int, now: float
@@ -260,7 +273,8 @@ class StoreReader:
 def set_aside(data_dir: Path, which: Which, now: float) -> Path:
     """Moves a damaged file and its WAL out of the way; returns where the file is now. The caller holds the lock."""
     path = data_dir / FILE_NAMES[which]
-    target = path.with_name(f"{path.name}.damaged-{int(now)}")
+    when = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
+    target = path.with_name(f"{path.name}.damaged-{when}")
     for suffix in ("-wal", "-shm", ""):
         if (beside := path.with_name(path.name + suffix)).exists():
             os.replace(beside, target.with_name(target.name + suffix))

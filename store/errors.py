@@ -7,6 +7,7 @@ StoreError
 ├── OlderStore           the files were written by an older version; only the writer may upgrade them
 ├── NewerStore           the files were written by a newer version than this one
 ├── DamagedStore         a file is not a database, or fails its check
+│   └── ForeignStore     it is a database of something else, which nobody here may move
 ├── StoreFull            the disk is full
 ├── StoreUnavailable     a file cannot be opened, read or written (permissions, a failing disk)
 ├── UnsafeFilesystem     the folder lies on a network file system, where SQLite's locks do not hold
@@ -46,11 +47,16 @@ class NewerStore(StoreError):
 
 
 class DamagedStore(StoreError):
-    """Raised when a file is not a database, or fails its check; `path` is that file."""
+    """Raised when a file is not a database, or fails its check; `path` is that file, `what` is wrong with it."""
 
-    def __init__(self, message: str, path: str) -> None:
+    def __init__(self, message: str, path: str, what: str | None = None) -> None:
         super().__init__(message)
         self.path = path
+        self.what = what or message
+
+
+class ForeignStore(DamagedStore):
+    """Raised when a file is a database of something else."""
 
 
 class StoreFull(StoreError):

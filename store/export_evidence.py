@@ -99,9 +99,16 @@ def _fdr_at(journal: Session, at: float) -> float | None:
 
 
 def _faults_at(journal: Session, at: float) -> list[Anomaly]:
+    """Faults that the verdict must have known of."""
     open_then = select(Anomaly).where(
         Anomaly.kind == "fault",
         Anomaly.started_at <= at,
         Anomaly.ended_at.is_(None) | (Anomaly.ended_at > at),
     )
-    return list(journal.scalars(open_then.order_by(Anomaly.anomaly_id)))
+    rows = journal.scalars(open_then.order_by(Anomaly.anomaly_id))
+    # One that was noticed later, or that came and went under one row, may not have been known at that moment.
+    return [
+        row
+        for row in rows
+        if row.details.get("noticed_at", row.started_at) <= at and "num_returns" not in row.details
+    ]

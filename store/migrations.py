@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sqlalchemy import Connection, inspect
 
 from store.connection import back_up, store_errors, writer_engine
-from store.errors import DamagedStore, NewerStore
+from store.errors import DamagedStore, ForeignStore, NewerStore, StoreFull
 from store.tables import Which
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCRIPTS = Path(__file__).parent / "alembic"
+BACKUPS_KEPT = 2  # of each file, by the schema that they have
 
 
 class Upgrade(NamedTuple):
@@ -44,7 +45,8 @@ def upgrade(path: Path, which: Which, scripts: Path = SCRIPTS) -> Upgrade:
 
     Raises:
         NewerStore: the schema is newer than the newest revision.
-        DamagedStore: the file holds tables of something else, or its references are broken.
+        ForeignStore: the file holds tables of something else.
+        DamagedStore: its references are broken.
     """
     head = newest(which, scripts)
     with store_errors(path), _unbegun(path) as connection:
@@ -54,8 +56,8 @@ def upgrade(path: Path, which: Which, scripts: Path = SCRIPTS) -> Upgrade:
     if before == head:
         return Upgrade(before, head, None)
     backup = path.with_name(f"{path.name}.schema-{before}.backup") if before else None
-    if backup is not None:
-        back_up(path, backup)
+    if backup is not None and not _backed_up(path, backup, which):
+        backup = None
     with store_errors(path), _unbegun(path) as connection, connection.begin():
         _run_revisions(connection, which, scripts)
         broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
@@ -66,6 +68,21 @@ def upgrade(path: Path, which: Which, scripts: Path = SCRIPTS) -> Upgrade:
     kept = f"; the old one is {backup}" if backup is not None else ""
     log.info("%s upgraded from schema %d to %d%s", path, before, head, kept)
     return Upgrade(before, head, backup)
+
+
+def _backed_up(path: Path, backup: Path, which: Which) -> bool:
+    """Copies the file before it is changed and forgets older copies. Metrics may go without where there is no room."""
+    try:
+        back_up(path, backup)
+    except StoreFull as error:
+        if which == "journal":
+            raise
+        log.warning("%s is upgraded without a backup: %s", path, error)
+        return False
+    made = sorted(path.parent.glob(f"{path.name}.schema-*.backup"), key=lambda old: old.stat().st_mtime)
+    for old in made[:-BACKUPS_KEPT]:
+        old.unlink()
+    return True
 
 
 def newest(which: Which, scripts: Path = SCRIPTS) -> int:
@@ -96,7 +113,7 @@ def _schema_of(path: Path, connection: Connection) -> int:
     (found,) = connection.exec_driver_sql("PRAGMA user_version").one()
     if found == 0 and inspect(connection).get_table_names():
         told = f"{path} is a database of something else. Move it away, or give another `data_dir`."
-        raise DamagedStore(told, str(path))
+        raise ForeignStore(told, str(path))
     connection.rollback()
     return int(found)
 

@@ -65,8 +65,11 @@ class Upkeep:
         self._round_at = -math.inf
         self._is_squeezed = False
 
-    def step(self, now: float, budget_s: float = BUDGET_S) -> str | None:
-        """Works for about `budget_s`, one chore at least. Returns a line for the story when the cap begins or ends."""
+    def step(self, now: float, budget_s: float = BUDGET_S, spare_bytes: float = math.inf) -> str | None:
+        """Works for about `budget_s`, one chore at least. Returns a line for the story when the cap begins or ends.
+
+        spare_bytes: what the disk has left for the store; below 0 the store must become smaller, whatever its cap.
+        """
         began = self._timer()
         told = None
         if not self._chores:
@@ -74,7 +77,7 @@ class Upkeep:
                 return None
             self._round_at = now
             with self._metrics() as session:
-                told = self._weigh(session, now)
+                told = self._weigh(session, now, spare_bytes)
                 self._chores.extend(self._round(session))
         while self._chores:
             chore = self._chores.popleft()
@@ -112,11 +115,12 @@ class Upkeep:
 
     # -- the cap -------------------------------------------------------------------------------------------
 
-    def _weigh(self, session: Session, now: float) -> str | None:
+    def _weigh(self, session: Session, now: float, spare_bytes: float) -> str | None:
         """Shortens what is kept while the store is larger than it may be; lengthens it again when there is room."""
         size = live_bytes(session) + (_size_of(self._journal_path) if self._journal_path is not None else 0)
-        if size <= self.asked.max_bytes:
-            if self.kept == self.asked or size > SQUEEZE * self.asked.max_bytes:
+        cap = min(self.asked.max_bytes, size + spare_bytes)
+        if size <= cap:
+            if self.kept == self.asked or size > SQUEEZE * cap:
                 return None
             self._relax()
             if self.kept != self.asked or not self._is_squeezed:
@@ -128,10 +132,9 @@ class Upkeep:
             return None
         self._is_squeezed = True
         does = f"The oldest {squeezed} go before their time." if squeezed else "Nothing more may go."
-        return (
-            f"The store takes {size / 1e6:.0f} MB, more than `keep.max_bytes` ({self.asked.max_bytes / 1e6:.0f} MB). "
-            f"{does} Decisions are never deleted."
-        )
+        limit = f"`keep.max_bytes` ({self.asked.max_bytes / 1e6:.0f} MB)"
+        than = limit if size > self.asked.max_bytes else "its disk has room for"
+        return f"The store takes {size / 1e6:.0f} MB, more than {than}. {does} Decisions are never deleted."
 
     def _squeeze(self, session: Session, now: float) -> str | None:
         for name in SQUEEZED:

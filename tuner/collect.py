@@ -64,6 +64,7 @@ class Collector:
     store: Store
     probes: Sequence[Probe]
     monotonic: Callable[[], float] = time.monotonic
+    has_room: Callable[[], bool] = lambda: True  # False: the disk is full, and nothing measured is written
     _cursors: dict[str, int] = field(default_factory=dict)  # boot_id -> last number that stands in the store
     _dropped: int = 0
     _mark: _Mark | None = None
@@ -81,6 +82,9 @@ class Collector:
         readings: Readings = {}
         for probe in self.probes:
             readings |= probe.sample(now_s)
+        if not self.has_room():  # what the runtime records waits there, as far as its buffer reaches
+            self._mark = None
+            return Collected(now, self._state_alone(), 0, readings)
         answer = self._ask(now)
         if answer is None:
             self._save(_rows(readings, now, None))
@@ -114,6 +118,13 @@ class Collector:
             log.info("The runtime answers again; what it recorded meanwhile is stored now.")
         self._is_silent = False
         return _Answer(state, records, page)
+
+    def _state_alone(self) -> Mapping[str, Any] | None:
+        try:
+            return None if self.client is None else self.client.state()
+        except RuntimeFault as error:
+            log.debug("The runtime did not answer: %s", error)
+            return None
 
     def _drain(self, client: Control, boot_id: str) -> Mapping[str, Any]:
         if boot_id not in self._cursors:

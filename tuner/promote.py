@@ -116,16 +116,19 @@ class PromoteStage:
                 f"{change.kind}: champion is now {target.config_id}. {change.reason}",
                 {"change_id": change.change_id},
             )
-        write_last_good(
-            self._store.data_dir,
-            LastGood(
-                values=target.values(),
-                config_id=target.config_id,
-                snapshot_id=self._snapshot_id,
-                version=done["version"],
-                at=now,
-            ),
-        )
+        try:
+            write_last_good(
+                self._store.data_dir,
+                LastGood(
+                    values=target.values(),
+                    config_id=target.config_id,
+                    snapshot_id=self._snapshot_id,
+                    version=done["version"],
+                    at=now,
+                ),
+            )
+        except OSError as error:  # a full disk: the change is made and recorded, and stays so
+            logger.error("last_good.json still names the champion before: %s", error)
         return change
 
     def recommend(self, verdict: Verdict, config_id: str, now: float) -> Recommendation:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from logging.handlers import RotatingFileHandler
 from typing import Any
 
@@ -23,10 +23,11 @@ from runtime.clock import Clock
 from runtime.errors import InvalidKnob
 from runtime.knobs import EngineConfig
 from store.database import Store
-from store.last_good import read_last_good
+from store.recovery import Recovered, open_store
 from tuner.api import DaemonServer, write_private
 from tuner.arrivals import at_rate
 from tuner.collect import Collector
+from tuner.confirmed import last_good_or_none
 from tuner.daemon import Daemon, Wish
 from tuner.dashboard_keeper import DashboardKeeper
 from tuner.errors import Unavailable
@@ -62,7 +63,9 @@ def run(
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     log_to_file(settings)
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(Store.open(settings.data_dir))
+        opened, recovered = open_store(settings.data_dir, time.time())
+        store = stack.enter_context(opened)
+        tell_recovered(store, recovered)
         stop = threading.Event()
         supervisor = RuntimeSupervisor(settings)
         stack.enter_context(signals_set(stop, supervisor.left_running))
@@ -71,7 +74,7 @@ def run(
         owned = [is_ours and not keep_runtime]
         stack.callback(lambda: supervisor.stop() if owned[0] else None)
         stack.callback(supervisor.close)
-        supervisor.attach_or_start(start_values(settings), stop.is_set)
+        supervisor.attach_or_start(start_values(settings, store), stop.is_set)
         if not stop.is_set():
             serve(settings, store, supervisor, stop, watch, stack)
             owned[0] = not keep_runtime  # it was ours to run, so it is ours to stop
@@ -148,9 +151,17 @@ def serve(
     stop.wait()
 
 
-def start_values(settings: Settings) -> Mapping[str, Any]:
+def tell_recovered(store: Store, recovered: Sequence[Recovered]) -> None:
+    """What was done about damaged files, as the first lines of the story that goes on."""
+    if recovered:
+        with store.journal() as session:
+            for one in recovered:
+                tell(session, time.time(), "keep", one.told, {"aside": one.aside.name})
+
+
+def start_values(settings: Settings, store: Store) -> Mapping[str, Any]:
     """What a fresh runtime starts with: the last confirmed configuration, else the settings' start."""
-    last_good = read_last_good(settings.data_dir)
+    last_good = last_good_or_none(store)
     if last_good is None:
         return settings.knobs.start
     try:
@@ -176,6 +187,7 @@ def status_of(daemon: Daemon, supervisor: RuntimeSupervisor) -> dict[str, Any]:
         "mode": daemon.settings.mode,
         "is_paused": daemon.desk.is_paused,
         "doing": daemon.doing,
+        "planning": None if (planned := daemon.planned) is None else planned.to_dict(),
         "started_at": daemon.started_at,
         "api_url": daemon.identity["api_url"],
         "model": daemon.identity["model"]["name"],

@@ -267,10 +267,10 @@ def test_a_database_with_a_broken_page_is_damaged_and_can_be_set_aside(data_dir:
     content = bytearray(path.read_bytes())
     content[-8192:] = os.urandom(8192)
     path.write_bytes(content)
-    with pytest.raises(DamagedStore, match="Move it aside or restore a backup"):
+    with pytest.raises(DamagedStore, match="sets it aside and restores the last backup"):
         Store.open(data_dir)
     aside = set_aside(data_dir, "journal", now=1234.5)
-    assert aside.name == "journal.db.damaged-1234"
+    assert aside.name == "journal.db.damaged-19700101T002034Z"
     assert aside.read_bytes() == content
     with Store.open(data_dir) as store, store.journal() as session:
         assert session.query(Note).count() == 0
