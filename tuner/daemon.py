@@ -361,6 +361,7 @@ class Daemon:
     # -- search --------------------------------------------------------------------------------------------
 
     def _search(self, now: float, state: Mapping[str, Any]) -> None:
+        self.planning.begin(now)
         if self._running() is not None:
             return
         study = self.studies.current()

@@ -38,6 +38,11 @@ class PlanningStage:
 
     # -- traffic -------------------------------------------------------------------------------------------
 
+    def begin(self, now: float) -> None:
+        """Traffic counts from the first call on: what came before was preparation, the measured capacity say."""
+        if self._since_at is None:
+            self._since_at = now
+
     def rate_per_s(self, now: float) -> float | None:
         """Requests a second over the last quarter of an hour of this life; None while too little was seen."""
         self._look(now)
@@ -56,9 +61,8 @@ class PlanningStage:
         return starved_words(self._asked(self._settings.experiment.fdr, pair_sd, None))
 
     def _look(self, now: float) -> None:
-        if self._since_at is None:
-            self._since_at = now
-        start_at, end_at = max(self._since_at, now - RATE_SPAN_S), now - FINISHING_S
+        since_at = now if self._since_at is None else self._since_at
+        start_at, end_at = max(since_at, now - RATE_SPAN_S), now - FINISHING_S
         if now - self._seen_at < REFRESH_S or end_at - start_at < MIN_SPAN_S:
             return
         with self._store.metrics() as session:
