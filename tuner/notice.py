@@ -18,6 +18,7 @@ from typing import Any
 from store import noticing, queries
 from store.database import Store
 from store.tables import Anomaly, Study
+from tuner import quality_rows
 from tuner.collect import Collected
 from tuner.detect import BIN_S, Thresholds
 from tuner.forecast_stage import ForecastRules, ForecastStage
@@ -83,7 +84,8 @@ class NoticeStage:
             recent = noticing.recent_anomalies(session, now - COOL_DOWN_S)
             self._studied = noticing.studied_anomalies(session)
         for row in left:
-            self._adopt(row, now)
+            if row.rule != quality_rows.RULE:  # the quality stage opens and ends it
+                self._adopt(row, now)
         for row in recent:
             if row.layer == "A":
                 self._ended[row.rule, row.label] = row

@@ -211,6 +211,23 @@ def test_a_drop_long_after_a_promotion_pages_and_blames_nobody(world):
     assert next(row for row in one.rows(Anomaly) if row.rule == "quality_drop").ended_at is not None
 
 
+def test_a_restart_leaves_the_drop_open_until_a_check_passes(world):
+    one = world(rate_per_s=0.1, mode="observe", quality={"every_s": 30})
+    one.run(10)
+    one.runtime.loss = lambda config: 0.3
+    one.run(35)
+    one.crash()
+    one.start()
+    one.daemon.quality._start = at_once
+    one.run(40)
+    drops = [row for row in one.rows(Anomaly) if row.rule == "quality_drop"]
+    assert [row.ended_at for row in drops] == [None]
+    one.runtime.loss = lambda config: 0.0
+    one.run(35)
+    drops = [row for row in one.rows(Anomaly) if row.rule == "quality_drop"]
+    assert len(drops) == 1 and drops[0].ended_at is not None
+
+
 # -- trouble on the way --------------------------------------------------------------------------------------------
 
 
