@@ -33,7 +33,8 @@ MAX_OVERTAKEN_S = 10.0
 
 
 class BlockMove(NamedTuple):
-    """Blocks whose keys and values go from `sources` to `targets`: all are read before any is written."""
+    """Blocks whose keys and values go from `sources` to `targets`. A target may be an earlier source, never a later
+    one, so that copying in this order is right."""
 
     sources: BlockIds
     targets: BlockIds
