@@ -219,6 +219,8 @@ def store_errors(path: Path) -> Iterator[None]:
         raise RowRefused(f"{path.name}: {error}") from error
     except sqlite_library().module.Error as error:
         raise _as_store_error(error, path) from error
+    except UnicodeDecodeError as error:  # the library's own message quotes bytes of a broken schema
+        raise _damaged(path, f"text that is none: {error}") from error
 
 
 def _as_store_error(error: BaseException | None, path: Path) -> StoreError:
@@ -227,8 +229,7 @@ def _as_store_error(error: BaseException | None, path: Path) -> StoreError:
     if code == _CONSTRAINT:
         return RowRefused(f"{path.name}: {told}. Nothing of this session is stored.")
     if code in (_CORRUPT, _NOTADB):
-        fix = "`tuner run` sets it aside and restores the last backup."
-        return DamagedStore(f"{path} is damaged ({told}). {fix}", str(path), told)
+        return _damaged(path, told)
     if code == _FULL:
         return StoreFull(f"{path}: the disk is full ({told}). Free some space; serving goes on meanwhile.")
     if code in (_BUSY, _LOCKED):
@@ -236,6 +237,11 @@ def _as_store_error(error: BaseException | None, path: Path) -> StoreError:
             f"{path}: still locked after {BUSY_TIMEOUT_S:g} s ({told}). Another process holds it."
         )
     return StoreUnavailable(f"{path}: {told}.")
+
+
+def _damaged(path: Path, what: str) -> DamagedStore:
+    fix = "`tuner run` sets it aside and restores the last backup."
+    return DamagedStore(f"{path} is damaged ({what}). {fix}", str(path), what)
 
 
 # --- files ----------------------------------------------------------------------------------------
