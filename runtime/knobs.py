@@ -151,8 +151,7 @@ class EngineConfig:
         choices=("float32", "bfloat16", "int8", "float16", "float64"),
         unit="",
         apply=ApplyMode.WARM,
-        changes_outputs=True,
-        searched=False,  # only a quality check can say what a coarser format costs
+        changes_outputs=True,  # so it moves only where quality checks say what a coarser format costs
         help="How the linear layers hold their weights; the default is as loaded, keys and values stay as they are.",
     )
     kv_tokens: int = knob(

@@ -20,7 +20,7 @@ from tuner.snapshot import initial_config, record_run, record_snapshot
 
 POOR = {"max_num_seqs": 2, "batch_wait_ms": 50, "max_batched_tokens": 64}
 FAST = {
-    "knobs": {"start": POOR},
+    "knobs": {"start": POOR, "deny": ["weight_format"]},
     "learn": {"champion_s": 30},
     "search": {"max_probes": 2, "sampler": "random"},
     "experiment": {"slice_s": 6, "burn_in_s": 1, "min_requests": 3, "max_pairs": 15},
