@@ -70,7 +70,9 @@ class ChatTemplate:
     # -- inside, under the lock ----------------------------------------------------------------------------
 
     def _start(self) -> "subprocess.Popen[str]":
-        if self._child is None or self._child.poll() is not None:
+        if self._child is not None and self._child.poll() is not None:
+            self._forget(self._child)
+        if self._child is None:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "runtime.chat_template"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
