@@ -5,17 +5,16 @@ import streamlit as st
 from dashboard import page
 from dashboard.words import escaped
 
-st.set_page_config(page_title="Tuner", page_icon="🎛️", layout="wide", initial_sidebar_state="auto")
+st.set_page_config(page_title="Tuner", page_icon="🎛️", layout="wide")
 
 pages = [
-    st.Page("views/overview.py", title="Overview", icon="📡", default=True),
-    st.Page("views/history.py", title="History", icon="📈"),
-    st.Page("views/experiments.py", title="Experiments", icon="🧪"),
-    st.Page("views/recommendations.py", title="Recommendations", icon="✅"),
+    st.Page("views/overview.py", title="Overview", icon=":material/monitor_heart:", default=True),
+    st.Page("views/history.py", title="History", icon=":material/timeline:"),
+    st.Page("views/experiments.py", title="Experiments", icon=":material/science:"),
+    st.Page("views/recommendations.py", title="Recommendations", icon=":material/approval:"),
 ]
-chosen = st.navigation(pages)
-with st.sidebar:
-    st.toggle("Live", value=True, key="live", help="Off: the page stands still until you turn it on again.")
-    st.caption(f"Data folder: {escaped(page.data_dir())}")
-    st.caption(f"Times are local ({escaped(page.zone())}); tooltips give UTC.")
+chosen = st.navigation(pages, position="top")
 chosen.run()
+st.caption(
+    f"Data folder {escaped(page.data_dir())}. Times are local ({escaped(page.zone())}); tooltips give UTC."
+)

@@ -5,6 +5,7 @@ instants are shown in the viewer's own time, and as UTC in the tooltip. Ranges c
 specification, so that a refresh only sends new data.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +68,16 @@ def instants(values: Sequence[float]) -> pd.Series:
     return pd.to_datetime(pd.Series(list(values), dtype="float64"), unit="s", utc=True)
 
 
-def time_x(title: str | None = None) -> alt.X:
-    return alt.X("at:T", title=title, axis=alt.Axis(grid=False, labelOverlap=True, tickCount=6))
+def time_x(shown: str = "%H:%M") -> alt.X:
+    return alt.X("at:T", title=None, axis=alt.Axis(grid=False, labelOverlap=True, tickCount=6, format=shown))
+
+
+def clock_format(instants_shown: Sequence[float]) -> str:
+    """Hours for up to a day and a half, else days: what the labels of a time axis say."""
+    span_s = max(instants_shown) - min(instants_shown) if instants_shown else 0.0
+    if span_s < 300:
+        return "%H:%M:%S"
+    return "%H:%M" if span_s < 1.5 * 86400 else "%d %b" if span_s > 6 * 86400 else "%d %b %H:%M"
 
 
 # --- metrics over time ----------------------------------------------------------------------------
@@ -92,20 +101,23 @@ def time_chart(
     names = [line.name for line in lines]
     title = f"{axis_title} ({shown})" if axis_title and shown else axis_title or shown
     y = alt.Y("value:Q", title=title, axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=unit != "celsius"))
+    x = time_x(clock_format([at for line in lines for at, _ in line.points]))
     layers: list[Any] = []
     if spans:
-        layers += span_layers(spans)
+        layers += span_layers(spans, x)
     if forecast:
-        layers += forecast_layers(forecast, factor, title)
+        layers += forecast_layers(forecast, factor, title, x)
     if any(line.band for line in lines):
-        layers.append(band_layer(lines, factor, title, names))
-    layers.append(line_layer(lines, factor, shown, names, y))
+        layers.append(band_layer(lines, factor, title, names, x))
+    layers.append(line_layer(lines, factor, shown, names, x, y))
     if rules:
-        layers += rule_layers(rules)
+        layers += rule_layers(rules, x)
     return alt.layer(*layers).properties(height=height)
 
 
-def line_layer(lines: Sequence[Line], factor: float, shown: str, names: list[str], y: alt.Y) -> alt.Chart:
+def line_layer(
+    lines: Sequence[Line], factor: float, shown: str, names: list[str], x: alt.X, y: alt.Y
+) -> alt.Chart:
     rows = [(at, line.name, value * factor) for line in lines for at, value in line.points]
     frame = pd.DataFrame(
         {
@@ -120,7 +132,7 @@ def line_layer(lines: Sequence[Line], factor: float, shown: str, names: list[str
         alt.Chart(frame)
         .mark_line(strokeWidth=1.8, interpolate="linear")
         .encode(
-            x=time_x(),
+            x=x,
             y=y,
             color=alt.Color(
                 "series:N", scale=alt.Scale(domain=names, range=repeated(COLOURS, len(names))), legend=legend
@@ -142,7 +154,7 @@ def repeated(values: Sequence[Any], num: int) -> list[Any]:
     return [values[index % len(values)] for index in range(num)]
 
 
-def band_layer(lines: Sequence[Line], factor: float, title: str, names: list[str]) -> alt.Chart:
+def band_layer(lines: Sequence[Line], factor: float, title: str, names: list[str], x: alt.X) -> alt.Chart:
     """Between the lowest and the highest sample of each bin."""
     rows = [(at, line.name, low * factor, high * factor) for line in lines for at, low, high in line.band]
     frame = pd.DataFrame(rows, columns=["epoch", "series", "low", "high"])
@@ -151,7 +163,7 @@ def band_layer(lines: Sequence[Line], factor: float, title: str, names: list[str
         alt.Chart(frame)
         .mark_area(opacity=0.16)
         .encode(
-            x=time_x(),
+            x=x,
             y=alt.Y("low:Q", title=title),
             y2="high:Q",
             color=alt.Color(
@@ -162,7 +174,7 @@ def band_layer(lines: Sequence[Line], factor: float, title: str, names: list[str
 
 
 def forecast_layers(
-    forecast: Sequence[tuple[float, float, float, float]], factor: float, title: str
+    forecast: Sequence[tuple[float, float, float, float]], factor: float, title: str, x: alt.X
 ) -> list[Any]:
     frame = pd.DataFrame(forecast, columns=["epoch", "expected", "low", "high"])
     frame[["expected", "low", "high"]] *= factor
@@ -171,7 +183,7 @@ def forecast_layers(
         alt.Chart(frame)
         .mark_area(opacity=0.18, color=MUTED)
         .encode(
-            x=time_x(),
+            x=x,
             y=alt.Y("low:Q", title=title),
             y2="high:Q",
             tooltip=[alt.Tooltip("low:Q"), alt.Tooltip("high:Q")],
@@ -180,12 +192,12 @@ def forecast_layers(
     expected = (
         alt.Chart(frame)
         .mark_line(strokeDash=[2, 3], color=MUTED, strokeWidth=1.2)
-        .encode(x=time_x(), y=alt.Y("expected:Q", title=title))
+        .encode(x=x, y=alt.Y("expected:Q", title=title))
     )
     return [band, expected]
 
 
-def span_layers(spans: Sequence[Span]) -> list[Any]:
+def span_layers(spans: Sequence[Span], x: alt.X) -> list[Any]:
     """Shades from top to bottom, each with its name: hatches are not to be had, words are."""
     frame = pd.DataFrame(
         {
@@ -197,7 +209,7 @@ def span_layers(spans: Sequence[Span]) -> list[Any]:
         }
     )
     tooltip = [alt.Tooltip("name:N"), alt.Tooltip("words:N", title="what"), alt.Tooltip("utc:N", title="UTC")]
-    base = alt.Chart(frame).encode(x=time_x(), tooltip=tooltip)
+    base = alt.Chart(frame).encode(x=x, tooltip=tooltip)
     shade = base.mark_rect(opacity=0.16, color=BAD).encode(x2="until:T")
     text = base.mark_text(align="left", baseline="top", dx=3, dy=2, fontSize=10, color=BAD).encode(
         text="name:N", y=alt.value(0)
@@ -205,7 +217,7 @@ def span_layers(spans: Sequence[Span]) -> list[Any]:
     return [shade, text]
 
 
-def rule_layers(rules: Sequence[Rule]) -> list[Any]:
+def rule_layers(rules: Sequence[Rule], x: alt.X) -> list[Any]:
     frame = pd.DataFrame(
         {
             "at": instants([rule.at for rule in rules]),
@@ -220,7 +232,7 @@ def rule_layers(rules: Sequence[Rule]) -> list[Any]:
         alt.Tooltip("at:T", title="local time", format="%Y-%m-%d %H:%M:%S"),
         alt.Tooltip("utc:N", title="UTC"),
     ]
-    base = alt.Chart(frame).encode(x=time_x(), tooltip=tooltip)
+    base = alt.Chart(frame).encode(x=x, tooltip=tooltip)
     line = base.mark_rule(strokeDash=[4, 3], strokeWidth=1.4, color=MUTED)
     text = base.mark_text(align="left", baseline="top", dx=4, dy=2, fontSize=10, color=MUTED).encode(
         text="name:N", y=alt.value(0)
@@ -238,7 +250,8 @@ def slices_chart(slices: Sequence[Mapping[str, Any]], height: int = 120) -> alt.
         frame[name] = instants(frame[name])
     frame["mark"] = frame["state"].map({"SCORED": "scored", "VOID": "void", "PLANNED": "under way"})
     lanes = alt.Y("arm:N", title=None, sort=["champion", "challenger"], axis=alt.Axis(labelLimit=120))
-    x = alt.X("start_at:T", title=None, axis=alt.Axis(grid=False, tickCount=8))
+    shown = clock_format([float(row["start_at"]) for row in slices])
+    x = alt.X("start_at:T", title=None, axis=alt.Axis(grid=False, tickCount=8, format=shown))
     tooltip = [
         alt.Tooltip("pair:Q"),
         alt.Tooltip("arm:N"),
@@ -295,7 +308,10 @@ def effect_chart(
         scale=alt.Scale(domain=[1, max(2, max_pairs)]),
         axis=alt.Axis(tickMinStep=1, format="d"),
     )
-    title = "change of the metric (%, below 0 is better)"
+    title = "change (%), lower is better"
+    # The first intervals are often hundreds of percent wide; what matters lies around zero and the estimate.
+    highest = max(30.0, *(120 * one.effect_ratio for one in estimates))
+    y = alt.Y("effect:Q", title=title, scale=alt.Scale(domain=[-100, highest]))
     tooltip = [alt.Tooltip("pairs:Q"), alt.Tooltip("told:N", title="estimate"), alt.Tooltip("interval:N")]
     base = alt.Chart(frame).encode(x=x, tooltip=tooltip)
     bounded = base.transform_filter("isValid(datum.low)")
@@ -305,25 +321,21 @@ def effect_chart(
     bars = bounded.mark_rule(color=CHALLENGER, opacity=0.6, clip=True).encode(
         y=alt.Y("low:Q", title=title), y2="high:Q"
     )
-    line = base.mark_line(
-        color=CHALLENGER, point=alt.OverlayMarkDef(size=45, filled=True, color=CHALLENGER)
-    ).encode(y=alt.Y("effect:Q", title=title))
-    return alt.layer(
-        band,
-        bars,
-        line,
-        *level_layers(((0.0, "no change"), (-100 * min_effect, "smallest gain worth a change"))),
-    ).properties(height=height)
+    dots = alt.OverlayMarkDef(size=45, filled=True, color=CHALLENGER)
+    line = base.mark_line(color=CHALLENGER, point=dots).encode(y=y)
+    named = [(0.0, "no change", "bottom"), (-100 * min_effect, "smallest gain worth a change", "top")]
+    levels = [layer for level in named for layer in level_layers(title, *level)]
+    return alt.layer(band, bars, line, *levels).properties(height=height)
 
 
-def level_layers(levels: Sequence[tuple[float, str]]) -> list[Any]:
-    """Horizontal lines with their names at the right end."""
-    frame = pd.DataFrame(list(levels), columns=["level", "name"])
-    base = alt.Chart(frame).encode(y="level:Q")
+def level_layers(title: str, level: float, name: str, baseline: str = "bottom") -> list[Any]:
+    """A horizontal line with its name at the right end, above or (baseline "top") below it; `title` of the axis."""
+    frame = pd.DataFrame({"level": [level], "name": [name]})
+    base = alt.Chart(frame).encode(y=alt.Y("level:Q", title=title))
     line = base.mark_rule(strokeDash=[4, 4], color=MUTED)
-    text = base.mark_text(align="right", baseline="bottom", dy=-2, fontSize=11, color=MUTED).encode(
-        x=alt.value("width"), text="name:N"
-    )
+    text = base.mark_text(
+        align="right", baseline=baseline, dy=-3 if baseline == "bottom" else 3, fontSize=11, color=MUTED
+    ).encode(x=alt.value("width"), text="name:N")
     return [line, text]
 
 
@@ -342,7 +354,7 @@ def cloud_chart(
         for pairs in steps
     ]
     x = alt.X("pairs:Q", title="pairs compared", axis=alt.Axis(tickMinStep=1, format="d"))
-    y = alt.Y("sum:Q", title="sum of the pairs' differences (log units)")
+    y = alt.Y("sum:Q", title="sum of differences (log units)")
     cloud = (
         alt.Chart(pd.DataFrame(rows, columns=["path", "pairs", "sum"]))
         .mark_line(strokeWidth=0.7, opacity=0.22, color=MUTED)
@@ -379,17 +391,19 @@ def cloud_chart(
     return alt.layer(*layers).properties(height=height)
 
 
-def pairs_chart(adjusted: Sequence[float], raw: Sequence[float | None], height: int = 220) -> alt.LayerChart:
-    """Each pair's difference as it is judged (filled circle) and as it was measured (hollow square)."""
-    kinds = ["judged: less the twin", "as measured"]
-    rows = [(n, kinds[0], 100 * (2.718281828459045**d - 1)) for n, d in enumerate(adjusted, start=1)]
+def pairs_chart(
+    judged: Sequence[float], raw: Sequence[float | None] | None = None, height: int = 230
+) -> alt.LayerChart:
+    """Each pair as it is judged (circle); with `raw` also as it was measured, without the twin (square)."""
+    kinds = ["as measured"] if raw is None else ["judged: less the twin", "as measured"]
+    rows = [(n, kinds[0], 100 * math.expm1(d)) for n, d in enumerate(judged, start=1)]
     rows += [
-        (n, kinds[1], 100 * (2.718281828459045**d - 1)) for n, d in enumerate(raw, start=1) if d is not None
+        (n, "as measured", 100 * math.expm1(d)) for n, d in enumerate(raw or (), start=1) if d is not None
     ]
     frame = pd.DataFrame(rows, columns=["pair", "kind", "difference"])
     legend = alt.Legend(orient="top", title=None)
     x = alt.X("pair:Q", title="pair", axis=alt.Axis(tickMinStep=1, format="d"))
-    y = alt.Y("difference:Q", title="challenger against champion (%)")
+    y = alt.Y("difference:Q", title="difference (%)")
     link = (
         alt.Chart(frame).mark_line(strokeWidth=1, color=MUTED, opacity=0.6).encode(x=x, y=y, detail="pair:N")
     )
@@ -412,7 +426,9 @@ def pairs_chart(adjusted: Sequence[float], raw: Sequence[float | None], height: 
             ],
         )
     )
-    return alt.layer(link, points, *level_layers(((0.0, "no change"),))).properties(height=height)
+    return alt.layer(link, points, *level_layers("difference (%)", 0.0, "no change")).properties(
+        height=height
+    )
 
 
 def levels_chart(levels: Sequence[tuple[int, float, str]], height: int = 180) -> alt.Chart:
@@ -455,7 +471,7 @@ def probes_chart(probes: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
         alt.Chart(frame)
         .mark_point(size=90, strokeWidth=2)
         .encode(
-            y=alt.Y("name:N", sort=order, title=None, axis=alt.Axis(labelLimit=420)),
+            y=alt.Y("name:N", sort=order, title=None, axis=alt.Axis(labelLimit=520)),
             x=alt.X("change:Q", title="against the champion (%, below 0 is better)"),
             shape=alt.Shape(
                 "kind:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond"]), legend=legend

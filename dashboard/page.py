@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 FOLDER_VARIABLE = "TUNER_DATA_DIR"
 STALE_S = 15.0  # samples come every second; this late something is wrong
 STATUS_TTL_S = 1.5
+COMPACT = "<style>.stMainBlockContainer {padding-top: 3.6rem; padding-bottom: 2rem;}</style>"  # more of it at a glance
 
 TITLES: dict[type[StoreError], str] = {
     NoStore: "Nothing has been recorded here yet",
@@ -98,8 +99,12 @@ def status_of(folder: str) -> DaemonStatus:
 
 def show(title: str, body: Callable[[Situation], None], every_s: float) -> None:
     """Draws a page. `body` runs in a fragment, every `every_s` seconds unless the viewer paused it."""
-    st.title(title, anchor=False)
-    is_live = st.session_state.get("live", True)
+    st.html(COMPACT)
+    left, right = st.columns([6, 1], vertical_alignment="center")
+    left.title(title, anchor=False)
+    is_live = right.toggle(
+        "Live", value=True, key="live", help="Off: the page stands still until you turn it on again."
+    )
     st.fragment(_framed, run_every=every_s if is_live else None)(body)
 
 
@@ -121,7 +126,7 @@ def _framed(body: Callable[[Situation], None]) -> None:
         st.error(
             f"This page could not be drawn ({type(error).__name__}). It is a defect; the trace stands in the "
             "dashboard's log. The other pages and the tuner are not affected.",
-            icon="⚠️",
+            icon=":material/warning:",
         )
 
 
@@ -130,31 +135,45 @@ def strip(situation: Situation) -> None:
     status = situation.status
     with st.container(horizontal=True, gap="small", vertical_alignment="center"):
         if status.is_running:
-            st.badge(f"daemon running, mode {escaped(status.mode)}", color="green", icon="✅")
+            st.badge(
+                f"daemon running, mode {escaped(status.mode)}", color="green", icon=":material/check_circle:"
+            )
             is_ready = status.engine == "ready"
-            st.badge(f"engine {escaped(status.engine)}", color="green" if is_ready else "orange", icon="⚙️")
+            st.badge(
+                f"engine {escaped(status.engine)}",
+                color="green" if is_ready else "orange",
+                icon=":material/memory:",
+            )
             if status.is_paused:
-                st.badge("tuning paused", color="orange", icon="⏸️")
+                st.badge("tuning paused", color="orange", icon=":material/pause_circle:")
         else:
-            st.badge("daemon stopped", color="red", icon="⛔")
+            st.badge("daemon stopped", color="red", icon=":material/cancel:")
         faults = sum(one.kind == "fault" for one in situation.anomalies)
         conditions = len(situation.anomalies) - faults
         if faults:
-            st.badge(f"{faults} fault{'s'[: faults > 1]} open: tuning is frozen", color="red", icon="⚠️")
+            st.badge(
+                f"{faults} fault{'s'[: faults > 1]} open: tuning is frozen",
+                color="red",
+                icon=":material/warning:",
+            )
         if conditions:
-            st.badge(f"{conditions} condition{'s'[: conditions > 1]} open", color="orange", icon="🔶")
+            st.badge(
+                f"{conditions} condition{'s'[: conditions > 1]} open", color="orange", icon=":material/error:"
+            )
         if not situation.anomalies:
-            st.badge("no open anomalies", color="gray", icon="✔️")
+            st.badge("no open anomalies", color="gray", icon=":material/check:")
         if situation.age_s is None:
-            st.badge("no samples yet", color="gray", icon="⏳")
+            st.badge("no samples yet", color="gray", icon=":material/hourglass_empty:")
         elif situation.is_stale:
             st.badge(
-                f"stale: the newest sample is {told_duration(situation.age_s)} old", color="orange", icon="🕒"
+                f"stale: the newest sample is {told_duration(situation.age_s)} old",
+                color="orange",
+                icon=":material/schedule:",
             )
         else:
-            st.badge(f"live, {situation.age_s:.0f} s old", color="green", icon="📡")
+            st.badge(f"live, {situation.age_s:.0f} s old", color="green", icon=":material/sensors:")
         if status.role == "viewer":
-            st.badge("viewer: look only", color="gray", icon="👁️")
+            st.badge("viewer: look only", color="gray", icon=":material/visibility:")
     if not status.is_running:
         stopped(status)
 

@@ -1,6 +1,5 @@
 """Numbers, instants and recorded texts as a person reads them. Pure."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, tzinfo
@@ -165,8 +164,3 @@ def told_verdict(verdict: Any, metric: str) -> list[str]:
             "That is not a proof of no difference: luck with the coins could have given this result."
         )
     return lines
-
-
-def magnitude(value: float) -> int:
-    """Decimal digits to show of a value of this size."""
-    return 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))

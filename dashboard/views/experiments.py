@@ -1,5 +1,6 @@
 """Experiments: what was tried against what, how the evidence grew, and what the verdict means."""
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -125,7 +126,7 @@ def effect_words(row: ListedExperiment) -> str:
     if row.verdict is not None:
         return told_percent(row.verdict.effect_ratio)
     if row.trial is not None and row.trial.value is not None:
-        return told_percent(2.718281828459045**row.trial.value - 1)
+        return told_percent(math.expm1(row.trial.value))
     return ABSENT
 
 
@@ -189,7 +190,11 @@ def verdict(found: ShownExperiment) -> None:
                     f"Measured: {metric} {told_percent(last.effect_ratio)} over {last.num_pairs} pair(s)."
                 )
         return
-    icons = {"PROMOTE": "✅", "REJECT": "🚫", "INCONCLUSIVE": "➖"}
+    icons = {
+        "PROMOTE": ":material/check_circle:",
+        "REJECT": ":material/block:",
+        "INCONCLUSIVE": ":material/remove:",
+    }
     lines = told_verdict(record.verdict, metric)
     st.markdown(f"{icons.get(record.verdict.outcome, '')} **{escaped(lines[0])}**")
     st.markdown(escaped(" ".join(lines[1:])))
@@ -337,7 +342,6 @@ def curves(found: ShownExperiment, differences: Sequence[float]) -> None:
         )
         st.caption(f"{below} of {NUM_PATHS} histories with other coins end as low as the one that happened.")
     with st.container(border=True):
-        raw = found.raw_differences
         words = (
             "with the twin subtracted, and as measured"
             if found.uses_twin
@@ -348,10 +352,10 @@ def curves(found: ShownExperiment, differences: Sequence[float]) -> None:
             help="The twin replays the champion over the same arrivals; subtracting it takes out what they did.",
         )
         st.altair_chart(
-            charts.pairs_chart(differences, raw if found.uses_twin else [None] * len(raw)),
+            charts.pairs_chart(differences, found.raw_differences if found.uses_twin else None),
             key="pairs",
             alt="Difference of each pair in percent: "
-            + ", ".join(told_percent(2.718281828459045**d - 1, 0) for d in differences),
+            + ", ".join(told_percent(math.expm1(d), 0) for d in differences),
         )
 
 
@@ -367,7 +371,7 @@ def study(found: ShownExperiment) -> None:
         probes = [
             {
                 "name": told_changes(row.changed),
-                "measured": 2.718281828459045**row.trial.value - 1,
+                "measured": math.expm1(row.trial.value),
                 "foretold": foretold_ratio(found, row.experiment.experiment_id),
             }
             for row in found.siblings
@@ -377,7 +381,7 @@ def study(found: ShownExperiment) -> None:
             st.altair_chart(
                 charts.probes_chart(probes),
                 key="probes",
-                alt="; ".join(f"{row['name']}: {told_percent(row['measured'])}" for row in probes),
+                alt=f"{len(probes)} probes: " + "; ".join(str(row["name"]) for row in probes),
             )
         else:
             st.caption("None was probed, or it does not belong to a study.")
@@ -411,7 +415,7 @@ def study(found: ShownExperiment) -> None:
 
 def foretold_ratio(found: ShownExperiment, experiment_id: str) -> float | None:
     predicted = found.foretold.get(experiment_id)
-    return None if predicted is None else float(2.718281828459045**predicted - 1)
+    return None if predicted is None else math.expm1(predicted)
 
 
 page.show("Experiments", body, REFRESH_S)

@@ -92,8 +92,7 @@ def chosen_range(situation: Situation) -> tuple[float, float]:
         recorded = records.recorded_range(situation.reader)
         span_s = max(MINUTE_S, end - recorded[0]) if recorded is not None else HOUR_S
     step = max(5.0, span_s / 500)
-    t1 = (int(end / step) + 1) * step
-    return t1 - span_s, t1
+    return int((end - span_s) / step) * step, (int(end / step) + 1) * step
 
 
 # --- charts ---------------------------------------------------------------------------------------
@@ -112,7 +111,7 @@ def metric_chart(
         st.caption("No samples in this range.")
         return
     shades = [*spans.get(one.metric, []), *spans.get("", [])]
-    chart = charts.time_chart(lines, declared.unit, rules, shades, one.forecast, height=210)
+    chart = charts.time_chart(lines, declared.unit, rules, shades, one.forecast, height=230)
     newest = ", ".join(f"{line.name} {told_value(line.points[-1][1], declared.unit)}" for line in lines)
     st.altair_chart(
         chart, key=f"history-{one.metric}", alt=f"{one.metric} over time. Newest values: {newest}."

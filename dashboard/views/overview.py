@@ -29,7 +29,7 @@ from store.database import StoreReader
 
 REFRESH_S = 2.0
 GAIN_TTL_S = 30.0
-NUM_STORY = 6
+NUM_STORY, STORY_CHARACTERS = 6, 120
 
 
 @st.cache_resource(ttl=REFRESH_S / 2, max_entries=4, show_spinner=False)
@@ -85,12 +85,12 @@ def doing(situation: Situation, found: Overview) -> None:
         )
     for one in found.anomalies:
         said = "Fault, tuning is frozen" if one.kind == "fault" else "Condition"
-        st.warning(f"{said}: {escaped(one.reason)}", icon="⚠️")
+        st.warning(f"{said}: {escaped(one.reason)}", icon=":material/warning:")
     if found.waiting and status.mode != "auto":
         st.info(
             f"{found.waiting} recommendation{'s'[: found.waiting > 1]} wait for a person: see the page "
             "Recommendations.",
-            icon="✋",
+            icon=":material/back_hand:",
         )
     if running is not None:
         experiment_line(running)
@@ -191,7 +191,7 @@ def traffic(found: Overview) -> None:
         ("End to end p95", "e2e_s", minute.e2e),
     ):
         value = told_seconds(None if summary is None else summary.p95)
-        note = f"p50 {told_seconds(None if summary is None else summary.p50)}, last minute"
+        note = f"p50 {told_seconds(None if summary is None else summary.p50)}"
         cards.append((name, value, note, (metric, "p95")))
     cards.append(("KV cache", told_share(found.latest("kv_used_ratio")), "in use", ("kv_used_ratio", "")))
     for column, (name, value, note, key) in zip(columns, cards, strict=True):
@@ -201,7 +201,7 @@ def traffic(found: Overview) -> None:
                 name,
                 value,
                 border=True,
-                help=data.help_of(key[0]),
+                help=f"{data.help_of(key[0])} Of the last minute.",
                 chart_data=values if len(values) > 1 else None,
                 chart_type="area",
                 delta=note,
@@ -244,7 +244,7 @@ def latency_and_load(found: Overview) -> None:
                 page.empty(f"{title}: no samples", "They come every second while the engine serves.")
                 continue
             chart = charts.time_chart(
-                lines, unit, rules, height=190, axis_title=title.partition(",")[0].lower()
+                lines, unit, rules, height=220, axis_title=title.partition(",")[0].lower()
             )
             st.altair_chart(chart, alt=alt_text(title, lines, unit), key=f"overview-{title}")
 
@@ -265,17 +265,22 @@ def champion(situation: Situation, found: Overview) -> None:
         {
             "knob": name,
             "now": told_knob(value),
-            "at the start": told_knob(found.start_values.get(name, ABSENT)),
-            "": "changed" if found.start_values.get(name, value) != value else "",
+            "at the start": told_knob(found.start_values.get(name, ABSENT))
+            if is_changed(found, name)
+            else "same",
         }
         for name, value in found.values.items()
     ]
-    rows.sort(key=lambda row: row[""] != "changed")
+    rows.sort(key=lambda row: row["at the start"] == "same")
     st.dataframe(rows, hide_index=True, height=248, alt="Every knob of the champion, now and at the start.")
     if found.steps:
         with st.expander("How it got there"):
             for step in found.steps:
                 told_step(situation, step)
+
+
+def is_changed(found: Overview, name: str) -> bool:
+    return found.start_values.get(name) != found.values[name]
 
 
 def told_step(situation: Situation, step: data.Step) -> None:
@@ -306,7 +311,7 @@ def hardware(found: Overview) -> None:
         help=data.help_of("memory_used_bytes"),
     )
     if found.latest("gpu_util_ratio", "0") is None:
-        st.badge("no GPU", color="gray", icon="🚫")
+        st.badge("no GPU", color="gray", icon=":material/block:")
         st.caption("GPU use, memory, temperature and power appear here on a machine with an NVIDIA driver.")
         return
     columns[0].metric(
@@ -338,7 +343,7 @@ def story(situation: Situation, found: Overview) -> None:
         st.caption("Nothing yet.")
     for note in reversed(found.notes[-NUM_STORY:]):
         at = told_at(note.at, situation.zone, situation.now)
-        text = note.text if len(note.text) <= 170 else note.text[:169] + "…"
+        text = note.text if len(note.text) <= STORY_CHARACTERS else note.text[:STORY_CHARACTERS] + "…"
         st.markdown(f"**{at}** {escaped(text)}", help=f"{told_utc(note.at)}. {escaped(note.text)}")
 
 

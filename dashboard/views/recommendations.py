@@ -38,11 +38,11 @@ def body(situation: Situation) -> None:
     answer = st.session_state.get(ANSWER_SHOWN)
     if answer is not None:
         (st.success if answer.is_done else st.error)(
-            escaped(answer.text), icon="✅" if answer.is_done else "🚫"
+            escaped(answer.text), icon=":material/check_circle:" if answer.is_done else "🚫"
         )
     why_not = situation.status.why_not_act
     if why_not and situation.status.is_running:
-        st.info(why_not, icon="👁️")
+        st.info(why_not, icon=":material/visibility:")
     if not found.waiting:
         nothing_waits(situation)
     for card in found.waiting:
@@ -97,7 +97,7 @@ def waiting_card(situation: Situation, found: Recommendations, card: Card) -> No
             st.page_link(
                 "views/experiments.py",
                 label="The evidence, pair by pair",
-                icon="🧪",
+                icon=":material/science:",
                 query_params={"experiment": verdict.experiment_id},
             )
         for check in card.quality[:1]:
