@@ -31,7 +31,7 @@ from store.tables import Experiment, TwinFit
 from tuner import covariates
 from tuner.bench_coins import GAINS, CutPair, Predict, cut_pairs, run_coins
 from tuner.collect import Collector
-from tuner.experiment import Decided, ExperimentStage
+from tuner.experiment import HARM_PREFIX, Decided, ExperimentStage
 from tuner.guardrail import Watchman
 from tuner.hardware import HostProbe
 from tuner.harm import HarmRule
@@ -226,10 +226,9 @@ class Recorder:
             self._say(now, decided)
         if self._is_running() or not self._has_learned(now):
             return
-        if (
-            len(live_experiments(self.store)) < self.hour.num_experiments
-            and self.hour.left_s > 2 * self.hour.slice_s
-        ):
+        one_s = PAIRS_LIVE * (2 * self.hour.slice_s + BETWEEN_PAIRS_S)
+        num_done = len(live_experiments(self.store))
+        if num_done < self.hour.num_experiments and self.hour.left_s > (one_s / 2 if num_done else 0.0):
             rules = self._rules()
             self.hour.rules = asdict(rules)
             self.experiments.open(
@@ -320,10 +319,10 @@ class Recorder:
 
 
 def live_experiments(store: StoreReader | Store) -> list[Experiment]:
-    """Those that count: not cut off by the end of a recording."""
+    """Those that count, as the rate of false promotions counts them: judged, or stopped for harm."""
     with store.journal() as session:
         found = [row for row in decisions.all_experiments(session) if row.kind == "aa"]
-    return [row for row in found if not (row.reason or "").startswith("interrupted")]
+    return [row for row in found if row.state == "DECIDED" or (row.reason or "").startswith(HARM_PREFIX)]
 
 
 def live_table(data: Path) -> dict[str, Any]:
@@ -368,7 +367,7 @@ def coin_table(hour: Hour, args: argparse.Namespace) -> list[dict[str, Any]]:
         f"{hour.recorded_s / 60:.1f} recorded minutes, level {LEVEL:.0%}"
     )
     print(
-        f"  {'adjustment':<12}{'shift':>6}{'promoted (95 % interval)':>32}{'planned':>9}{'pairs':>7}"
+        f"  {'adjustment':<12}{'shift':>6}{'promoted (95 % interval)':>38}{'planned':>9}{'pairs':>7}"
         f"{'rejected':>10}{'undecided':>11}{'pair sd':>9}"
     )
     rows = []
@@ -402,7 +401,7 @@ def coin_line(row: Mapping[str, Any]) -> str:
     share = told_rate(Rate(rate["num"], rate["total"], rate["low"], rate["high"]))
     pairs = "-" if row["num_pairs"] is None else f"{row['num_pairs']:.0f}"
     return (
-        f"  {row['adjustment']:<12}{row['gain']:>6.0%}{share:>32}{row['planned_power']:>9.0%}{pairs:>7}"
+        f"  {row['adjustment']:<12}{row['gain']:>6.0%}{share:>38}{row['planned_power']:>9.0%}{pairs:>7}"
         f"{row['num_rejected']:>10}{row['num_inconclusive']:>11}{row['pair_sd']:>9.3f}"
     )
 

@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "azure", help="pair noise on a recorded trace, with and without the champion twin"
     )
     azure.add_argument("--trace", type=Path, required=True)
+    azure.add_argument(
+        "--runs", type=int, default=5, help="times the trace is served, with other noise each time"
+    )
     harm = commands.add_parser("harm", help="false stops and speed of the harm rule")
     harm.add_argument("--experiments", type=int, default=4000)
     hour = commands.add_parser("hour", help="the real engine against itself for an hour, and coins over it")
@@ -106,11 +109,13 @@ DEMO_START = {"max_num_seqs": 2, "batch_wait_ms": 50, "max_batched_tokens": 64} 
 
 
 def bench_azure(args: argparse.Namespace) -> dict[str, Any]:
-    found = run_trace(args.trace, args.seed)
+    found = run_trace(args.trace, args.seed, args.runs)
     _print_noise(f"{found['trace']}, lengths times {found['length_factor']:.4f}", found)
     demo = {
-        "demo traffic under the demo's poor start": run_demo(args.seed, EngineConfig.of(DEMO_START), 0.87),
-        "demo traffic under the default": run_demo(args.seed, EngineConfig.of({}), 0.6),
+        "demo traffic under the demo's poor start": run_demo(
+            args.seed, EngineConfig.of(DEMO_START), 0.87, args.runs
+        ),
+        "demo traffic under the default": run_demo(args.seed, EngineConfig.of({}), 0.6, args.runs),
     }
     for name, noise in demo.items():
         _print_noise(name, noise)

@@ -279,7 +279,7 @@ def run_trace(path: Path, seed: int, num_runs: int = 5) -> dict[str, Any]:
     return {"trace": path.name, "length_factor": length_factor, **found}
 
 
-def run_demo(seed: int, config: EngineConfig, utilisation: float, num_runs: int = 3) -> dict[str, Any]:
+def run_demo(seed: int, config: EngineConfig, utilisation: float, num_runs: int) -> dict[str, Any]:
     """The same on an hour of the demo's traffic: Poisson arrivals, its mix of lengths."""
     settings = TrafficSettings(kind="poisson", rate_per_s=1.0)
     drawn = islice(demo_arrivals(settings, np.random.default_rng(seed), CONTEXT_TOKENS), DEMO_REQUESTS)

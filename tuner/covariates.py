@@ -32,7 +32,6 @@ from tuner.twin import MIN_LATENCY_S, MIN_WINDOW_PAIRS, MIN_WINDOW_REQUESTS, Ser
 MIN_CUT = 0.10
 MEMORIES_S = (2.0, 8.0, 32.0)
 REACH_S = 4.0 * MEMORIES_S[-1]  # arrivals further away weigh less than 2 %
-FIT_SHARE = 0.6  # of the champion's time; the rest tests
 MIN_FITTED = 100  # requests
 RIDGE = 1e-2  # of the number of requests: the memories overlap, and their coefficients must not run away
 
@@ -86,24 +85,23 @@ class CovariateFit:
 
 
 def fit_covariates(metric: Metric, served: Sequence[ServedRequest], window_s: float) -> CovariateFit:
-    """Fits on the first part of the champion's stretch, tests on pairs of windows of the rest, then fits on all."""
+    """Fits on each half of the champion's stretch, tests on pairs of windows of the other, then fits on all."""
     in_order = sorted(served, key=lambda request: request.arrived_at)
-    if len(in_order) < MIN_FITTED:
+    if not in_order:
         return CovariateFit(None, 0)
-    start_at, last_at = in_order[0].arrived_at, in_order[-1].arrived_at
-    split_at = start_at + FIT_SHARE * (last_at - start_at)
-    past = list(_windows(metric, in_order, start_at, split_at, window_s))
-    later = [
-        pair
-        for pair in _windows(metric, in_order, split_at, last_at, window_s)
-        if min(pair.counts) >= MIN_WINDOW_REQUESTS
-    ]
-    model = _fitted(metric, past)
-    if model is None or len(later) < MIN_WINDOW_PAIRS:
-        return CovariateFit(None, len(later))
-    raw_sd = stdev(_change(pair, pair.logs) for pair in later)
-    adjusted_sd = stdev(_change(pair, pair.logs - model.of(pair.features)) for pair in later)
-    return CovariateFit(_fitted(metric, past + later), len(later), raw_sd, adjusted_sd)
+    pairs = list(_windows(metric, in_order, in_order[0].arrived_at, in_order[-1].arrived_at, window_s))
+    halves = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+    raw, adjusted = [], []
+    for fitted_on, tested_on in (halves, halves[::-1]):
+        model = _fitted(metric, fitted_on)
+        for pair in tested_on:
+            if model is not None and min(pair.counts) >= MIN_WINDOW_REQUESTS:
+                raw.append(_change(pair, pair.logs))
+                adjusted.append(_change(pair, pair.logs - model.of(pair.features)))
+    whole = _fitted(metric, pairs)
+    if whole is None or len(raw) < 2 * MIN_WINDOW_PAIRS:
+        return CovariateFit(whole, len(raw))
+    return CovariateFit(whole, len(raw), stdev(raw), stdev(adjusted))
 
 
 def predict_pair(
@@ -220,5 +218,4 @@ def model_from(data: Mapping[str, Any]) -> CovariateModel:
 
 def window_of(start_at: float, end_at: float, slice_s: float) -> float:
     """Windows as long as a slice where the stretch holds enough of them for the test, else shorter ones."""
-    tested_s = (1.0 - FIT_SHARE) * (end_at - start_at)
-    return min(slice_s, tested_s / (2 * (MIN_WINDOW_PAIRS + 1)))
+    return min(slice_s, (end_at - start_at) / (4 * (MIN_WINDOW_PAIRS + 1)))

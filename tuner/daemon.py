@@ -41,7 +41,7 @@ from tuner.quality_stage import Failed, NotYet, QualityStage
 from tuner.rows import tell
 from tuner.settings import Settings
 from tuner.stage_costs import StageCosts
-from tuner.study import StudyStage, Wanted
+from tuner.study import StudyStage
 from tuner.twin_stage import TwinStage
 from tuner.wishes import Wish, WishDesk
 
@@ -421,6 +421,10 @@ class Daemon:
         if rest_left_s > 0 and self._cause != "asked" and condition is None:
             self.doing = f"Nothing better was found last time; the next search starts in {rest_left_s:.0f} s."
             return None
+        planned = self._plan(None)
+        if not planned.is_feasible:  # what it finds could never be proven
+            self._stay_put(f"No study is opened: {planned.words}.", now)
+            return None
         cause, self._cause = self._cause if condition is None else condition.reason, "schedule"
         study = self.studies.start(self._champion, state, cause, now, self.quality.why_unavailable)
         if condition is not None:
@@ -445,7 +449,8 @@ class Daemon:
             if self._is_harm_spent(now):
                 return
             predicted = self.twins.predicted_log_ratio(self._metric, wanted.config)
-            planned = self._plan(wanted, predicted) if wanted.kind == "test" else None
+            probed = None if wanted.trial is None else wanted.trial.value
+            planned = self._plan(probed, predicted) if wanted.kind == "test" else None
             if planned is not None and not planned.is_feasible:
                 self._stay_put(f"No test is opened: {planned.words}.", now)
                 self.studies.finish(study, "DONE", f"No test is opened: {planned.words}.", now)
@@ -456,10 +461,10 @@ class Daemon:
             if wanted.kind == "probe" and wanted.trial is not None:
                 self.studies.begin(wanted.trial, experiment, predicted)
 
-    def _plan(self, wanted: Wanted, predicted: float | None) -> Planning:
-        """What the test of a candidate can find: its gain is foretold by its probe and the replay."""
+    def _plan(self, *foretold: float | None) -> Planning:
+        """What the next test can find; its candidate's log ratio is foretold by its probe and the replay."""
         level = self.experiments.next_level(self.snapshot_id, self._metric, self._lord)
-        known = [log for log in (wanted.trial.value if wanted.trial else None, predicted) if log is not None]
+        known = [log for log in foretold if log is not None]
         return self.planning.test(level, self._window_sd(), -effect_ratio(fmean(known)) if known else None)
 
     def _window_sd(self) -> float:

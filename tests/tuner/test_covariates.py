@@ -91,4 +91,4 @@ def test_faded_sum_forgets_by_the_memory():
 
 def test_windows_are_as_long_as_slices_where_the_stretch_allows():
     assert window_of(0.0, 3600.0, 15.0) == 15.0
-    assert window_of(0.0, 180.0, 15.0) == pytest.approx(6.0)
+    assert window_of(0.0, 180.0, 15.0) == pytest.approx(7.5)
