@@ -80,19 +80,21 @@ def check_copy(path: Path) -> int:
         DamagedStore: it is damaged, empty, or of a newer version.
     """
     # immutable: a copy has no writer, and looking at it must leave no -wal beside it.
-    with (
-        store_errors(path),
-        closing(
-            sqlite_library().module.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
-        ) as copy,
-    ):
-        (found,) = copy.execute("PRAGMA quick_check(1)").fetchone()
-        (schema,) = copy.execute("PRAGMA user_version").fetchone()
+    where = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    try:
+        with store_errors(path), closing(sqlite_library().module.connect(where, uri=True)) as copy:
+            (found,) = copy.execute("PRAGMA quick_check(1)").fetchone()
+            (schema,) = copy.execute("PRAGMA user_version").fetchone()
+    except DamagedStore as error:
+        found, schema = error.what, 0
     if found != "ok":
-        raise DamagedStore(f"{path} is damaged: {found}. Take another backup.", str(path))
+        told = f"{path} is no whole copy of a journal ({' '.join(str(found).split())}). Take another."
+        raise DamagedStore(told, str(path))
     if not 0 < schema <= SCHEMA_VERSIONS["journal"]:
         known = SCHEMA_VERSIONS["journal"]
-        raise DamagedStore(f"{path} has schema {schema}, but a journal has 1 to {known}.", str(path))
+        raise DamagedStore(
+            f"{path} has schema {schema}, but a journal has 1 to {known}. Take another.", str(path)
+        )
     return int(schema)
 
 

@@ -7,6 +7,7 @@ and take a snapshot for the length of a session.
 import json
 import logging
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -205,7 +206,9 @@ def _json_plain(value: Any) -> Any:
 
 # --- errors ---------------------------------------------------------------------------------------
 
-_BUSY, _LOCKED, _CORRUPT, _FULL, _CONSTRAINT, _NOTADB = 5, 6, 11, 13, 19, 26  # primary result codes of SQLite
+# Primary result codes of SQLite.
+_BUSY, _LOCKED, _IOERR, _CORRUPT, _FULL, _CONSTRAINT, _NOTADB = 5, 6, 10, 11, 13, 19, 26
+FULL_BYTES = 1_000_000  # a disk with less than this left has no room for SQLite's shared memory
 
 
 @contextmanager
@@ -230,13 +233,20 @@ def _as_store_error(error: BaseException | None, path: Path) -> StoreError:
         return RowRefused(f"{path.name}: {told}. Nothing of this session is stored.")
     if code in (_CORRUPT, _NOTADB):
         return _damaged(path, told)
-    if code == _FULL:
+    if code == _FULL or (code == _IOERR and _is_full(path)):  # the -shm file that cannot grow is an I/O error
         return StoreFull(f"{path}: the disk is full ({told}). Free some space; serving goes on meanwhile.")
     if code in (_BUSY, _LOCKED):
         return StoreBusy(
             f"{path}: still locked after {BUSY_TIMEOUT_S:g} s ({told}). Another process holds it."
         )
     return StoreUnavailable(f"{path}: {told}.")
+
+
+def _is_full(path: Path) -> bool:
+    try:
+        return shutil.disk_usage(path.parent).free < FULL_BYTES
+    except OSError:
+        return False
 
 
 def _damaged(path: Path, what: str) -> DamagedStore:
@@ -268,6 +278,7 @@ def back_up(path: Path, target: Path) -> None:
         os.replace(beside, target)
     finally:
         os.close(descriptor)
+        beside.unlink(missing_ok=True)  # half a copy only takes room
 
 
 def make_private_dir(folder: Path) -> None:

@@ -270,11 +270,11 @@ class StoreReader:
             yield session
 
 
-def set_aside(data_dir: Path, which: Which, now: float) -> Path:
-    """Moves a damaged file and its WAL out of the way; returns where the file is now. The caller holds the lock."""
+def set_aside(data_dir: Path, which: Which, now: float, why: str = "damaged") -> Path:
+    """Moves a file and its WAL out of the way; returns where the file is now. The caller holds the lock."""
     path = data_dir / FILE_NAMES[which]
     when = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
-    target = path.with_name(f"{path.name}.damaged-{when}")
+    target = path.with_name(f"{path.name}.{why}-{when}")
     for suffix in ("-wal", "-shm", ""):
         if (beside := path.with_name(path.name + suffix)).exists():
             os.replace(beside, target.with_name(target.name + suffix))

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tuner.cli_store import store_app
+
 app = typer.Typer(
     name="tuner",
     no_args_is_help=True,
@@ -36,13 +38,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead 
 def main() -> None:
     """Runs a command; every expected error is one line on stderr and a documented exit code."""
     from runtime.errors import ModelError, RuntimeFault
-    from store.errors import StoreError
+    from store.errors import BadExport, DamagedStore, StoreError
     from tuner.errors import TunerError
 
     try:
         app()
     except TunerError as error:
         fail(str(error), error.exit_code)
+    except (DamagedStore, BadExport) as error:
+        fail(str(error), 65)
     except StoreError as error:
         fail(str(error), 75)
     except ModelError as error:
@@ -305,6 +309,9 @@ def bench(context: typer.Context) -> None:
     from tuner.bench_judge import main as bench_judge
 
     sys.exit(bench_judge(context.args))
+
+
+app.add_typer(store_app, name="store")
 
 
 def show(report: Any, as_json: bool) -> None:
