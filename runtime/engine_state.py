@@ -94,7 +94,7 @@ class EngineState:
             ended.append({"kind": "slice_ended", "slice_id": self.slice_id})
         if self.plan_id is not None:
             ended.append({"kind": "plan_aborted", "plan_id": self.plan_id, "reason": "the engine was lost"})
-        self._lost_plan_id = self.plan_id
+            self._lost_plan_id = self.plan_id
         self.slice_id = self.plan_id = self.lease_expires_at = None
         self.config, self.config_id = self.champion, self.champion_id
         return ended
