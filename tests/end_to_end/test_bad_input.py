@@ -131,3 +131,33 @@ def test_doctor_names_what_is_wrong(tmp_path):
     wrong.write_text("model: {path: /nowhere/at/all}")
     done = tuner("doctor", "--config", str(wrong))
     assert done.returncode == 69 and "FAIL model" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"\x00\xff\xfe no text", "is not JSON"),
+        (b'{"format": "tuner-evid', "is not JSON"),
+        (b"[]", "is not evidence"),
+        (b'{"format": "something else"}', "is not evidence"),
+        (b"[" * 100_000, "is not JSON"),
+    ],
+)
+def test_unreadable_evidence_is_refused_and_says_what_to_do(tmp_path, content, part):
+    path = tmp_path / "evidence.json"
+    path.write_bytes(content)
+    assert_refused(tuner("verify", str(path)), 65, "evidence.json", part, "xport")
+
+
+def test_missing_evidence_is_refused(tmp_path):
+    assert_refused(tuner("verify", str(tmp_path / "none.json")), 2, "none.json")
+
+
+def test_serving_other_machines_without_a_key_is_refused(tmp_path):
+    done = run(tmp_path, "--set", "server.host=0.0.0.0")
+    assert_refused(done, 2, "--insecure", "server.api_key_file")
+
+
+def test_client_key_file_that_is_missing_is_refused(tmp_path):
+    done = run(tmp_path, "--set", "server.host=0.0.0.0", "--set", f"server.api_key_file={tmp_path / 'none'}")
+    assert_refused(done, 2, "none")
