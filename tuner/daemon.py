@@ -52,7 +52,10 @@ MAX_BACK_OFF_S = 60.0
 
 @dataclass
 class BackOff:
-    """A stage that failed waits twice as long each time, up to a minute."""
+    """A stage that failed waits twice as long each time, up to a minute.
+
+    It is forgiven once it went well for as long again: one that fails every other time must not fill the log.
+    """
 
     delay_s: float = 0.0
     until_at: float = 0.0
@@ -61,8 +64,9 @@ class BackOff:
         self.delay_s = min(MAX_BACK_OFF_S, max(1.0, 2 * self.delay_s))
         self.until_at = now + self.delay_s
 
-    def succeeded(self) -> None:
-        self.delay_s = 0.0
+    def succeeded(self, now: float) -> None:
+        if now >= self.until_at + self.delay_s:
+            self.delay_s = 0.0
 
 
 class Daemon:
@@ -233,7 +237,7 @@ class Daemon:
         try:
             with self.costs.measured(name):
                 stage(now)
-            back_off.succeeded()
+            back_off.succeeded(now)
         except Exception:
             self.num_failures[name] = self.num_failures.get(name, 0) + 1
             back_off.failed(now)
