@@ -1,6 +1,5 @@
 """What the pages of history, experiments and recommendations show, read from the store. No Streamlit."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from store import decisions, listings, queries
 from store.database import Session, StoreReader
 from store.errors import UnknownRow
 from store.explain import ExperimentRecord, changed_knobs, experiment_record
-from store.export import evidence, export_yaml, proof_of_champion
+from store.export import FORMATS, Proof, export_as, proof_of_champion
 from store.metrics import METRICS
 from store.tables import (
     AlphaSpend,
@@ -357,7 +356,19 @@ class Exported:
     why_not: str = ""
 
 
+LABELS = {"vllm": "vLLM", "sglang": "SGLang"}
+EXTENSIONS = {"yaml": "yaml", "json": "json", "vllm": "vllm.sh", "sglang": "sglang.sh", "env": "env"}
+READERS = {
+    "yaml": "`tuner run --config FILE` reads it back.",
+    "json": "The same as one JSON document.",
+    "vllm": "Arguments of vLLM; what does not map is listed in it.",
+    "sglang": "Arguments of SGLang; what does not map is listed in it.",
+    "env": "Environment variables of `tuner run`.",
+}
+
+
 def exported(reader: StoreReader) -> Exported:
+    """Every format that the store can write, named by model and day."""
     try:
         with reader.journal() as journal, reader.metrics() as metrics:
             proof = proof_of_champion(journal, metrics)
@@ -365,26 +376,29 @@ def exported(reader: StoreReader) -> Exported:
     except UnknownRow as error:
         return Exported([], str(error))
     version = run.tuner_version if run is not None else "unknown"
-    day = (
-        datetime.fromtimestamp(proof.change.applied_at or proof.change.created_at, UTC)
-        if proof.change
-        else None
-    )
-    model = "".join(
-        c if c.isalnum() or c in "-._" else "-" for c in str(proof.snapshot.model.get("name", "model"))
-    )
-    stem = "-".join(part for part in ("tuner", model, f"{day:%Y-%m-%d}" if day else "") if part)
-    document = {"knobs": {"start": dict(proof.config.values)}, "evidence": evidence(proof, version)}
+    stem = file_stem(proof)
     return Exported(
         [
             ExportFile(
-                "YAML",
-                f"{stem}.yaml",
-                export_yaml(proof, version),
-                "`tuner run --config FILE` reads it back.",
-            ),
-            ExportFile(
-                "JSON", f"{stem}.json", json.dumps(document, indent=2), "The same as one JSON document."
-            ),
+                LABELS.get(name, name.upper()),
+                f"{stem}.{EXTENSIONS.get(name, name)}",
+                export_as(name, proof, version),
+                READERS.get(name, ""),
+            )
+            for name in FORMATS
         ]
     )
+
+
+def file_stem(proof: Proof) -> str:
+    """`tuner-demo-2026-09-21`: whose configuration, and since when it serves."""
+    model = "".join(
+        c if c.isalnum() or c in "-._" else "-" for c in str(proof.snapshot.model.get("name", "model"))
+    )
+    change = proof.change
+    day = (
+        ""
+        if change is None
+        else f"{datetime.fromtimestamp(change.applied_at or change.created_at, UTC):%Y-%m-%d}"
+    )
+    return "-".join(part for part in ("tuner", model, day) if part)

@@ -226,7 +226,7 @@ def downloads(situation: Situation) -> None:
                 help=file.help,
                 on_click="ignore",
             )
-    st.caption("The same on the command line: `tuner export --output FILE`.")
+    st.caption("The same on the command line: `tuner export --format FORMAT --output FILE`.")
 
 
 # --- what was decided -----------------------------------------------------------------------------

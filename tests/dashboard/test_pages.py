@@ -331,7 +331,7 @@ def test_audit_trail_names_who_asked_for_what_in_which_role(opened, told, served
 def test_downloads_carry_the_champion(opened, told):
     app = opened("recommendations")
     labels = [one.proto.label for one in app.get("download_button")]
-    assert {"YAML", "JSON"} <= set(labels)
+    assert labels == ["YAML", "JSON", "vLLM", "SGLang", "ENV"]
 
 
 def test_rollback_names_what_would_change(opened, told, served):
