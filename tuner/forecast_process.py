@@ -125,6 +125,7 @@ class ForecastProcess:
         self.timeout_s, self.command, self.idle_s = timeout_s, command, idle_s
         self.is_busy = False
         self.pid: int | None = None  # of the child, while there is one
+        self.child_folder: Path | None = None  # where it leaves its temporary files
         self.num_started = 0
         self._requests: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -174,7 +175,8 @@ class ForecastProcess:
             try:
                 if child is None:
                     child = ForecastChild(self.command)
-                    self.pid, self.num_started = child.pid, self.num_started + 1
+                    self.pid, self.child_folder = child.pid, child.folder
+                    self.num_started += 1
                 found = child.ask(request, self.timeout_s)
             except (ChildFailed, OSError, ValueError) as error:
                 logger.warning("No forecast: %s", error)
@@ -186,6 +188,6 @@ class ForecastProcess:
             self._answers.put(found)
 
     def _end(self, child: ForecastChild | None) -> None:
-        self.pid = None
+        self.pid = self.child_folder = None
         if child is not None:
             child.close()

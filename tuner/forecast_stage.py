@@ -241,11 +241,11 @@ def relevelled(
 ) -> NDArray[np.float64]:
     """The past of former champions, moved to the level of the one that serves: its day is theirs, its level is not.
 
-    The step is the difference of the medians of the hours beside the change; unknown where one hour is empty.
+    The step is the difference of the medians of the half hours beside the change; unknown where one is empty.
     """
     for change_at in sorted(changed_at):
-        before = (at >= change_at - 3600.0) & (at < change_at)
-        after = (at >= change_at) & (at < change_at + 3600.0)
+        before = (at >= change_at - 1800.0) & (at < change_at)
+        after = (at >= change_at) & (at < change_at + 1800.0)
         if before.any() and after.any():
             step = np.median(values[after]) - np.median(values[before])
             values = np.where(at < change_at, values + step, values)
