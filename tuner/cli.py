@@ -5,6 +5,7 @@ acting ones (pause, resume, rollback, approve, reject) go through the daemon's A
 """
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -305,7 +306,12 @@ def doctor(config: ConfigOption = None, data_dir: DataDir = None, as_json: AsJso
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Benchmarks of the statistics: aa, azure --trace FILE, harm, hour; each with --help."""
+    """Benchmarks: engine (warm knobs), or of the statistics: aa, azure --trace FILE, harm, hour; each with --help."""
+    if context.args[:1] == ["engine"]:  # in a child of its own: torch is loaded in the runtime only
+        from tuner.canary import PASSAGES
+
+        words = ["-m", "runtime.bench", "--text", str(PASSAGES), *context.args[1:]]
+        sys.exit(subprocess.run([sys.executable, *words], check=False).returncode)
     from tuner.bench_judge import main as bench_judge
 
     sys.exit(bench_judge(context.args))
