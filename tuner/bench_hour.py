@@ -1,4 +1,4 @@
-"""An hour of the real engine against itself: `python -m tuner.bench_judge hour --data var/bench-hour`.
+"""An hour of the real engine against itself: `tuner bench hour --data var/bench-hour`.
 
     record  the demo model under demo traffic, the shipped default alone; 20 live A/A experiments back to back
             through the real ExperimentStage: plans, coins, scoring, verdicts
@@ -131,6 +131,8 @@ def bench_hour(args: argparse.Namespace) -> dict[str, Any]:
     hour = Hour.read(args.data) or Hour.planned(args)
     if hour.left_s > 1.0:
         record(hour, args.data)
+        if hour.left_s > 1.0:
+            raise SystemExit(f"Cut off with {hour.left_s / 60:.1f} minutes to go; the same command goes on.")
     live = live_table(args.data)
     coins = coin_table(hour, args)
     document = {"hour": asdict(hour), "live": live, "coins": coins}

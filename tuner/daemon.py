@@ -586,9 +586,9 @@ class Daemon:
             last_at = evidence.last_experiment_at(session, "aa", self.snapshot_id)
         if study is None or reign is None:  # what the tuner is for comes first
             return
-        itself = self.settings.aa
-        since_at = max(last_at or 0.0, reign.since_at)
-        if now >= due_at(since_at, itself.max_pairs * self.planning.cut.pair_s, itself.share):
+        duration_s = self.settings.aa.max_pairs * self.planning.cut.pair_s
+        due = due_at(max(last_at or 0.0, reign.since_at), duration_s, self.settings.aa.share)
+        if now >= due and duration_s <= self.settings.experiment.max_wall_s:
             self._open("aa", self._champion, None, now)
 
     def _tell_false_alarms(self, decided: Decided, now: float) -> None:
