@@ -38,7 +38,7 @@ def make_backup(data_dir: Path, now: float, num_kept: int) -> Path:
     except StoreError:
         target.unlink(missing_ok=True)
         raise
-    for old in daily_backups(data_dir)[num_kept:]:
+    for old in [path for path in daily_backups(data_dir) if path != target][num_kept - 1 :]:
         old.unlink(missing_ok=True)
     return target
 

@@ -103,9 +103,10 @@ class KeepStage:
                 self._story(now, f"No backup of the decisions was made: {self._backup_error}")
                 self._next_backup_at, self._backup_error = now + RETRY_BACKUP_S, None
         if self._next_backup_at is None:
-            last = max((made_at(path) or 0.0 for path in daily_backups(self._store.data_dir)), default=0.0)
-            is_ahead = last > now  # of a clock that was wrong: such a copy must not keep new ones away
-            self._next_backup_at = now if is_ahead else max(now, last + self._keep.backup_every_s)
+            made = [made_at(path) for path in daily_backups(self._store.data_dir)]
+            # A copy from the future is of a clock that was wrong, and keeps no new one away.
+            past = [at for at in made if at is not None and at <= now]
+            self._next_backup_at = max(now, max(past) + self._keep.backup_every_s) if past else now
         if now < self._next_backup_at:
             return
         self._next_backup_at = now + self._keep.backup_every_s

@@ -1,6 +1,7 @@
 """Kills a process that works on a store, again and again, and tells what it had promised and what is there.
 
     python -m tests.store.crash writes|upgrades DATA_DIR ROUNDS SEED [SCRIPTS]
+    python -m tests.store.crash steps DATA_DIR EVERY 0    kills the shipped upgrade at each EVERYth step
 
 A program of its own, so that forking meets no threads. Prints one JSON object a round.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import alembic.command  # noqa: F401  loaded here: the children shall be killed at work, not while importing
+from sqlalchemy import Engine, event
 
 from store.connection import sqlite_library
 from store.database import Store
@@ -100,6 +102,55 @@ def run_upgrade(path: Path, scripts: Path, told: int) -> None:
     os.write(told, b"upgraded\n")
 
 
+def upgrade_until(path: Path, step: int, told: int) -> None:
+    """Upgrades by the shipped revisions and kills itself just before statement or commit number `step`."""
+    num_steps = 0
+
+    def count(*arguments: Any, **named: Any) -> None:
+        nonlocal num_steps
+        if num_steps == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        num_steps += 1
+
+    event.listen(Engine, "before_cursor_execute", count)
+    event.listen(Engine, "commit", count)
+    upgrade(path, "journal")
+    os.write(told, b"upgraded\n")
+
+
+def at_each_step(data_dir: Path, every: int) -> Iterator[dict[str, Any]]:
+    """One round a step, until a child lives to the end."""
+    path, step = data_dir / "journal.db", 0
+    while True:
+        for left in data_dir.glob("journal.db*"):
+            left.unlink()
+        shutil.copy(data_dir / "old.db", path)
+        lines = kill_while(lambda told, step=step: upgrade_until(path, step, told), 1, 0.0)
+        with connected(path) as journal:
+            schema = journal.execute("PRAGMA user_version").fetchone()[0]
+            columns = [row[1] for row in journal.execute("PRAGMA table_info(anomaly)")]
+            tables = [
+                row[0] for row in journal.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            ]
+            check = journal.execute("PRAGMA quick_check").fetchone()[0]
+        is_new = "layer" in columns and "quality_check" in tables
+        is_old = "layer" not in columns and "quality_check" not in tables
+        upgrade(path, "journal")
+        with connected(path) as journal:
+            after = journal.execute("PRAGMA user_version").fetchone()[0]
+        yield {
+            "step": step,
+            "schema": schema,
+            "is_old": is_old,
+            "is_new": is_new,
+            "check": check,
+            "after": after,
+        }
+        if lines:
+            return
+        step += every
+
+
 def after_upgrade(path: Path, scripts: Path, lines: list[str]) -> dict[str, Any]:
     with connected(path) as journal:
         found = journal.execute("PRAGMA user_version").fetchone()[0]
@@ -132,6 +183,10 @@ def has_tables(connection: Any) -> bool:
 
 
 def main(what: str, data_dir: Path, rounds: int, seed: int, scripts: Path | None = None) -> None:
+    if what == "steps":
+        for found in at_each_step(data_dir, rounds):
+            print(json.dumps(found))
+        return
     rng = random.Random(seed)
     path = data_dir / "journal.db"
     for _ in range(rounds):

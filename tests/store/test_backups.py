@@ -31,6 +31,12 @@ def test_only_the_newest_copies_are_kept(store: Store, data_dir: Path) -> None:
     assert daily_backups(data_dir) == made[:1:-1]
 
 
+def test_a_copy_of_a_wrong_clock_does_not_push_out_the_one_just_made(store: Store, data_dir: Path) -> None:
+    make_backup(data_dir, NOW + 1e9, 1)
+    made = make_backup(data_dir, NOW, 1)
+    assert daily_backups(data_dir) == [made]
+
+
 def test_files_of_others_in_the_folder_are_left_alone(store: Store, data_dir: Path) -> None:
     (data_dir / "backups").mkdir()
     mine = data_dir / "backups" / "before-my-experiment.db"

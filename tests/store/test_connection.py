@@ -1,3 +1,4 @@
+import contextlib
 import logging
 import sqlite3
 import stat
@@ -9,7 +10,7 @@ import pytest
 from store import connection
 from store.connection import SqliteLibrary, back_up, filesystem_of, has_wal_reset_race, sqlite_library
 from store.database import Store, StoreReader
-from store.errors import DamagedStore, StoreUnavailable, UnsafeFilesystem
+from store.errors import DamagedStore, StoreLocked, StoreUnavailable, UnsafeFilesystem
 from store.metrics import TTFT_S
 from store.tables import Note, Sample, Snapshot
 
@@ -66,6 +67,28 @@ def test_an_affected_library_is_warned_of_once_and_works_with_its_one_connection
             assert session.query(Note).one().text == "written"
     assert len(caplog.records) == 1
     assert "SQLite 3.40.1 may damage a file that two connections write" in caplog.text
+
+
+def test_with_an_affected_library_only_one_connection_can_write_or_checkpoint(
+    affected_library: SqliteLibrary, data_dir: Path
+) -> None:
+    """The race takes two. Readers cannot do either, and the writer never has a second connection."""
+    with Store.open(data_dir) as store:
+        writer = store._files["journal"]._engine
+        assert (writer.pool.size(), writer.pool._max_overflow) == (1, 0)
+        with store.journal() as session:
+            session.add_all(Note(1.0, "sample", "x" * 3000) for _ in range(20))
+        wal = data_dir / "journal.db-wal"
+        before = wal.read_bytes()
+        assert before
+        with store.reader().journal() as session:
+            driver = session.connection().connection.driver_connection
+            for pragma in ("wal_checkpoint(PASSIVE)", "wal_checkpoint(TRUNCATE)", "journal_mode=DELETE"):
+                with contextlib.suppress(affected_library.module.OperationalError):
+                    driver.execute(f"PRAGMA {pragma}").fetchall()
+        assert wal.read_bytes() == before, "a reader moved the log"
+        with pytest.raises(StoreLocked):
+            Store.open(data_dir)
 
 
 def test_the_journal_is_durable_at_every_commit_and_metrics_in_batches(store: Store) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from store.connection import sqlite_library
 from store.database import Store
 from store.tables import SCHEMA_VERSIONS, Note
 from tests.store.story import write_story
@@ -62,3 +63,23 @@ def test_a_killed_migration_leaves_the_old_schema_or_the_new(data_dir: Path, tmp
     assert {found["found"] for found in rounds} == {old, new}, (
         "all were killed before, or all after the commit"
     )
+
+
+def test_a_migration_killed_at_each_of_its_steps_leaves_the_old_schema_or_the_new(data_dir: Path) -> None:
+    """From the released schema 1 by the shipped revisions: before every statement, and before every commit."""
+    data_dir.mkdir()
+    old = sqlite_library().module.connect(str(data_dir / "old.db"))
+    old.executescript((Path(__file__).parent / "released" / "journal-0001.sql").read_text())
+    old.close()
+    command = [sys.executable, "-W", "error", "-m", "tests.store.crash", "steps", str(data_dir), "1", "0"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    rounds = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rounds) > 10
+    for found in rounds:
+        assert (found["schema"] == 1) == found["is_old"] and (found["schema"] > 1) == found["is_new"], found
+        assert found["check"] == "ok" and found["after"] == SCHEMA_VERSIONS["journal"]
+    assert [found["schema"] for found in rounds] == sorted(found["schema"] for found in rounds)
+    assert rounds[0]["schema"] == 1 and rounds[-1]["schema"] == SCHEMA_VERSIONS["journal"]
