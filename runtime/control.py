@@ -134,6 +134,7 @@ def create_control(
             _count(asked.get("after_seq", "0"), "after_seq") if asked.get("boot_id") == boot.boot_id else 0
         )
         drained = front.records.drain(after_seq, limit)
+        front.records_read_at = front.clock.now()
         head = {"boot_id": boot.boot_id, "next_seq": drained.next_seq, "dropped": drained.dropped}
         body = json.dumps(head)[:-1].encode() + b', "records": ' + drained.records_json + b"}"
         return Response(body, media_type="application/json")

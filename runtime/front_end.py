@@ -49,6 +49,7 @@ class FrontEnd:
     meter: Meter = field(default_factory=Meter)
     live: dict[str, Exchange] = field(default_factory=dict)
     draining: bool = False
+    records_read_at: float | None = None  # by a daemon, which drains them again and again
     _num_queued: int = 0  # live without a first token
     _completed_at: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
 

@@ -41,6 +41,8 @@ from runtime.server_options import asked_config, engine_arguments, parser
 log = logging.getLogger("runtime.server")
 
 EXIT_USAGE, EXIT_MODEL, EXIT_DEFECT, EXIT_IN_USE = 2, 66, 70, 75
+READER_SILENCE_S = 10.0  # a daemon reads the records every second; one that is silent for longer is gone
+HAND_OVER_S = 5.0
 MAX_OPEN_FILES = 65_536  # a connection is one; the usual soft limit of 1024 is less than a full queue
 
 
@@ -165,6 +167,16 @@ class Serving:
         if self._front.live:
             log.warning("%d requests were not finished within %g s", len(self._front.live), self._drain_s)
             self._front.end_all(EngineNotReady("The server shut down before this request was finished."))
+        await self._hand_over()
+
+    async def _hand_over(self) -> None:
+        """The last records wait for whoever read the ones before: it has them once it asks for what follows."""
+        read_at, now = self._front.records_read_at, self._clock.now()
+        if read_at is None or now - read_at > READER_SILENCE_S:
+            return
+        end_at = asyncio.get_running_loop().time() + HAND_OVER_S
+        while len(self._front.records) and asyncio.get_running_loop().time() < end_at:
+            await asyncio.sleep(0.02)
 
     async def _stop(
         self, listeners: list[Listener], listening: list[asyncio.Task[None]], tasks: list[asyncio.Task[None]]

@@ -23,6 +23,7 @@ from runtime.clock import Clock
 from runtime.errors import InvalidKnob
 from runtime.knobs import EngineConfig
 from store.database import Store
+from store.errors import StoreError
 from store.recovery import Recovered, open_store
 from tuner.api import DaemonServer, write_private
 from tuner.arrivals import at_rate
@@ -72,8 +73,8 @@ def run(
         # A runtime that served before we came goes on serving when we fail to start.
         is_ours = read_runtime_file(supervisor.run_dir) is None
         owned = [is_ours and not keep_runtime]
-        stack.callback(lambda: supervisor.stop() if owned[0] else None)
         stack.callback(supervisor.close)
+        stack.callback(lambda: supervisor.stop() if owned[0] else None)
         supervisor.attach_or_start(start_values(settings, store), stop.is_set)
         if not stop.is_set():
             serve(settings, store, supervisor, stop, watch, stack)
@@ -110,6 +111,7 @@ def serve(
         run_id,
         clock,
     )
+    supervisor.while_stopping = lambda: read_last(collector, clock)
     daemon.stop_event = stop
     daemon.start(initial)
     stack.callback(daemon.close)
@@ -157,6 +159,14 @@ def tell_recovered(store: Store, recovered: Sequence[Recovered]) -> None:
         with store.journal() as session:
             for one in recovered:
                 tell(session, time.time(), "keep", one.told, {"aside": one.aside.name})
+
+
+def read_last(collector: Collector, clock: Clock) -> None:
+    """What ends while the runtime drains belongs into the store like all before it."""
+    try:
+        collector.collect(clock.now())
+    except StoreError as error:
+        logger.warning("The last records are not stored: %s", error)
 
 
 def start_values(settings: Settings, store: Store) -> Mapping[str, Any]:

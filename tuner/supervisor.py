@@ -50,6 +50,7 @@ READY_LIMIT_S = 1800.0  # a large model on a slow disk
 STOP_GRACE_S = 10.0  # beyond the drain, before the signals
 TERM_GRACE_S = 5.0
 LOOK_S = 0.1
+LOOKS_A_READING = 3
 
 
 class Phase(StrEnum):
@@ -84,6 +85,7 @@ class RuntimeSupervisor:
         self.num_restarts = 0
         self.clock: Clock | None = None  # of the runtime that served first: those that follow keep it
         self.is_safe_mode = False
+        self.while_stopping: Callable[[], object] = lambda: None  # called while the runtime drains its last requests
         self._values: dict[str, Any] = {}
         self._port = settings.server.port
         self._process: RuntimeProcess | None = None
@@ -160,7 +162,7 @@ class RuntimeSupervisor:
         except RuntimeFault as error:
             log.warning("The runtime cannot be asked to drain: %s", error)
         else:
-            self._ended_within(process, drain_s + STOP_GRACE_S)
+            self._ended_within(process, drain_s + STOP_GRACE_S, self.while_stopping)
         for end in (process.terminate, process.kill):
             if not process.is_alive():
                 break
@@ -349,10 +351,15 @@ class RuntimeSupervisor:
     def _exit_code(self) -> int | None:
         return self._process.exit_code if self._process is not None else None
 
-    def _ended_within(self, process: RuntimeProcess, limit_s: float) -> bool:
-        end_s = self._clock() + limit_s
+    def _ended_within(
+        self, process: RuntimeProcess, limit_s: float, meanwhile: Callable[[], object] = lambda: None
+    ) -> bool:
+        end_s, num_looks = self._clock() + limit_s, 0
         while process.is_alive():
             if self._clock() >= end_s:
                 return False
+            if num_looks % LOOKS_A_READING == 0:
+                meanwhile()
+            num_looks += 1
             self._sleep(LOOK_S)
         return True

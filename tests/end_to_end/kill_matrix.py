@@ -38,7 +38,7 @@ from tuner.watched import FORECAST_LABELS
 RECOVERY_LIMIT_S = 180.0
 SLACK_S = 3.0  # a request may have been on its way when all was well again
 SETTLE_S = 8.0  # the daemon drains once a second
-FORECASTS = "notice: {forecast: {min_history_s: 0, refit_s: 600}}\n"
+MORE = "notice: {forecast: {min_history_s: 0, refit_s: 600}}\ndashboard: {enabled: true, port: 0}\n"
 OVERDUE_S = 60.0  # a slice that ended this long ago must be scored or void
 
 
@@ -285,7 +285,7 @@ def main() -> int:
     seed = asked.seed if asked.seed is not None else random.SystemRandom().randrange(2**31)
     print(f"seed {seed}, folder {asked.folder}", flush=True)
     folder = asked.folder.resolve()
-    site = Deployment(folder, FORECASTS)
+    site = Deployment(folder, MORE)
     if not site.data_dir.exists():
         seed_past(site.data_dir)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and so through `finally`
