@@ -14,9 +14,10 @@ from store.tables import Change, Experiment, Slice, Verdict
 from tests.simulated_runtime import IDENTITY, SimulatedRuntime
 from tuner.collect import Collector
 from tuner.daemon import Daemon, Wish
-from tuner.report import explain_report, export_text, history_report
+from tuner.report import evidence_text, explain_report, export_text, history_report
 from tuner.settings import Settings, load_settings
 from tuner.snapshot import initial_config, record_run, record_snapshot
+from tuner.verify import read_evidence, verify
 
 POOR = {"max_num_seqs": 2, "batch_wait_ms": 50, "max_batched_tokens": 64}
 FAST = {
@@ -164,6 +165,15 @@ def test_export_is_read_back_as_settings(winner, tmp_path):
     path.write_text(export_text(winner.data_dir))
     settings = load_settings(path, environ={})
     assert EngineConfig.of(settings.knobs.start) == winner.runtime.runner.champion
+
+
+def test_every_verdict_can_be_derived_again_from_its_evidence(winner, tmp_path):
+    verdicts = winner.rows(Verdict)
+    assert verdicts
+    for verdict in verdicts:
+        path = tmp_path / f"{verdict.experiment_id}.json"
+        path.write_text(evidence_text(winner.data_dir, verdict.experiment_id))
+        assert [check for check in verify(*read_evidence(path)) if not check.passed] == []
 
 
 def test_rollback_returns_to_the_start_and_the_engine_follows(winner):
