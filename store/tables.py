@@ -331,7 +331,8 @@ class Anomaly(JournalBase):
 class QualityCheck(JournalBase):
     """Known tokens through one configuration, teacher-forced, against another.
 
-    kind: periodic (the champion against the reference of its snapshot) or challenger (before its first slice).
+    kind: reference (the snapshot's first champion; its scores stand in `details`), periodic (the champion against
+    it) or challenger (before its first slice).
     """
 
     __tablename__ = "quality_check"

@@ -306,7 +306,8 @@ def doctor(config: ConfigOption = None, data_dir: DataDir = None, as_json: AsJso
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Benchmarks: engine (warm knobs), or of the statistics: aa, azure --trace FILE, harm, hour; each with --help."""
+    """Benchmarks: engine (warm knobs), or of the statistics: aa, azure --trace FILE, harm, hour,
+    anomalies, quality; each with --help."""
     if context.args[:1] == ["engine"]:  # in a child of its own: torch is loaded in the runtime only
         from tuner.canary import PASSAGES
 

@@ -1,6 +1,6 @@
 """The loop: one tick a second calls the stages in the order in which data flows, and nothing else.
 
-    collect ▶ wishes ▶ experiment (judge, promote) ▶ search (twin, study) ▶ probation
+    collect ▶ notice ▶ wishes ▶ experiment (judge, promote) ▶ quality ▶ search (twin, study) ▶ probation ▶ aa
 
 Each stage reads rows and writes rows; what waits is a row, never a sleeping function. A stage that fails is
 logged, counted and backed off, and the engine goes on serving. The only place with signals and threads.
