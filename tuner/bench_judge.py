@@ -1,5 +1,4 @@
-"""Benchmarks of the judge: `python -m tuner.bench_judge aa | azure --trace FILE | harm | hour |
-anomalies | quality`.
+"""Benchmarks: `python -m tuner.bench_judge aa | azure --trace FILE | harm | hour | anomalies | quality`.
 
 Each prints a table for people; the last line of stdout is one JSON document. Progress goes to stderr.
 """
