@@ -126,6 +126,9 @@ def restore(
     from store.lock import DataDirLock
 
     folder = folder_of(config, data_dir)
+    if not copy.is_file():
+        print(f"error: {copy} is not a file. `tuner store check` lists the copies.", file=sys.stderr)
+        sys.exit(2)
     check_copy(copy)
     make_private_dir(folder)
     with DataDirLock(folder):
