@@ -32,6 +32,7 @@ from tuner.twin import MIN_LATENCY_S, MIN_WINDOW_PAIRS, MIN_WINDOW_REQUESTS, Ser
 MIN_CUT = 0.10
 MEMORIES_S = (2.0, 8.0, 32.0)
 REACH_S = 4.0 * MEMORIES_S[-1]  # arrivals further away weigh less than 2 %
+WINDOW_PARTS = (1.0, 0.5, 0.25)  # of the window asked for
 MIN_FITTED = 100  # requests
 RIDGE = 1e-2  # of the number of requests: the memories overlap, and their coefficients must not run away
 
@@ -85,11 +86,23 @@ class CovariateFit:
 
 
 def fit_covariates(metric: Metric, served: Sequence[ServedRequest], window_s: float) -> CovariateFit:
-    """Fits on each half of the champion's stretch, tests on pairs of windows of the other, then fits on all."""
+    """Fits on each half of the champion's stretch, tests on pairs of windows of the other, then fits on all.
+
+    Where calm stretches leave too few full windows of `window_s`, shorter ones are looked at.
+    """
     in_order = sorted(served, key=lambda request: request.arrived_at)
-    if not in_order:
-        return CovariateFit(None, 0)
-    pairs = list(_windows(metric, in_order, in_order[0].arrived_at, in_order[-1].arrived_at, window_s))
+    found = CovariateFit(None, 0)
+    for part in WINDOW_PARTS if in_order else ():
+        pairs = list(
+            _windows(metric, in_order, in_order[0].arrived_at, in_order[-1].arrived_at, part * window_s)
+        )
+        found = _tested(metric, pairs)
+        if found.raw_sd is not None:
+            break
+    return found
+
+
+def _tested(metric: Metric, pairs: Sequence["_Pair"]) -> CovariateFit:
     halves = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
     raw, adjusted = [], []
     for fitted_on, tested_on in (halves, halves[::-1]):
