@@ -42,7 +42,7 @@ log = logging.getLogger("runtime.server")
 
 EXIT_USAGE, EXIT_MODEL, EXIT_DEFECT, EXIT_IN_USE = 2, 66, 70, 75
 READER_SILENCE_S = 10.0  # a daemon reads the records every second; one that is silent for longer is gone
-HAND_OVER_S = 5.0
+HAND_OVER_S = 3.0
 MAX_OPEN_FILES = 65_536  # a connection is one; the usual soft limit of 1024 is less than a full queue
 
 

@@ -31,7 +31,7 @@ server: {port: PORT, drain_s: 10}
 knobs: {start: {max_num_seqs: 2, batch_wait_ms: 20, max_batched_tokens: 64}}
 learn: {champion_s: 3}
 search: {max_probes: 40, sampler: gp, rest_s: 0}
-experiment: {slice_s: 3, burn_in_s: 0.5, settle_s: 1, min_requests: 1, max_pairs: 10, look_every: 5}
+experiment: {slice_s: SLICE_S, burn_in_s: 0.5, settle_s: 1, min_requests: 1, max_pairs: 10, look_every: 5}
 holdback: {share: 0.1, duration_s: 60}
 """
 START_LIMIT_S = 240.0
@@ -40,7 +40,7 @@ START_LIMIT_S = 240.0
 class Deployment:
     """One data folder with its daemon, runtime and dashboard. `settings` is appended to SETTINGS."""
 
-    def __init__(self, folder: Path, settings: str = "") -> None:
+    def __init__(self, folder: Path, settings: str = "", slice_s: float = 3.0) -> None:
         self.folder, self.data_dir = folder, folder / "data"
         self.log_path, self.config = folder / "daemon.out", folder / "settings.yaml"
         self.run_dir = self.data_dir / "run"
@@ -49,6 +49,7 @@ class Deployment:
         folder.mkdir(parents=True, exist_ok=True)
         if not self.config.exists():
             text = SETTINGS.replace("DATA_DIR", str(self.data_dir)).replace("PORT", str(free_port()))
+            text = text.replace("SLICE_S", str(slice_s))
             self.config.write_text(text + settings)
 
     # -- life ----------------------------------------------------------------------------------------------
