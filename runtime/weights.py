@@ -126,11 +126,13 @@ class Rounding:
 
     def __init__(self) -> None:
         self._x: Tensor | None = None
+        self._shift = 0
         self._last: tuple[Tensor, Tensor] | None = None
+        self._half: dict[int, Tensor] = {}  # by shift, where the model lies
 
     def of(self, x: Tensor, shift: int) -> tuple[Tensor, Tensor]:
         """x: [..., in]. Returns levels [rows, in] and steps [rows, 1]; `shift` 128 makes unsigned levels of them."""
-        if x is not self._x or self._last is None:
+        if x is not self._x or shift != self._shift or self._last is None:
             rows = x.reshape(-1, x.shape[-1]).float()
             step = row_steps(rows)
             half = torch.tensor(shift + 0.5, device=x.device)
@@ -138,7 +140,7 @@ class Rounding:
                 half, rows, step.reciprocal()
             )  # truncating what is positive is flooring it
             levels = levels.to(torch.uint8) if shift else levels.floor_().to(torch.int8)
-            self._x, self._last = x, (levels, step)
+            self._x, self._shift, self._last = x, shift, (levels, step)
         return self._last
 
     def forget(self) -> None:
