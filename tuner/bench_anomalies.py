@@ -40,7 +40,7 @@ Generator = np.random.Generator
 DAY_S = 86400.0
 AR = 0.6
 WARM_BINS = 8640  # a day before the anomaly
-WATCH_BINS = 180  # half an hour in which it counts as found
+WATCH_BINS = 270  # three quarters of an hour in which it counts as found
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,8 @@ def warm_detectors(rng: Generator, num_hours: int = 6) -> list[tuple[Shape, Dete
 
 # --- layer A: a world a second --------------------------------------------------------------------
 
+STEPS_PER_S = 20  # 8 gaps between tokens each, so that a p99 of them is known within the minute
+
 
 @dataclass
 class Second:
@@ -196,19 +198,20 @@ class Second:
 
 def quiet_second(now: float, rng: Generator) -> Second:
     """A healthy machine with one GPU that serves some 20 requests a second."""
+    u = rng.random(6).tolist()
     gauges: dict[tuple[Metric, str], float] = {
-        (metrics.REQUESTS_RUNNING, ""): 8.0 + rng.integers(0, 3),
-        (metrics.REQUESTS_WAITING, ""): float(rng.integers(0, 4)),
+        (metrics.REQUESTS_RUNNING, ""): 8.0 + int(3 * u[0]),
+        (metrics.REQUESTS_WAITING, ""): float(int(4 * u[1])),
         (metrics.REQUESTS_PER_S, ""): float(rng.poisson(20.0)),
-        (metrics.KV_FRAGMENTATION_RATIO, ""): 0.03 + 0.005 * rng.random(),
-        (metrics.CPU_UTIL_RATIO, "all"): 0.4 + 0.1 * rng.random(),
-        (metrics.CPU_STEAL_RATIO, ""): 0.01 * rng.random(),
-        (metrics.CLOCK_STEP_S, ""): 1e-4 * rng.standard_normal(),
+        (metrics.KV_FRAGMENTATION_RATIO, ""): 0.03 + 0.005 * u[2],
+        (metrics.CPU_UTIL_RATIO, "all"): 0.4 + 0.1 * u[3],
+        (metrics.CPU_STEAL_RATIO, ""): 0.01 * u[4],
+        (metrics.CLOCK_STEP_S, ""): 1e-4 * u[4],
         (metrics.SUSPENDED_S, ""): 0.0,
         (metrics.MEMORY_USED_BYTES, ""): 5e9,
         (metrics.MEMORY_TOTAL_BYTES, ""): 1e10,
         (metrics.DISK_USED_RATIO, ""): 0.4,
-        (metrics.GPU_UTIL_RATIO, "0"): 0.7 + 0.1 * rng.random(),
+        (metrics.GPU_UTIL_RATIO, "0"): 0.7 + 0.1 * u[5],
         (metrics.GPU_TEMPERATURE_CELSIUS, "0"): 60.0,
         (metrics.GPU_TEMPERATURE_LIMIT_CELSIUS, "0"): 90.0,
         (metrics.GPU_POWER_WATTS, "0"): 400.0,
@@ -217,7 +220,8 @@ def quiet_second(now: float, rng: Generator) -> Second:
         (metrics.GPU_ECC_UNCORRECTED_TOTAL, "0"): 0.0,
         (metrics.TTFT_S, "p95"): 0.2,
     }
-    records = [step_record(now + i / 40, 0.025 * math.exp(0.05 * rng.standard_normal())) for i in range(40)]
+    times = (0.025 * np.exp(0.05 * rng.standard_normal(STEPS_PER_S))).tolist()
+    records = [step_record(now + i / STEPS_PER_S, step_s) for i, step_s in enumerate(times)]
     state = {"engine": "ready", "num_engine_restarts": 0, "champion_config_id": "c", "config_id": "c"}
     return Second(gauges, records, state)
 
@@ -240,7 +244,7 @@ def _set(metric: Metric, label: str, value: float) -> Fault:
 
 
 def _slow_tokens(second: Second, since_s: int, rng: Generator) -> None:
-    second.records[:] = [step_record(record["at"], 0.15) for record in second.records[::6]]
+    second.records[:] = [step_record(record["at"], 0.15) for record in second.records[::3]]
 
 
 def _stalls(second: Second, since_s: int, rng: Generator) -> None:

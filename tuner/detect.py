@@ -2,7 +2,7 @@
 
     bin ─▶ less its baseline = residual ─▶ robust z · CUSUM · shift of level · spread · flat line ─▶ 3 of 5 ─▶ state
 
-The baseline is the line through the medians of the last hour, without its newest two minutes. Every statistic
+The baseline is the line through the medians of an hour that ended eight minutes ago. Every statistic
 is judged by the spread that the same statistic had before in this series, so that bursty traffic, whose minutes
 differ more than independent ones would, does not count as news.
 
@@ -23,9 +23,12 @@ from tuner.ring import Ring
 
 BIN_S = 10.0
 MIN_BINS = 180  # half an hour
-LAG = 12  # bins that are judged, and not yet part of what they are judged by
+LEVEL_BINS = 12  # two minutes, whose mean is compared with the baseline
+LAG = 48  # the newest bins are no part of the baseline: what is judged must not draw it along
+TREND_SHARE = 0.6  # of the hour's slope that is carried on: all of it follows noise and drifts too far
 HALF = 174  # bins of each half of the baseline's hour
-SPREAD_BINS = 60
+SPREAD_BINS = 120
+FLAT_BINS = 60
 KEPT_BINS = 25_920  # three days
 EVERY = 6  # of the slow statistics each sixth value is kept
 RESCALE_EVERY = 60  # bins between two looks at the spread of the past
@@ -53,7 +56,7 @@ class Thresholds:
     cusum_k: float = 0.5
     cusum_h: float = 12.0
     level: float = 5.0
-    spread: float = 5.0
+    spread: float = 4.0
     spread_ratio: float = 1.4  # and the sd itself must have grown by so much
 
     def times(self, factor: float) -> "Thresholds":
@@ -147,20 +150,21 @@ class Detector:
     def _expected(self) -> float | None:
         """The last hour's line, carried on to now; the median where the hour is young."""
         recent = self._recent.values()
-        past = recent[: len(recent) - LAG]
-        if len(past) < LAG:
+        lag = min(LAG, len(recent) // 3)
+        if lag < LEVEL_BINS:
             return None
+        past = recent[: len(recent) - lag]
         late = float(np.median(past[-HALF:]))
         early = past[:-HALF]
         if len(early) < HALF // 2 or self.scales is None:
             return late
         between = (HALF + len(early)) / 2
-        ahead = (late - float(np.median(early))) * (HALF / 2 + LAG) / between
+        ahead = TREND_SHARE * (late - float(np.median(early))) * (HALF / 2 + LAG) / between
         # A step of the level, too, moves one half before the other: no more than a sd is believed.
         return late + min(self.scales.point, max(-self.scales.point, ahead))
 
     def _judge(self, seen: Seen, residual: float) -> None:
-        recent = np.append(self._recent.tail(LAG - 1), seen.value)
+        recent = np.append(self._recent.tail(LEVEL_BINS - 1), seen.value)
         level = float(recent.mean()) - (seen.expected or 0.0)
         newest = np.append(self._residuals.tail(SPREAD_BINS - 1), residual)
         scales = self.scales
@@ -180,7 +184,7 @@ class Detector:
             self._rescale()
 
     def _vote(self, seen: Seen, residual: float, level: float, spread: float, scales: Scales) -> None:
-        limits, young = self.thresholds, 1.0 + 3.0 / math.sqrt(max(1.0, scales.num / LAG))
+        limits, young = self.thresholds, 1.0 + 3.0 / math.sqrt(max(1.0, scales.num / LEVEL_BINS))
         z = residual / scales.run
         cap = 2.0 * limits.cusum_h * young
         self._up = min(cap, max(0.0, self._up + z - limits.cusum_k))
@@ -201,22 +205,22 @@ class Detector:
 
     def _is_flat(self, value: float) -> bool:
         """The same number for ten minutes, in a series in which two neighbours were hardly ever equal."""
-        newest = self._recent.tail(SPREAD_BINS - 1)
-        if len(newest) < SPREAD_BINS - 1 or bool((newest != value).any()):
+        newest = self._recent.tail(FLAT_BINS - 1)
+        if len(newest) < FLAT_BINS - 1 or bool((newest != value).any()):
             return False
-        past = self._repeats.values()[:-SPREAD_BINS]
-        return len(past) >= SPREAD_BINS and float(past.mean()) < 0.05
+        past = self._repeats.values()[:-FLAT_BINS]
+        return len(past) >= FLAT_BINS and float(past.mean()) < 0.05
 
     def _rescale(self) -> None:
         residuals = self._residuals.values()
-        if len(residuals) < MIN_BINS - 2 * LAG - 6:
+        if len(residuals) < MIN_BINS // 2:
             return
         point = max(self.floor, robust_sd(residuals))
-        blocks = residuals[len(residuals) % LAG :].reshape(-1, LAG).mean(axis=1)
-        run = max(point, math.sqrt(LAG) * robust_sd(blocks))
-        level = max(point / math.sqrt(LAG), robust_sd(self._levels.values()))
+        blocks = residuals[len(residuals) % LEVEL_BINS :].reshape(-1, LEVEL_BINS).mean(axis=1)
+        run = max(point, math.sqrt(LEVEL_BINS) * robust_sd(blocks))
+        level = max(point / math.sqrt(LEVEL_BINS), robust_sd(self._levels.values()))
         spreads = self._spreads.values()
-        spread = max(0.1, robust_sd(spreads)) if len(spreads) >= 30 else 0.2
+        spread = max(0.05, robust_sd(spreads)) if len(spreads) >= 60 else 0.2
         tail = np.abs(residuals)
         largest = float(np.partition(tail, -3)[-3]) if len(tail) >= 2160 else 1.3 * float(tail.max())
         self.scales = Scales(point, run, level, spread, largest, len(residuals))

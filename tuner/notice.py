@@ -10,6 +10,7 @@ the daemon left open is taken up, not doubled. Samples come from the tick itself
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Standing:
 
     row: Anomaly
     written_at: float = 0.0
-    outliers: dict[tuple[str, str], float] = field(default_factory=dict)  # (metric, what) -> worst score
+    outliers: dict[tuple[str, str], float] = field(default_factory=dict)  # mark -> worst size
 
 
 class NoticeStage:
@@ -68,7 +69,7 @@ class NoticeStage:
             tuple[str, str], Standing
         ] = {}  # (rule, label), or ("", component) of layers B and C
         self._ended: dict[tuple[str, str], Anomaly] = {}
-        self._cooled: dict[tuple[str, str], tuple[float, float]] = {}  # (metric, what) -> when, how bad
+        self._cooled: dict[tuple[str, str], tuple[float, float]] = {}  # mark of an outlier -> when, how bad
         self._studied: set[int] = set()
         self._to_load: deque[Key] = deque()
         self._is_loaded: set[Key] = set()
@@ -244,8 +245,7 @@ class NoticeStage:
                 self._end(key, now)
             return
         for outlier in finding.outliers:
-            mark = (outlier.key[0], outlier.what)
-            standing.outliers[mark] = max(outlier.score, standing.outliers.get(mark, 0.0))
+            standing.outliers[outlier.mark] = max(outlier.size, standing.outliers.get(outlier.mark, 0.0))
         if finding.is_page and standing.row.severity == "ticket":
             self._upgrade(standing, finding, now)
         worst = next(
@@ -258,8 +258,8 @@ class NoticeStage:
             self._worsen(standing, further, now)
 
     def _is_cool(self, outlier: Outlier, now: float) -> bool:
-        at, score = self._cooled.get((outlier.key[0], outlier.what), (-1e18, 0.0))
-        return now - at < COOL_DOWN_S and outlier.score < WORSE * score
+        at, size = self._cooled.get(outlier.mark, (-math.inf, 0.0))
+        return now - at < COOL_DOWN_S and outlier.size < WORSE * size
 
     def _open_finding(self, finding: Finding, lead: Outlier, now: float) -> None:
         row = Anomaly(
@@ -278,7 +278,7 @@ class NoticeStage:
         )
         key = ("", finding.component)
         self._open(key, row, now)
-        self._standing[key].outliers = {(one.key[0], one.what): one.score for one in finding.outliers}
+        self._standing[key].outliers = {one.mark: one.size for one in finding.outliers}
 
     def _upgrade(self, standing: Standing, finding: Finding, now: float) -> None:
         """A second metric of the component: a ticket becomes a page."""
@@ -296,9 +296,9 @@ class NoticeStage:
 
     def _cool(self, row: Anomaly) -> None:
         ended_at = row.ended_at if row.ended_at is not None else row.started_at
-        for mark, score in row.details.get("scores", {}).items():
+        for mark, size in row.details.get("sizes", {}).items():
             metric, _, what = mark.partition(" ")
-            self._cooled[metric, what] = (ended_at, float(score))
+            self._cooled[metric, what] = (ended_at, float(size))
 
     # -- rows ----------------------------------------------------------------------------------------------
 
@@ -331,10 +331,8 @@ class NoticeStage:
         if worst is not None:
             row.worst = worst
         if standing.outliers:
-            row.details = {
-                **row.details,
-                "scores": {" ".join(mark): s for mark, s in standing.outliers.items()},
-            }
+            sizes = {" ".join(mark): size for mark, size in standing.outliers.items()}
+            row.details = {**row.details, "sizes": sizes}
         with self._store.journal() as session:
             session.merge(row)
             text = f"Over after {(now - row.started_at) / 60:.1f} min: {row.reason}"
@@ -413,7 +411,7 @@ def details_of(finding: Finding, lead: Outlier, now: float) -> dict[str, Any]:
         "starts_study": finding.is_page and finding.component in ("load", "latency"),
         "series": [" ".join(one.key).strip() for one in finding.outliers],
         "score": lead.score,
-        "scores": {f"{one.key[0]} {one.what}": one.score for one in finding.outliers},
+        "sizes": {" ".join(one.mark): one.size for one in finding.outliers},
     }
 
 

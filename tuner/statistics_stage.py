@@ -70,7 +70,10 @@ class Band:
 
 
 class Outlier(NamedTuple):
-    """A series that is anomalous now. Values in the metric's unit; `score` 1 is just beyond its threshold."""
+    """A series that is anomalous now. Values in the metric's unit; `score` 1 is just beyond its threshold.
+
+    `size` compares it with the same trouble of another day: its distance over what was expected.
+    """
 
     key: Key
     component: Component
@@ -81,6 +84,15 @@ class Outlier(NamedTuple):
     score: float
     since_at: float
     is_harmful: bool
+
+    @property
+    def size(self) -> float:
+        return abs(self.observed - self.expected) / max(abs(self.expected), 1e-9)
+
+    @property
+    def mark(self) -> tuple[str, str]:
+        """What a cool-down is about: the metric, and whether its level, its spread or its life is the trouble."""
+        return self.key[0], self.what if self.what in ("spread", "flat") else "level"
 
 
 class Finding(NamedTuple):
@@ -127,6 +139,7 @@ class StatisticsStage:
         self.series: dict[Key, SeriesState] = {}
         self.bands: dict[str, Band] = {}
         self._challenger_until = -math.inf
+        self._has_ended = False
 
     # -- data in -------------------------------------------------------------------------------------------
 
@@ -147,30 +160,29 @@ class StatisticsStage:
         if not is_champion:
             self._challenger_until = now + SETTLE_S
         is_settled = is_champion and now >= self._challenger_until
+        self._end_bins(now)
         for key, value in values.items():
             state = self.state_of(key)
             if is_settled or not state.how.by_config:
                 self._add(state, now, value)
-        return self._end_bins(now)
+        has_ended, self._has_ended = self._has_ended, False
+        return has_ended
 
     def _add(self, state: SeriesState, now: float, value: float) -> None:
-        index = int(now // BIN_S)
-        if state.bin is None or state.bin.index != index:
-            self._end_bin(state)
-            state.bin = _Open(index, 0.0, 0)
+        if state.bin is None:
+            state.bin = _Open(int(now // BIN_S), 0.0, 0)
         state.bin.total += value
         state.bin.num += 1
 
-    def _end_bins(self, now: float) -> bool:
-        """Bins end by the clock as well: a series that fell silent must not keep its last one open."""
-        index, ended = int(now // BIN_S), False
+    def _end_bins(self, now: float) -> None:
+        """Bins end by the clock: a series that fell silent must not keep its last one open."""
+        index = int(now // BIN_S)
         for state in self.series.values():
             if state.bin is not None and state.bin.index < index:
                 self._end_bin(state)
-                ended = True
+                self._has_ended = True
             elif state.bin is None:
                 state.detector.silent(now)
-        return ended
 
     def _end_bin(self, state: SeriesState) -> None:
         done, state.bin = state.bin, None
