@@ -472,7 +472,7 @@ def probes_chart(probes: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
         .mark_point(size=90, strokeWidth=2)
         .encode(
             y=alt.Y("name:N", sort=order, title=None, axis=alt.Axis(labelLimit=520)),
-            x=alt.X("change:Q", title="against the champion (%, below 0 is better)"),
+            x=alt.X("change:Q", title="against the champion (%)"),
             shape=alt.Shape(
                 "kind:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond"]), legend=legend
             ),
