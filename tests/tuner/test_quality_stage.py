@@ -8,9 +8,10 @@ import pytest
 
 from runtime.errors import EngineNotReady, InvalidKnob, RequestFailed
 from runtime.knobs import EngineConfig
-from store.tables import Anomaly, Change, Experiment, Note, QualityCheck, Slice, Study, Trial
+from store.tables import Anomaly, Change, Experiment, Note, QualityCheck, Slice, Study, Trial, Verdict
 from tests.tuner.test_daemon import POOR, promoted, worlds
 from tuner.quality_stage import Failed, NotYet, Passed, QualityStage
+from tuner.rows import ensure_config
 
 START = {**POOR, "max_num_seqs": 4, "max_batched_tokens": 256}
 ONLY_FORMATS = {"start": START, "allow": ["weight_format"], "bounds": {"weight_format": ["float32", "int8"]}}
@@ -101,6 +102,28 @@ def test_a_sound_format_with_better_latency_is_checked_first_and_then_promoted(w
     assert check.is_passed and check.checked_at <= first_slice
     assert one.runtime.prepared[0] == check.config_id
     assert check.delta_nll == pytest.approx(0.004, abs=0.001) and check.num_positions > 400
+
+
+@pytest.mark.parametrize(("loss", "is_applied"), [(0.3, False), (0.004, True)])
+def test_a_winner_without_a_check_is_checked_before_it_is_applied(world, loss, is_applied):
+    """As after an upgrade, or when the check of before the first slice is older than an hour."""
+    one = world(rate_per_s=0.1)
+    one.runtime.loss = lambda config: loss if is_int8(config) else 0.0
+    one.run(5)
+    own, winner = one.daemon._champion, int8_of(one)
+    with one.store.journal() as session:
+        ensure_config(session, winner, 1001.0)
+        session.flush()
+        ids = (None, own.config_id, winner.config_id)
+        session.add(Experiment("t1", "test", one.daemon.snapshot_id, *ids, 1001.0, "DECIDED", {}, 1))
+        session.flush()
+        session.add(
+            Verdict("t1", 1002.0, "PROMOTE", "won", -0.1, -0.2, -0.05, 10, 0.001, 0.05, {"rules": {}})
+        )
+    one.run(10)
+    assert promoted(one)() == is_applied
+    assert any("won and is not applied" in text for text in story(one, "quality")) != is_applied
+    assert [row.is_passed for row in one.rows(QualityCheck) if row.kind == "challenger"] == [is_applied]
 
 
 @pytest.mark.parametrize(
