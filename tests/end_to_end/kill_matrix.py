@@ -131,7 +131,7 @@ class Matrix:
     def _end(self) -> None:
         assert self._client is not None
         self._client.terminate()
-        self._client.wait(180)
+        self._client.wait(240)
         self._client = None
 
     def close(self) -> None:
@@ -248,7 +248,8 @@ HEADER = (
 
 
 def table(figures: Sequence[dict[str, Any]]) -> str:
-    lines = [HEADER, "|" + " --- |" * 10]
+    load = f"{len(os.sched_getaffinity(0))} cores, load average {os.getloadavg()[1]:.1f} over the last five minutes"
+    lines = [f"Machine: {load}.", "", HEADER, "|" + " --- |" * 10]
     for one in figures:
         times = sorted(kill["recovered_s"] for kill in one["kills"] if kill["recovered_s"] is not None)
         recovery = f"{median(times):.1f} / {times[-1]:.1f}" if times else "–"
@@ -275,7 +276,12 @@ def main() -> int:
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--only", default=",".join(VICTIMS), help=f"of: {', '.join(VICTIMS)}")
     options.add_argument("--folder", type=Path, default=Path("var/kills"))
-    options.add_argument("--rate", type=float, default=2.0, help="requests a second")
+    options.add_argument(
+        "--rate",
+        type=float,
+        default=1.0,
+        help="requests a second; what is too much for the machine reads as silence",
+    )
     options.add_argument("--seed", type=int, help="of the instants; drawn and printed if not given")
     options.add_argument("--again", action="store_true", help="also what has its figures already")
     asked = options.parse_args()
