@@ -12,6 +12,8 @@ from runtime.link import Frame
 
 Phase = Literal["starting", "ready", "restarting", "failed", "stopping"]
 
+_NEARNESS: dict[Phase, int] = {"failed": 0, "stopping": 1, "starting": 2, "restarting": 3, "ready": 4}
+
 
 @dataclass(eq=False, slots=True)
 class Replica:
@@ -60,9 +62,13 @@ def least_loaded(replicas: Iterable[Replica], num_in_force: int) -> Replica | No
 
 def group_phase(replicas: Iterable[Replica]) -> Phase:
     """What clients see: ready while any engine is, failed once all are."""
-    phases = {replica.phase for replica in replicas}
-    ordered: tuple[Phase, ...] = ("ready", "restarting", "starting", "stopping")
-    return next((phase for phase in ordered if phase in phases), "failed")
+    best: Phase = "failed"
+    for replica in replicas:  # asked for each request: the first engine mostly answers
+        if replica.phase == "ready":
+            return "ready"
+        if _NEARNESS[replica.phase] > _NEARNESS[best]:
+            best = replica.phase
+    return best
 
 
 def summed_gauges(replicas: Sequence[Replica]) -> dict[str, Any]:
