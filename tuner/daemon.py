@@ -188,6 +188,7 @@ class Daemon:
             self.doing = self.trouble or "Waiting for the engine."
             self._stretch_since = now
             self._stage("trouble", now, self._rest)
+            self._stage("age", now, self.keeping.step)
             return
         self._stage("experiment", now, lambda now: self._experiment(now, state))
         self._stage("heed", now, self._heed)

@@ -200,3 +200,14 @@ def test_with_room_again_metrics_are_kept_as_long_as_asked(full: Store) -> None:
     told = rounds(upkeep, 20)
     assert upkeep.kept == upkeep.asked
     assert told == ["The store has room again: metrics are kept as long as the settings say."]
+
+
+def test_a_disk_that_others_fill_is_a_cap_too(full: Store) -> None:
+    upkeep = upkeep_of(full)
+    assert rounds(upkeep, 3) == [] and upkeep.kept == upkeep.asked
+    upkeep._round_at = -1e18
+    told = upkeep.step(NOW, 1e9, spare_bytes=-1.0)
+    assert told is not None and "more than its disk has room for. The oldest raw samples go" in told
+    assert upkeep.kept.raw_s < 10 * 3600
+    upkeep._round_at = -1e18
+    assert upkeep.step(NOW, 1e9, spare_bytes=-1.0) is None, "it is said once"
