@@ -17,6 +17,7 @@ from dashboard.words import told_percent, told_utc
 
 CHAMPION, CHALLENGER = "#3f8fd8", "#e0812b"  # readable on white and on near black
 MUTED, GOOD, BAD = "#8a94a3", "#2f9e77", "#d1576b"
+SPAN_ROWS = 4  # names of shades that begin together stand below each other
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 2, 1, 2], [10, 4]]
 COLOURS = ["#3f8fd8", "#e0812b", "#2f9e77", "#b06fc4", "#c9a227", "#d1576b"]
 SCALES = {  # unit -> steps of (smallest largest value, factor, unit on the axis)
@@ -209,12 +210,16 @@ def span_layers(spans: Sequence[Span], x: alt.X) -> list[Any]:
         }
     )
     tooltip = [alt.Tooltip("name:N"), alt.Tooltip("words:N", title="what"), alt.Tooltip("utc:N", title="UTC")]
+    frame["row"] = [index % SPAN_ROWS for index in range(len(spans))]
     base = alt.Chart(frame).encode(x=x, tooltip=tooltip)
     shade = base.mark_rect(opacity=0.16, color=BAD).encode(x2="until:T")
-    text = base.mark_text(align="left", baseline="top", dx=3, dy=2, fontSize=10, color=BAD).encode(
-        text="name:N", y=alt.value(0)
-    )
-    return [shade, text]
+    names = [
+        base.transform_filter(f"datum.row == {row}")
+        .mark_text(align="left", baseline="top", dx=3, dy=2, fontSize=10, color=BAD)
+        .encode(text="name:N", y=alt.value(12 * row))
+        for row in range(min(SPAN_ROWS, len(spans)))
+    ]
+    return [shade, *names]
 
 
 def rule_layers(rules: Sequence[Rule], x: alt.X) -> list[Any]:

@@ -31,12 +31,15 @@ APPLY = {
 }
 
 # What Markdown, Streamlit's directives (:red[...], :material/...:) and its formulas ($...$) would act on.
+# Addresses become links by themselves, after escapes are gone: a word joiner, which nobody sees, keeps them apart.
+LINKS = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@)", re.IGNORECASE)
+JOINER = "\u2060"
 ACTIVE = re.compile(r"([\\`*_{}\[\]()<>#+.!|~$:&-])")
 
 
 def escaped(text: object) -> str:
     """The text as Markdown that shows just this text: what the store holds is never read as markup."""
-    return ACTIVE.sub(r"\\\1", " ".join(str(text).split()))
+    return ACTIVE.sub(r"\\\1", LINKS.sub(JOINER, " ".join(str(text).split())))
 
 
 def told_seconds(seconds: float | None) -> str:

@@ -88,7 +88,7 @@ def doing(situation: Situation, found: Overview) -> None:
         st.warning(f"{said}: {escaped(one.reason)}", icon=":material/warning:")
     if found.waiting and status.mode != "auto":
         st.info(
-            f"{found.waiting} recommendation{'s'[: found.waiting > 1]} wait for a person: see the page "
+            f"Waiting for a person: {found.waiting} recommendation{'s'[: found.waiting > 1]}; see the page "
             "Recommendations.",
             icon=":material/back_hand:",
         )

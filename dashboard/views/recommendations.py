@@ -84,7 +84,7 @@ def waiting_card(situation: Situation, found: Recommendations, card: Card) -> No
         knob_table(card.changed, f"knobs-{number}")
         st.markdown("**Risk**")
         for name in card.changed:
-            st.markdown(f"`{escaped(name)}` {escaped(risk_words(card.knobs.get(name)))}")
+            st.markdown(f"**{escaped(name)}** {escaped(risk_words(card.knobs.get(name)))}")
     with middle:
         metric = str(card.record.experiment.rules.get("metric", "latency")) if card.record else "latency"
         if verdict is not None:

@@ -101,4 +101,4 @@ def text_of(app: AppTest) -> str:
     words = [str(one.value) for kind in kinds for one in getattr(app, kind)]
     words += [f"{one.label} {one.value}" for one in app.metric]
     words += [one.proto.text for one in app.get("progress")]
-    return "\n".join(words).replace("\\", "")
+    return "\n".join(words).replace("\\", "").replace("\u2060", "")

@@ -167,7 +167,7 @@ def test_overview_says_so_before_anything_was_promoted(opened, told):
 def test_overview_points_to_what_waits(opened, told, served):
     served()
     add_waiting(told, time.time())
-    assert "1 recommendation wait for a person" in text_of(opened("overview"))
+    assert "Waiting for a person: 1 recommendation" in text_of(opened("overview"))
 
 
 # --- history --------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import json
+import re
 from datetime import UTC
 from types import SimpleNamespace
 from zoneinfo import ZoneInfo
@@ -41,7 +42,17 @@ def test_every_character_that_markdown_acts_on_is_escaped(text):
     for index, character in enumerate(shown):
         if character in "<>[]()!:$`#~|*_{}":
             assert shown[index - 1] == "\\", shown
-    assert "\n" not in shown and shown.replace("\\", "") == " ".join(text.split())
+    bare = shown.replace("\\", "").replace("\u2060", "")
+    assert "\n" not in shown and bare == " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "text", ["see http://evil.example", "HTTPS://evil.example", "www.evil.example", "a@evil.example"]
+)
+def test_addresses_do_not_become_links(text):
+    """As remark-gfm finds them in text whose escapes are gone."""
+    bare = escaped(text).replace("\\", "")
+    assert re.search(r"https?://|www(?=\.)|[-.\w+]+@[-\w]", bare, re.IGNORECASE) is None
 
 
 @pytest.mark.parametrize(
