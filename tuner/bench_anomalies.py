@@ -379,6 +379,7 @@ def all_keys() -> list[Key]:
     ]
 
 
+_SMALL = {str(metrics.CPU_STEAL_RATIO): 0.01, str(metrics.KV_FRAGMENTATION_RATIO): 0.03}
 _LEVELS = {"ratio": 0.4, "s": 0.1, "bytes": 4e9, "celsius": 60.0, "watts": 400.0, "hertz": 1.5e9}
 
 
@@ -394,7 +395,7 @@ def day_values(num: int, start_s: float, rng: Generator) -> dict[Key, Array]:
         own = 0.7 * common + 0.7 * _slow_noise(num, rng)
         size = {"load": 0.10, "latency": 0.10, "engine": 0.08}.get(how.component, 0.03)
         noise = size * own + 2 * size * rng.standard_normal(num)
-        level = _LEVELS.get(how.metric.unit, 20.0)
+        level = _SMALL.get(key[0], _LEVELS.get(how.metric.unit, 20.0))
         swing = 0.3 if how.component in ("load", "latency", "engine") else 0.05
         day = 1.0 + swing * np.sin(2 * np.pi * at / DAY_S)
         values[key] = level * day * np.exp(noise)
