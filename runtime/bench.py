@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from runtime.executor import Executor, cpu_model, num_cores
 from runtime.knobs import EngineConfig, default_config
 from runtime.loader import load_model, resolve_device, resolve_dtype
 from runtime.prepare import Prepared, Preparer
+from runtime.prompts import load_tokenizer
 from runtime.request import Request
 from runtime.scheduler import Scheduler
 from runtime.scoring import MAX_PIECE_TOKENS, packed_piece, pieces_of
@@ -207,7 +207,7 @@ def held_out(model: Path, text: Path | None, max_model_len: int, limit: int = 60
         if text is not None
         else next(path for path in (model / "README.md", Path(__file__)) if path.is_file())
     )
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(model)
     ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][:limit]
     size = min(256, max_model_len)
     return [ids[at : at + size] for at in range(0, len(ids), size) if len(ids[at : at + size]) > 1]

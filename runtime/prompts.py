@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from runtime.chat_template import ChatTemplate
@@ -58,13 +59,8 @@ class Prompts:
         Raises:
             ModelError: the tokenizer is damaged or needs code of its own.
         """
-        import transformers
-
-        transformers.logging.set_verbosity_error()
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(folder.path), local_files_only=True, trust_remote_code=False
-            )
+            tokenizer = load_tokenizer(folder.path)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise ModelError(f"The tokenizer in {folder.path} cannot be loaded. {reason}") from error
@@ -152,3 +148,17 @@ def _chat_template(tokenizer: Any) -> ChatTemplate | None:
         return ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
     except ValueError:
         return None
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder, as its tokenizer.json says where it has one.
+
+    The class that transformers would choose by architecture builds a pre-tokeniser of its own from the vocabulary
+    alone: a model trained with another one then reads text cut into other tokens, and answers worse unnoticed.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    as_written = (path / "tokenizer.json").is_file()
+    kind = transformers.PreTrainedTokenizerFast if as_written else transformers.AutoTokenizer
+    return kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from runtime.errors import InvalidRequest, ModelError
 from runtime.model_folder import ModelFolder
@@ -69,6 +70,12 @@ def test_code_in_a_model_folder_is_never_run(tmp_path: Path) -> None:
     with contextlib.suppress(ModelError):  # refused or read without it: both are fine
         Prompts.load(folder)
     assert not marker.exists()
+
+
+def test_text_is_cut_into_the_tokens_that_the_model_was_trained_on(prompts: Prompts) -> None:
+    written = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    code = "def area(x):\n    return x * 1234567 + 89\n"
+    assert prompts.encode(code, 512) == written.encode(code).ids
 
 
 def test_a_template_that_reaches_for_python_is_refused(tmp_path: Path) -> None:
