@@ -193,7 +193,7 @@ def test_a_part_of_another_kind_fails_its_checks_and_breaks_none(
 ) -> None:
     path = data.draw(st.sampled_from([p for p in leaves(promoted) if p[0] != "seal"]))
     depth = data.draw(st.integers(1, len(path)))
-    junk = data.draw(st.sampled_from([None, [], {}, "x", 1e308, -1, True, [[]], {"a": None}]))
+    junk: Any = data.draw(st.sampled_from([None, [], {}, "x", 1e308, -1, True, [[]], {"a": None}]))
     document = copy.deepcopy(promoted)
     part: Any = document
     for key in path[: depth - 1]:
