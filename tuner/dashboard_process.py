@@ -63,12 +63,13 @@ class DashboardProcess:
         (data_dir / ADDRESS_FILE).unlink(missing_ok=True)
         if not self.is_running:
             return
-        process = psutil.Process(self.pid)
+        process = self.child or psutil.Process(self.pid)  # a child is waited for by its own handle
         process.terminate()
         try:
             process.wait(STOP_S)
-        except psutil.TimeoutExpired:
+        except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
             process.kill()
+            process.wait(STOP_S)
 
 
 def start_or_adopt(data_dir: Path, port: int) -> DashboardProcess:
