@@ -42,7 +42,7 @@ class PowerCurve:
     crossed: tuple[tuple[float, ...], ...]
 
     def power(self, effect: float) -> float:
-        """Chance to prove an effect of this size (in pair sds) by the cap; what is below the grid is nothing."""
+        """Chance to prove an effect of this size (in pair sds) by the cap."""
         return self._by(effect, len(self.looks) - 1)
 
     def pairs_for(self, effect: float, power: float = POWER) -> int | None:
@@ -66,7 +66,7 @@ class PowerCurve:
 
     def _by(self, effect: float, look: int) -> float:
         column = [row[look] for row in self.crossed]
-        return float(np.interp(effect, self.effects, column, left=0.0))
+        return float(np.interp(effect, self.effects, column))
 
 
 @lru_cache(maxsize=32)
@@ -83,7 +83,7 @@ def power_curve(level: float, max_pairs: int, look_every: int) -> PowerCurve:
     steps = min(max_pairs, MAX_SIMULATED_PAIRS)
     stretch = max_pairs / steps
     every = max(1, round(look_every / stretch))
-    effects = np.geomspace(LOWEST / math.sqrt(max_pairs), HIGHEST, NUM_EFFECTS)
+    effects = [0.0, *np.geomspace(LOWEST / math.sqrt(max_pairs), HIGHEST, NUM_EFFECTS).tolist()]
     noise = np.random.default_rng(SEED).standard_normal((NUM_RUNS, steps))
     looks = [num for num in range(1, steps + 1) if is_look(num, steps, every)]
     shares = []
@@ -93,7 +93,7 @@ def power_curve(level: float, max_pairs: int, look_every: int) -> PowerCurve:
         shares.append([float(np.mean((crossed_at > 0) & (crossed_at <= num))) for num in looks])
     return PowerCurve(
         looks=tuple(math.ceil(num * stretch) for num in looks),
-        effects=tuple(float(effect) for effect in effects),
+        effects=tuple(effects),
         crossed=tuple(tuple(row) for row in shares),
     )
 

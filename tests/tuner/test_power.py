@@ -32,7 +32,7 @@ def test_power_without_an_effect_is_no_more_than_the_level():
 def test_larger_effects_are_found_more_often_and_sooner():
     curve = power_curve(0.05, 30, 5)
     powers = [curve.power(effect) for effect in (0.0, 0.2, 0.5, 1.0, 3.0)]
-    assert powers == sorted(powers) and powers[0] == 0.0 and powers[-1] == 1.0
+    assert powers == sorted(powers) and powers[0] <= 0.1 and powers[-1] == 1.0
     assert curve.pairs_for(3.0) <= curve.pairs_for(1.0) <= curve.pairs_for(0.7) <= 30
     assert curve.pairs_for(0.1) is None
 
