@@ -14,6 +14,7 @@ from store.tables import Anomaly, Experiment, Sample
 from tests.end_to_end.accounts import read_ledger, settle
 from tests.end_to_end.deployment import Deployment
 from tests.end_to_end.kill_matrix import Matrix, store_breaches, stored_ids
+from tuner.settings import load_settings
 
 pytestmark = pytest.mark.slow
 MARGIN_BYTES = 300_000_000  # others write to this disk too
@@ -22,7 +23,8 @@ MARGIN_BYTES = 300_000_000  # others write to this disk too
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
-    limit = max(1_000_000, shutil.disk_usage(folder).free - MARGIN_BYTES)
+    # Room is back at 1.2 times the limit, so that much must be free now; the test takes it away for a while.
+    limit = max(1_000_000, int((shutil.disk_usage(folder).free - MARGIN_BYTES) / 1.25))
     one = Deployment(folder, f"keep: {{min_free_bytes: {limit}}}\n")
     yield one
     one.clear()
@@ -79,8 +81,9 @@ def test_store_that_somebody_locks_for_a_while_is_written_afterwards(under_load,
 
 def test_disk_that_fills_up_stops_metrics_and_experiments_and_no_request(under_load):
     site, ballast = under_load, under_load.folder / "ballast"
+    limit = load_settings(site.config, environ={}).keep.min_free_bytes
     with open(ballast, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, 2 * MARGIN_BYTES)
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(site.folder).free - limit + MARGIN_BYTES)
     try:
         site.wait(
             lambda: any(one.ended_at is None for one in full_faults(site)), "the full disk is noticed", 60.0
