@@ -27,6 +27,9 @@ LEVEL_BINS = 12  # two minutes, whose mean is compared with the baseline
 LAG = 48  # the newest bins are no part of the baseline: what is judged must not draw it along
 TREND_SHARE = 0.6  # of the hour's slope that is carried on: all of it follows noise and drifts too far
 HALF = 174  # bins of each half of the baseline's hour
+YOUNG_BLOCKS = (
+    25.0  # thresholds are twice as wide when so many spans of two minutes are known, three times at 12
+)
 SPREAD_BINS = 120
 FLAT_BINS = 60
 KEPT_BINS = 25_920  # three days
@@ -184,7 +187,7 @@ class Detector:
             self._rescale()
 
     def _vote(self, seen: Seen, residual: float, level: float, spread: float, scales: Scales) -> None:
-        limits, young = self.thresholds, 1.0 + 3.0 / math.sqrt(max(1.0, scales.num / LEVEL_BINS))
+        limits, young = self.thresholds, 1.0 + YOUNG_BLOCKS * LEVEL_BINS / max(1, scales.num)
         z = residual / scales.run
         cap = 2.0 * limits.cusum_h * young
         self._up = min(cap, max(0.0, self._up + z - limits.cusum_k))
