@@ -108,7 +108,7 @@ class Engine:
 class World:
     """A front end with engines that live and die as a test says, and every request that was ever asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_ready: int = 1) -> None:
         self.front = FrontEnd(Clock.started_now(), request_timeout_s=600.0)
         self.config = EngineConfig.of({"replicas": 1})
         self.front.engine.replicas = [Replica(index) for index in range(NUM_ENGINES)]
@@ -116,7 +116,9 @@ class World:
         for engine in self.engines:
             engine.replica.send = engine.hear
         self.exchanges: list[Exchange] = []
-        self.turn_on(0)
+        for index in range(num_ready):
+            self.turn_on(index)
+        self.put_in_force(num_ready)
 
     def turn_on(self, index: int) -> None:
         engine = self.engines[index]
@@ -197,11 +199,30 @@ happenings = st.one_of(
 )
 
 
-@settings(deadline=None)
-@given(st.lists(happenings, max_size=60))
-def test_routing_never_exceeds_what_is_in_force_and_every_request_ends_exactly_once(story: list[Any]) -> None:
+def test_what_a_lost_engine_had_not_begun_goes_to_the_others_at_once() -> None:
     async def run() -> None:
-        world = World()
+        world = World(num_ready=2)
+        for _ in range(6):
+            world.submit(num_prompt=3, max_tokens=4)
+        assert [engine.replica.num_live for engine in world.engines] == [3, 3, 0]
+        world.step(1)  # two of its three have begun
+        world.turn_off(1)
+        world.check()
+        assert [engine.replica.num_live for engine in world.engines] == [4, 0, 0]
+        world.run_to_the_end()
+        reasons = [one.finish.reason for one in world.exchanges if one.finish is not None]
+        assert sorted(reasons) == ["error"] * 2 + ["length"] * 4
+
+    asyncio.run(run())
+
+
+@settings(deadline=None)
+@given(st.integers(1, NUM_ENGINES), st.lists(happenings, min_size=10, max_size=60))
+def test_routing_never_exceeds_what_is_in_force_and_every_request_ends_exactly_once(
+    num_ready: int, story: list[Any]
+) -> None:
+    async def run() -> None:
+        world = World(num_ready)
         for name, *arguments in story:
             getattr(world, name)(*arguments)
             world.check()
