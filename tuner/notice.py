@@ -345,7 +345,7 @@ class NoticeStage:
     # -- what follows --------------------------------------------------------------------------------------
 
     def open_anomalies(self) -> list[Anomaly]:
-        return [standing.row for standing in self._standing.values()]
+        return [standing.row for standing in list(self._standing.values())]
 
     def open_faults(self) -> list[Anomaly]:
         """While one is open no experiment begins and no study goes on."""

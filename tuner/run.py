@@ -197,6 +197,7 @@ def status_of(daemon: Daemon, supervisor: RuntimeSupervisor) -> dict[str, Any]:
         "mode": daemon.settings.mode,
         "is_paused": daemon.desk.is_paused,
         "doing": daemon.doing,
+        "notice": daemon.notice.status(),
         "planning": None if (planned := daemon.planned) is None else planned.to_dict(),
         "started_at": daemon.started_at,
         "api_url": daemon.identity["api_url"],

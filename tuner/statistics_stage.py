@@ -303,7 +303,7 @@ class StatisticsStage:
     def states(self) -> dict[str, int]:
         """How many series are in each state of layer B."""
         counts: dict[str, int] = {}
-        for state in self.series.values():
+        for state in list(self.series.values()):  # asked by the API while a tick runs
             name = state.detector.state.value
             counts[name] = counts.get(name, 0) + 1
         return counts
