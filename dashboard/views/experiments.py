@@ -143,7 +143,8 @@ def result_words(row: ListedExperiment) -> str:
 
 def detail(situation: Situation, found: ShownExperiment) -> None:
     one = found.record.experiment
-    st.subheader(escaped(told_changes(found.record.changed_knobs)), anchor=False)
+    changed = found.record.changed_knobs
+    st.subheader(escaped(told_changes(changed)) if changed else "The champion against itself", anchor=False)
     st.caption(
         f"{KINDS.get(one.kind, escaped(one.kind))}. {escaped(one.experiment_id)}, started "
         f"{told_at(one.created_at, situation.zone, situation.now)}, {escaped(one.state.lower())}.",

@@ -238,7 +238,7 @@ def test_experiments_are_filtered_by_kind_and_opened_by_address(opened, told):
     assert set(app.dataframe[0].value["kind"]) == {"probe"}
     app = opened("experiments", experiment="h1")
     assert asked_for(app, "experiment") == "h1" and "Holdback" in text_of(app)
-    assert "No experiment of this kind yet" in text_of(opened("experiments", kind="aa"))
+    assert "The champion against itself" in text_of(opened("experiments", kind="aa"))
 
 
 # --- recommendations ------------------------------------------------------------------------------
