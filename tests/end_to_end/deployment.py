@@ -1,4 +1,7 @@
-"""`tuner run` with the demo model and settings under which something is always under way, as real processes."""
+"""`tuner run` with the demo model and settings under which something is always under way, as real processes.
+
+Only a gain of 60 % is worth a test: so little traffic would find no smaller one, and no study would be opened.
+"""
 
 import contextlib
 import json
@@ -31,7 +34,8 @@ server: {port: PORT, drain_s: 10}
 knobs: {start: {max_num_seqs: 2, batch_wait_ms: 20, max_batched_tokens: 64}}
 learn: {champion_s: 3}
 search: {max_probes: 40, sampler: gp, rest_s: 0}
-experiment: {slice_s: SLICE_S, burn_in_s: 0.5, settle_s: 1, min_requests: 1, max_pairs: 1000, look_every: 5}
+experiment: {slice_s: SLICE_S, burn_in_s: 0.5, settle_s: 1, min_requests: 1, max_pairs: 40, look_every: 5}
+objective: {min_effect: 0.6}
 holdback: {share: 0.1, duration_s: 60}
 """
 START_LIMIT_S = 240.0
