@@ -36,7 +36,10 @@ log = logging.getLogger(__name__)
 
 INTERNAL_ERROR = "The server failed on this request."
 NO_KEY = error_body(
-    "This server asks for a key: send `Authorization: Bearer KEY`.", "authentication_error", None, "invalid_api_key"
+    "This server asks for a key: send `Authorization: Bearer KEY`.",
+    "authentication_error",
+    None,
+    "invalid_api_key",
 )
 
 AnyRequest = CompletionRequest | ChatRequest

@@ -49,7 +49,11 @@ class FormatReport(NamedTuple):
 
 class Bench:
     def __init__(
-        self, executor: Executor, config: EngineConfig, seed: int, timer: Callable[[], float] = time.perf_counter
+        self,
+        executor: Executor,
+        config: EngineConfig,
+        seed: int,
+        timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.executor, self.timer = executor, timer
         self.config = executor.warm.in_force(config)
@@ -244,7 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--turns", type=int, default=6, help="turns of each configuration")
     add("--text", type=Path, help="text that the model was not trained on (default: its README)")
     add("--threads", type=int, help="CPU threads (default: all but one)")
-    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: of one thread, on a machine that others use")
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: of one thread, on a machine that others use",
+    )
     add("--seed", type=int, default=0)
     add("--json", action="store_true", help="print one JSON object instead of tables")
     options = parser.parse_args(arguments)

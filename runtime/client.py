@@ -143,7 +143,9 @@ class RuntimeClient:
 
         Raises InvalidKnob, or PrepareFailed where it cannot be made ready; nothing has changed then.
         """
-        return self._post("/control/prepare", {"values": dict(values)}, max(self._limit_s, RECONFIGURE_LIMIT_S))
+        return self._post(
+            "/control/prepare", {"values": dict(values)}, max(self._limit_s, RECONFIGURE_LIMIT_S)
+        )
 
     def plan(self, plan: SlicePlan) -> Answer:
         """Safe to repeat. Raises InvalidPlan, StaleVersion."""

@@ -188,7 +188,9 @@ class Engine:
     def _configs_in_use(self) -> list[EngineConfig]:
         return [self.tick.config, *self._runner.configs, *self.scorer.configs]
 
-    def _controls(self, call: int) -> "dict[str, Callable[[dict[str, Any]], dict[str, Any] | Pending | None]]":
+    def _controls(
+        self, call: int
+    ) -> "dict[str, Callable[[dict[str, Any]], dict[str, Any] | Pending | None]]":
         return {
             "score": lambda args: self._add_score(call, args),
             "prepare": self._prepare,
@@ -208,7 +210,9 @@ class Engine:
         return Pending(self._preparer.ask(target, True), lambda prepared: self._commit(args, prepared))
 
     def _commit(self, args: dict[str, Any], prepared: Prepared) -> "dict[str, Any] | Pending":
-        if not self._executor.warm.is_ready(self._runner.target(args["patch"], args.get("expected_version")), True):
+        if not self._executor.warm.is_ready(
+            self._runner.target(args["patch"], args.get("expected_version")), True
+        ):
             return self._reconfigure(args)  # the champion became another meanwhile
         done = self._runner.commit(
             args["patch"], args.get("expected_version"), self._clock.now(), prepared.prepare_s

@@ -244,10 +244,14 @@ class EngineProcess:
         if num_missed <= 0 and engine.phase != "ready":
             return  # nobody else serves: the group is what this engine says
         behind = EngineConfig.of(engine.champion).changes_from(EngineConfig.of(frame["config"]))
-        not_live = [name for name in behind if knob_named(name).apply is not ApplyMode.LIVE and name != "replicas"]
+        not_live = [
+            name for name in behind if knob_named(name).apply is not ApplyMode.LIVE and name != "replicas"
+        ]
         if num_missed < 0 or not_live or (behind and num_missed == 0):
             differences = ", ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in behind.items())
-            raise LinkBroken(f"It came up with another configuration than the engines that serve: {differences}.")
+            raise LinkBroken(
+                f"It came up with another configuration than the engines that serve: {differences}."
+            )
         for _ in range(num_missed):
             args = {"patch": engine.champion, "expected_version": None}
             self._send({"op": "control", "call": UNASKED, "name": "reconfigure", "args": args})

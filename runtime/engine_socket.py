@@ -24,7 +24,9 @@ class EngineSocket:
     """Listens on a socket of mode 0600 and takes one connection of the process that is expected."""
 
     def __init__(self, run_dir: Path, index: int) -> None:
-        self.path, self._folder = _socket_path(run_dir, "engine.sock" if index == 0 else f"engine-{index}.sock")
+        self.path, self._folder = _socket_path(
+            run_dir, "engine.sock" if index == 0 else f"engine-{index}.sock"
+        )
         self._server: asyncio.Server | None = None
         self._expected_pid: int | None = None
         self._connected: asyncio.Future[Connection] | None = None

@@ -34,7 +34,9 @@ class EngineState:
     plan_replicas: int = 1  # engines that the plan in force needs: the first ones
     lease_expires_at: float | None = None
     _lost_plan_id: str | None = None  # ended here as an engine died; what the others still say of it is late
-    _lost_totals: Counter[str] = field(default_factory=Counter)  # of engines that are gone: counters never go back
+    _lost_totals: Counter[str] = field(
+        default_factory=Counter
+    )  # of engines that are gone: counters never go back
 
     @property
     def phase(self) -> Phase:
@@ -101,7 +103,9 @@ class EngineState:
 
     def gone(self, replica: Replica) -> None:
         """Forgets what an engine said of itself, as it died or was stopped."""
-        self._lost_totals.update({name: num for name, num in replica.gauges.items() if name.endswith("_total")})
+        self._lost_totals.update(
+            {name: num for name, num in replica.gauges.items() if name.endswith("_total")}
+        )
         replica.gauges, replica.pid = {}, None
 
     def is_late(self, event: Frame) -> bool:

@@ -49,7 +49,11 @@ class Executor:
     """A model with its KV pool, ready to compute."""
 
     def __init__(
-        self, loaded: LoadedModel, kv_tokens: int | None, config: EngineConfig, asked_kv_tokens: int | None = None
+        self,
+        loaded: LoadedModel,
+        kv_tokens: int | None,
+        config: EngineConfig,
+        asked_kv_tokens: int | None = None,
     ) -> None:
         """Sizes the pool last, after a warm-up has shown what the steps need. Too large a wish is answered
         by a smaller pool and a warning.

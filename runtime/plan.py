@@ -181,7 +181,9 @@ class PlanRunner:
         if self.plan is not None:
             self._end_plan("plan_aborted", now, reason="the champion was reconfigured")
         self.champion, self.version = config, self.version + 1
-        done = Committed(self.version, config, prepare_s + prepared - started, 1e6 * (time.perf_counter() - prepared))
+        done = Committed(
+            self.version, config, prepare_s + prepared - started, 1e6 * (time.perf_counter() - prepared)
+        )
         self._events.append(
             {
                 "kind": "config_committed",

@@ -127,7 +127,10 @@ class Serving:
         control = create_control(
             self._front, self._engine, boot, self._identity, self._shutdown, self._key, self._service.encode
         )
-        listeners = [Listener(create_api(self._service, self._api_key), api_socket), Listener(control, control_socket)]
+        listeners = [
+            Listener(create_api(self._service, self._api_key), api_socket),
+            Listener(control, control_socket),
+        ]
         self._handle_signals()
         listening = [asyncio.create_task(listener.run_until_stopped()) for listener in listeners]
         engine = asyncio.create_task(self._engine.run())

@@ -65,9 +65,7 @@ def open_store(data_dir: Path, now: float) -> tuple[Store, list[Recovered]]:
     )
 
 
-def _recover(
-    data_dir: Path, which: Which, why: str, now: float, earlier: Sequence[Recovered]
-) -> Recovered:
+def _recover(data_dir: Path, which: Which, why: str, now: float, earlier: Sequence[Recovered]) -> Recovered:
     lock = DataDirLock(data_dir)
     lock.acquire()  # `Store.open` has given it back, and another may have come meanwhile
     try:

@@ -123,7 +123,10 @@ class FakeEngine:
             self.prepared.add(config.config_id)
             return {"config_id": config.config_id, "prepare_s": 0.0, "extra_bytes": 0}
         if name == "plan":
-            if Path(os.environ.get("FAKE_REFUSE_FILE", "/nowhere")).exists() and "engine-1" in self.sock.getpeername():
+            if (
+                Path(os.environ.get("FAKE_REFUSE_FILE", "/nowhere")).exists()
+                and "engine-1" in self.sock.getpeername()
+            ):
                 raise InvalidPlan("The fake engine was told to refuse plans.")
             plan = SlicePlan.from_dict(args)
             self.plans.accept(plan, now)

@@ -281,7 +281,9 @@ class SimulatedRuntime:
         told = fake_scores(sequences)
         for index, (nll, top1) in enumerate(zip(told["nll"], told["top1"], strict=True)):
             told["nll"][index] = [value + loss * (0.5 + index % 3 / 2) for value in nll]
-            told["top1"][index] = [-1 if (at * 7) % 100 < 100 * loss else token for at, token in enumerate(top1)]
+            told["top1"][index] = [
+                -1 if (at * 7) % 100 < 100 * loss else token for at, token in enumerate(top1)
+            ]
         return {"config_id": config.config_id, **told, "num_pieces": len(sequences), "elapsed_s": 0.5,
                 "busy_s": 0.1, "longest_piece_s": 0.01}  # fmt: skip
 

@@ -107,7 +107,9 @@ class Daemon:
         self.doing = "Starting."
         self.state: Mapping[str, Any] | None = None
         self.dashboard_url: str | None = None  # told by whoever started one
-        self.trouble: str | None = None  # why the runtime cannot be tuned now; told by whoever watches its process
+        self.trouble: str | None = (
+            None  # why the runtime cannot be tuned now; told by whoever watches its process
+        )
         self.started_at = clock.now()
         self.num_failures: dict[str, int] = {}
         self.costs = StageCosts()
@@ -506,7 +508,9 @@ class Daemon:
             change = describe(challenger.values(), self._champion.values())
             level, foreseen = experiment.rules["level"], "" if planned is None else f"; {planned.words}"
             with self.store.journal() as session:
-                text = f"Test of {change} begins: level {level:.2%}, at most {rules.max_pairs} pairs{foreseen}."
+                text = (
+                    f"Test of {change} begins: level {level:.2%}, at most {rules.max_pairs} pairs{foreseen}."
+                )
                 tell(session, now, "experiment", text, {"experiment_id": experiment.experiment_id})
         return experiment
 

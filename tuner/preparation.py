@@ -67,7 +67,9 @@ def told_prepared(answer: Answer, changed: list[str]) -> str:
     mebibytes = answer["extra_bytes"] / 2**20
     words = f"Prepared beside serving in {answer['prepare_s']:.2f} s; it holds {mebibytes:.1f} MiB more."
     if "kv_tokens" in changed:
-        words += " Each switch of the pool drops idle cached prefixes in both arms: the burn-in covers re-warming."
+        words += (
+            " Each switch of the pool drops idle cached prefixes in both arms: the burn-in covers re-warming."
+        )
     return words
 
 

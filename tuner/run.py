@@ -120,7 +120,9 @@ def serve(
     )
     stack.callback(api.close)
     api.start()
-    keeper = DashboardKeeper(settings.data_dir, settings.dashboard.port) if settings.dashboard.enabled else None
+    keeper = (
+        DashboardKeeper(settings.data_dir, settings.dashboard.port) if settings.dashboard.enabled else None
+    )
     if keeper is not None:
         keeper.start()
         stack.callback(keeper.stop)
@@ -129,7 +131,11 @@ def serve(
 
     def supervise() -> None:
         supervisor.check((daemon.state or {}).get("engine"))
-        told = [] if supervisor.trouble == daemon.trouble else [supervisor.trouble or "The runtime serves again."]
+        told = (
+            []
+            if supervisor.trouble == daemon.trouble
+            else [supervisor.trouble or "The runtime serves again."]
+        )
         daemon.trouble = supervisor.trouble
         if keeper is not None:
             told += [said] if (said := keeper.check()) is not None else []

@@ -126,7 +126,9 @@ def _fragmentation(steps: Sequence[Record], kv_total_tokens: float | None) -> Re
 
     Blocks that several requests share count once as held and several times as filled; less than nothing is nothing.
     """
-    whole = [step for step in steps if step["num_decode"] + step["num_prefill_rows"] == step["num_running"] > 0]
+    whole = [
+        step for step in steps if step["num_decode"] + step["num_prefill_rows"] == step["num_running"] > 0
+    ]
     if not whole or not kv_total_tokens:
         return {}
     unfilled = sum(max(0, step["kv_used_tokens"] - step["context_tokens"]) for step in whole) / len(whole)

@@ -40,7 +40,9 @@ def record_snapshot(store: Store, identity: Mapping[str, Any], now: float) -> st
                     dict(identity["hardware"]),
                     dict(identity["versions"]),
                     KNOB_SCHEMA_VERSION,
-                    [asdict(knob) for knob in KNOBS],  # unit, help and apply mode: what readers explain knobs by
+                    [
+                        asdict(knob) for knob in KNOBS
+                    ],  # unit, help and apply mode: what readers explain knobs by
                 )
             )
     return snapshot_id

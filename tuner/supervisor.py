@@ -85,7 +85,9 @@ class RuntimeSupervisor:
         self.num_restarts = 0
         self.clock: Clock | None = None  # of the runtime that served first: those that follow keep it
         self.is_safe_mode = False
-        self.while_stopping: Callable[[], object] = lambda: None  # called while the runtime drains its last requests
+        self.while_stopping: Callable[[], object] = lambda: (
+            None
+        )  # called while the runtime drains its last requests
         self._values: dict[str, Any] = {}
         self._port = settings.server.port
         self._process: RuntimeProcess | None = None
@@ -247,11 +249,11 @@ class RuntimeSupervisor:
     def _start(self) -> None:
         self._log_since = runtime_process.log_size(self.log_path)
         extra = list(self._extra)
-        if self.clock is not None:  # or a stepped system clock would part the next runtime's from the daemon's
+        if (
+            self.clock is not None
+        ):  # or a stepped system clock would part the next runtime's from the daemon's
             extra += ["--clock-anchor", f"{self.clock.boot_epoch!r}:{self.clock.boot_monotonic!r}"]
-        command = runtime_process.server_command(
-            self.settings, self.run_dir, self._values, self._port, extra
-        )
+        command = runtime_process.server_command(self.settings, self.run_dir, self._values, self._port, extra)
         try:
             self._process = self._launch(command, self.run_dir, self.log_path)
         except OSError as error:

@@ -17,7 +17,10 @@ from runtime.plan import PlannedSlice, SlicePlan
 from tests.servers import GUARD_S, LiveServer, live_server, wait_until
 
 CORES = {"FAKE_CORES": "4"}
-SLOW = {**CORES, "FAKE_STEP_S": "0.005"}  # requests of many tokens overlap, so that one engine alone is not enough
+SLOW = {
+    **CORES,
+    "FAKE_STEP_S": "0.005",
+}  # requests of many tokens overlap, so that one engine alone is not enough
 
 
 def state(server: LiveServer) -> dict[str, Any]:

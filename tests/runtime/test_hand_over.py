@@ -20,7 +20,9 @@ def test_last_records_wait_for_the_daemon_that_read_the_ones_before(tmp_path):
             page = control.drain(server.file.boot_id, page["next_seq"])
             seen += [record["request_id"] for record in page["records"] if record["kind"] == "request"]
         assert seen == [answer["id"].removeprefix("cmpl-")]
-        with suppress(RuntimeUnreachable):  # it waits some seconds only, and has ended on a machine that is busy
+        with suppress(
+            RuntimeUnreachable
+        ):  # it waits some seconds only, and has ended on a machine that is busy
             control.drain(server.file.boot_id, page["next_seq"])  # which says that we have them
         assert server.process.wait(GUARD_S) == 0
 

@@ -64,7 +64,9 @@ def test_levels_of_former_champions_are_moved_to_the_present_one():
     at, values = days(3, noise=0.01)
     changed = T0 + 1.5 * DAY_S
     stepped = np.where(at < changed, values + 5.0, values)
-    assert np.abs(relevelled(at, stepped, [changed]) - values).max() < 0.6  # half an hour of the slope of the day
+    assert (
+        np.abs(relevelled(at, stepped, [changed]) - values).max() < 0.6
+    )  # half an hour of the slope of the day
     assert relevelled(at, values, [T0 - 1.0]).tolist() == values.tolist()
 
 

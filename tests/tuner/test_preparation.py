@@ -60,7 +60,9 @@ def test_no_answer_is_asked_again_and_no_room_is_final() -> None:
     asked = Asked()
     asked.look()
     asked.answers[0].set_exception(EngineNotReady("restarting"))
-    assert asked.look(1.0).state == "waiting" and asked.look(2.0).state == "waiting" and len(asked.answers) == 1
+    assert (
+        asked.look(1.0).state == "waiting" and asked.look(2.0).state == "waiting" and len(asked.answers) == 1
+    )
     assert asked.look(1.0 + RETRY_S).state == "waiting" and len(asked.answers) == 2
     asked.answers[1].set_exception(PrepareFailed("it needs 7 bytes more, but 5 may be taken"))
     found = asked.look(9.0)
@@ -122,7 +124,12 @@ def test_an_engine_that_was_replaced_prepares_again_before_the_next_pair(build: 
     challenger = one.daemon._champion.patched({"kv_tokens": 65_536})
     record(one, challenger)
     one.daemon.experiments.open(
-        "test", one.daemon.snapshot_id, one.daemon._champion, challenger, one.daemon._rules("test"), one.clock.at
+        "test",
+        one.daemon.snapshot_id,
+        one.daemon._champion,
+        challenger,
+        one.daemon._rules("test"),
+        one.clock.at,
     )
     one.run(100, lambda: any(row.state == "SCORED" for row in one.rows(Slice)))
     one.runtime.kill_engine()
