@@ -1,5 +1,6 @@
 # make run     serve the demo model, send it traffic, tune it live      make test   all tests
 # make prove   the whole loop, unattended, with the evidence at the end make check  ruff and mypy
+# make soak    minutes of processes that are killed, stopped and starved
 # Each of them sets up .venv first; nothing to do when it is up to date. PYTHON=/path/to/python3.12 chooses another.
 
 ifeq ($(origin PYTHON),undefined)
@@ -12,14 +13,17 @@ STAMP := $(VENV)/installed
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: run test prove check setup clean
+.PHONY: run test soak prove check setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
 	$(BIN)/tuner run --config configs/demo.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 prove: $(STAMP)
 	$(BIN)/python -m tuner.prove

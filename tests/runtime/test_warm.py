@@ -241,9 +241,11 @@ def test_32_streams_keep_every_token_while_the_pool_grows_shrinks_and_prefixes_c
 def test_32_streams_go_on_through_swaps_of_their_weights(folder: Path) -> None:
     here = Here(folder, kv_tokens=4096, max_num_seqs=32)
     formats = ["int8", "bfloat16", "float32"]
+    for format in formats[:2]:  # beforehand: the streams would end while a slow machine prepares
+        here.call("prepare", values=here.runner.champion.patched({"weight_format": format}).values())
 
     def disturb(step: int) -> None:
-        if step % 5 == 2 and formats:
+        if step % 3 == 2 and formats:
             format = formats.pop(0)
             here.call("reconfigure", patch={"weight_format": format})
             assert here.state().weight_format == format

@@ -40,7 +40,6 @@ def readings(now, rng):
     }
 
 
-@pytest.mark.slow
 def test_three_days_are_noticed_forecast_and_bounded(tmp_path, capsys):
     rng, ticks, refit_ticks, memory = random.Random(1), [], [], []
     state = {"engine": "ready", "num_engine_restarts": 0, "champion_config_id": "c", "config_id": "c"}
