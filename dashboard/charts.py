@@ -8,6 +8,8 @@ specification, so that a refresh only sends new data.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from statistics import median
 from typing import Any
 
 import altair as alt
@@ -17,6 +19,7 @@ from dashboard.words import told_percent, told_utc
 
 CHAMPION, CHALLENGER = "#3f8fd8", "#e0812b"  # readable on white and on near black
 MUTED, GOOD, BAD = "#8a94a3", "#2f9e77", "#d1576b"
+GAP_S, GAP_STEPS = 60.0, 5.0  # nothing for so long, and for so many usual distances: a gap, not a line
 SPAN_ROWS = 4  # names of shades that begin together stand below each other
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 2, 1, 2], [10, 4]]
 COLOURS = ["#3f8fd8", "#e0812b", "#2f9e77", "#b06fc4", "#c9a227", "#d1576b"]
@@ -126,6 +129,7 @@ def line_layer(
             "series": [row[1] for row in rows],
             "value": [row[2] for row in rows],
             "utc": [told_utc(row[0]) for row in rows],
+            "stretch": [run for line in lines for run in stretches([at for at, _ in line.points])],
         }
     )
     legend = alt.Legend(orient="top", title=None) if len(names) > 1 else None
@@ -135,6 +139,7 @@ def line_layer(
         .encode(
             x=x,
             y=y,
+            detail="stretch:N",
             color=alt.Color(
                 "series:N", scale=alt.Scale(domain=names, range=repeated(COLOURS, len(names))), legend=legend
             ),
@@ -151,6 +156,13 @@ def line_layer(
     )
 
 
+def stretches(instants_shown: Sequence[float]) -> list[int]:
+    """The number of the unbroken stretch that each instant of a series is in: a gap is drawn as a gap."""
+    steps = [later - at for at, later in pairwise(instants_shown)]
+    longest = max(GAP_S, GAP_STEPS * median(steps)) if steps else GAP_S
+    return list(accumulate((int(step > longest) for step in steps), initial=0))[: len(instants_shown)]
+
+
 def repeated(values: Sequence[Any], num: int) -> list[Any]:
     return [values[index % len(values)] for index in range(num)]
 
@@ -160,11 +172,13 @@ def band_layer(lines: Sequence[Line], factor: float, title: str, names: list[str
     rows = [(at, line.name, low * factor, high * factor) for line in lines for at, low, high in line.band]
     frame = pd.DataFrame(rows, columns=["epoch", "series", "low", "high"])
     frame["at"] = instants(frame["epoch"])
+    frame["stretch"] = [run for line in lines for run in stretches([at for at, _, _ in line.band])]
     return (
         alt.Chart(frame)
         .mark_area(opacity=0.16)
         .encode(
             x=x,
+            detail="stretch:N",
             y=alt.Y("low:Q", title=title),
             y2="high:Q",
             color=alt.Color(

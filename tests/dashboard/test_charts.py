@@ -132,3 +132,16 @@ def test_levels_and_probes_are_drawn():
     assert levels["encoding"]["y"]["title"] == "level (%)"
     probes = spec(charts.probes_chart([{"name": "a 1 → 2", "measured": -0.5, "foretold": None}]))
     assert values_of(probes, "change") == [-50.0]
+
+
+def test_time_without_samples_is_a_gap_and_not_a_line():
+    before, after = [10.0 * i for i in range(5)], [1000.0 + 10.0 * i for i in range(5)]
+    assert charts.stretches(before + after) == [0] * 5 + [1] * 5
+    assert charts.stretches(before) == [0] * 5
+    assert charts.stretches([0.0, 3600.0, 7200.0]) == [0, 0, 0]  # an hour is this series' usual distance
+    assert charts.stretches([]) == []
+    points = [(at, 1.0) for at in before + after]
+    band = [(at, 0.5, 2.0) for at, _ in points]
+    drawn = spec(charts.time_chart([Line("p95", points, band)], "s"))
+    cut = [layer for layer in drawn["layer"] if layer["encoding"].get("detail", {}).get("field") == "stretch"]
+    assert len(cut) == 2
