@@ -1,6 +1,6 @@
 """What noticing finds, how late, at what price: 100 anomalies of each kind put into synthetic traffic.
 
-    tuner bench anomalies [--num 100] [--days 3] [--seed N]
+    tuner bench anomalies [--num 100] [--days 3] [--jobs 2] [--seed N]
 
 Prints recall and delay by kind for the statistics and for every rule, then runs whole days of quiet traffic at
 1 Hz through the real stage, store and Prophet: false alarms, CPU seconds a day, tick times with and without a
@@ -12,8 +12,12 @@ import copy
 import math
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -313,21 +317,24 @@ RULE_WARM_S = 2400
 RULE_WATCH_S = 700
 
 
-def rule_episodes(num: int, rng: Generator, progress: Callable[[str], None]) -> dict[str, list[Found]]:
-    """`num` faults of each rule, behind 40 quiet minutes that may end at any second."""
+WarmRules = list[tuple[RuleBook, Signals, int]]
+
+
+def warm_rules(rng: Generator) -> WarmRules:
+    """The rules after 40 quiet minutes that end at any of ten seconds."""
     warm = []
     book, signals = RuleBook(RULES), Signals(limits_for([], 0.1))
     for now in range(RULE_WARM_S + 10):
         _tick(book, signals, float(now), quiet_second(float(now), rng))
         if now >= RULE_WARM_S:
             warm.append((copy.deepcopy(book), copy.deepcopy(signals), now + 1))
-    found: dict[str, list[Found]] = {}
-    for name, fault in RULE_FAULTS.items():
-        progress(name)
-        found[name] = [
-            _rule_episode(name, fault, *copy.deepcopy(warm[i % len(warm)]), rng) for i in range(num)
-        ]
-    return found
+    return warm
+
+
+def rule_episodes(name: str, num: int, rng: Generator, warm: WarmRules) -> Iterator[Found]:
+    """`num` faults that one rule is there for."""
+    for index in range(num):
+        yield _rule_episode(name, RULE_FAULTS[name], *copy.deepcopy(warm[index % len(warm)]), rng)
 
 
 def _rule_episode(
@@ -456,24 +463,31 @@ def run_days(num_days: float, seed: int, folder: Path, progress: Callable[[str],
 # --- the report -----------------------------------------------------------------------------------
 
 
-def run_anomalies(num: int, num_days: float, seed: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Everything above, as one document. Deterministic in `seed` but for times."""
-    rng = np.random.default_rng(seed)
-    progress("learning a day of quiet traffic")
-    warm = warm_detectors(rng)
-    layer_b: dict[str, list[Found]] = {}
-    for kind in KINDS:
-        progress(kind)
-        layer_b[kind] = list(episodes(kind, num, rng, warm))
-    rules = rule_episodes(num, rng, progress)
-    with tempfile.TemporaryDirectory() as folder:
+def run_anomalies(
+    num: int, num_days: float, seed: int, jobs: int, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Everything above, as one document. Deterministic in `seed` but for times, however many `jobs` there are."""
+    tasks = [("statistics", kind) for kind in KINDS] + [("rules", name) for name in RULE_FAULTS]
+    tasks = tasks if num else []
+    summaries: dict[str, dict[str, Any]] = {"statistics": {}, "rules": {}}
+    # Not forked: a child would inherit the locks that numpy's threads hold.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for (part, name), row in zip(tasks, pool.map(partial(_task, num, seed), tasks), strict=True):
+            progress(f"{part}: {name}")
+            summaries[part][name] = row
+    with tempfile.TemporaryDirectory() as folder:  # alone on the machine: its ticks are timed
         days = run_days(num_days, seed, Path(folder), progress) if num_days else None
-    return {
-        "num": num,
-        "statistics": {kind: summary(found) for kind, found in layer_b.items()},
-        "rules": {name: summary(found) for name, found in rules.items()},
-        "quiet": None if days is None else quiet_summary(days),
-    }
+    return {"num": num, **summaries, "quiet": None if days is None else quiet_summary(days)}
+
+
+def _task(num: int, seed: int, task: tuple[str, str]) -> dict[str, float | None]:
+    """One kind or rule, in a process of its own: what it learns is the same for all, what is put in is its own."""
+    part, name = task
+    learning = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    if part == "statistics":
+        return summary(list(episodes(name, num, rng, warm_detectors(learning))))
+    return summary(list(rule_episodes(name, num, rng, warm_rules(learning))))
 
 
 def summary(found: list[Found]) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.host import num_cores
 from runtime.knobs import EngineConfig
 from store.interval import Rate
 from tuner import bench_hour, bench_quality
@@ -42,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     hour = commands.add_parser("hour", help="the real engine against itself for an hour, and coins over it")
     bench_hour.add_arguments(hour)
     anomalies = commands.add_parser("anomalies", help="recall, delay, false alarms and price of noticing")
-    anomalies.add_argument("--num", type=int, default=100, help="anomalies of each kind")
+    anomalies.add_argument("--num", type=int, default=100, help="anomalies of each kind; 0 for none")
     anomalies.add_argument("--days", type=float, default=3.0, help="quiet days at 1 Hz; 0 for none")
+    anomalies.add_argument("--jobs", type=int, default=num_cores(), help="kinds that are tried at a time")
     quality = commands.add_parser(
         "quality", help="weight formats against the loaded weights, beside live streams"
     )
@@ -184,7 +186,7 @@ def bench_anomalies(args: argparse.Namespace) -> dict[str, Any]:
     from tuner.bench_anomalies import report, run_anomalies  # the store, which the others need not load
 
     found = run_anomalies(
-        args.num, args.days, args.seed, lambda what: print(what, file=sys.stderr, flush=True)
+        args.num, args.days, args.seed, args.jobs, lambda what: print(what, file=sys.stderr, flush=True)
     )
     print(report(found))
     return found
