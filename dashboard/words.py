@@ -97,11 +97,16 @@ def told_bytes(value: float | None) -> str:
     return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
+def told_times(value: float) -> str:
+    """`6.3 ×`"""
+    return f"{value:.3g} ×"
+
+
 def told_value(value: float | None, unit: str) -> str:
     """A measured value with its unit, scaled for reading."""
     if value is None:
         return ABSENT
-    told = {"s": told_seconds, "ratio": told_share, "bytes": told_bytes}.get(unit)
+    told = {"s": told_seconds, "ratio": told_share, "bytes": told_bytes, "times": told_times}.get(unit)
     if told is not None:
         return told(value)
     digits = 1 if abs(value) < 100 and not float(value).is_integer() else 0

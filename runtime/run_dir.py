@@ -3,6 +3,7 @@
 runtime.json   pid, boot_id, addresses; there while the server listens
 control.key    64 hex digits, made once
 server.lock    held by the one server that may use this directory
+records/       what the server recorded and nobody has acknowledged yet
 engine.sock    the link to the engine (engine-1.sock and so on where there are several)
 """
 

@@ -34,6 +34,7 @@ from runtime.key_guard import check_exposure, client_key
 from runtime.listener import Listener, bind, url_of
 from runtime.model_folder import ModelFolder
 from runtime.prompts import Prompts, without_torch
+from runtime.record_spool import RecordSpool
 from runtime.replica import Replica
 from runtime.run_dir import RunDir, RuntimeFile
 from runtime.server_options import asked_config, engine_arguments, parser
@@ -124,6 +125,7 @@ class Serving:
         boot = Boot(
             uuid.uuid4().hex, os.getpid(), self._clock.now(), url_of(api_socket), url_of(control_socket)
         )
+        self._front.records.spool = RecordSpool(self._run_dir.path, boot.boot_id)
         control = create_control(
             self._front, self._engine, boot, self._identity, self._shutdown, self._key, self._service.encode
         )
@@ -193,6 +195,7 @@ class Serving:
         for task in (*tasks, *listening):
             task.cancel()
         await asyncio.gather(*tasks, *listening, return_exceptions=True)
+        self._front.records.close()
         log.info("stopped")
 
     def _engine_process(self, replica: Replica, on_trial: bool) -> EngineProcess:

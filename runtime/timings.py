@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Self
 
+from runtime.record_spool import RecordSpool
+
 FinishReason = Literal["stop", "length", "abort", "error", "rejected", "timeout"]
 
 MAX_RECORDS = 200_000
@@ -127,10 +129,14 @@ class Drained(NamedTuple):
 
 @dataclass
 class RecordBuffer:
-    """Records numbered from 1 in the order of their arrival, held as JSON text, the oldest dropped when full."""
+    """Records numbered from 1 in the order of their arrival, held as JSON text, the oldest dropped when full.
+
+    With a `spool` they are on disk too for as long as they are held.
+    """
 
     max_records: int = MAX_RECORDS
     dropped: int = 0
+    spool: RecordSpool | None = None
     _first_seq: int = 1
     _encoded: deque[bytes] = field(default_factory=deque)
 
@@ -140,18 +146,30 @@ class RecordBuffer:
     def append(self, kind: Literal["request", "step", "event"], record: Mapping[str, Any]) -> int:
         """Returns the record's number. Encoded here, a drain of thousands never holds up the event loop."""
         if len(self._encoded) >= self.max_records:
-            self._encoded.popleft()
-            self._first_seq += 1
+            self._free_first()
             self.dropped += 1
         seq = self._first_seq + len(self._encoded)
-        self._encoded.append(json.dumps({**record, "seq": seq, "kind": kind}, separators=(",", ":")).encode())
+        encoded = json.dumps({**record, "seq": seq, "kind": kind}, separators=(",", ":")).encode()
+        self._encoded.append(encoded)
+        if self.spool is not None:
+            self.spool.append(seq, encoded)
         return seq
 
     def drain(self, after_seq: int, limit: int) -> Drained:
         """Frees everything up to `after_seq`, and returns at most `limit` records after it, which stay here."""
         while self._encoded and self._first_seq <= after_seq:
-            self._encoded.popleft()
-            self._first_seq += 1
+            self._free_first()
         taken = [self._encoded[index] for index in range(min(limit, len(self._encoded)))]
         next_seq = self._first_seq + len(taken) - 1
         return Drained(next_seq, self.dropped, b"[" + b",".join(taken) + b"]")
+
+    def close(self) -> None:
+        """No record comes any more."""
+        if self.spool is not None:
+            self.spool.close(self._first_seq - 1)
+
+    def _free_first(self) -> None:
+        self._encoded.popleft()
+        self._first_seq += 1
+        if self.spool is not None:
+            self.spool.acknowledge(self._first_seq - 1)

@@ -17,6 +17,29 @@ from store.tables import (
     Study,
 )
 
+MAX_EPISODES = 20  # that one anomaly remembers
+
+# --- one anomaly ----------------------------------------------------------------------------------
+
+
+def begin_again(anomaly: Anomaly, at: float, reason: str) -> None:
+    """It had ended and came back: the same anomaly with another episode, the worst of all its values, today's words."""
+    done = [*anomaly.details.get("episodes", ()), [*episodes(anomaly)[-1]]]
+    anomaly.details = {
+        **anomaly.details,
+        "episodes": done[-MAX_EPISODES:],
+        "num_returns": anomaly.details.get("num_returns", 0) + 1,
+        "returned_at": at,
+    }
+    anomaly.ended_at, anomaly.reason = None, reason
+
+
+def episodes(anomaly: Anomaly) -> list[tuple[float, float | None]]:
+    """Start and end of each time it was there, oldest first; the last one may still be open."""
+    earlier = [(start_at, end_at) for start_at, end_at in anomaly.details.get("episodes", ())]
+    return [*earlier, (anomaly.details.get("returned_at", anomaly.started_at), anomaly.ended_at)]
+
+
 # --- journal --------------------------------------------------------------------------------------
 
 

@@ -5,17 +5,20 @@
                                                        one transaction
 
 Records are acknowledged only by the drain after the commit, and stored under (boot, number): a daemon that is
-killed anywhere in between drains them again and stores them once.
+killed anywhere in between drains them again and stores them once. What a runtime that was killed had not handed over
+lies in its run directory, and is stored once the next one answers.
 """
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from runtime.client import Control
 from runtime.errors import RuntimeFault, RuntimeUnreachable
+from runtime.record_spool import left_segments
 from store.database import Store, save_drained
 from store.queries import drain_cursor
 from store.samples import save_samples
@@ -27,6 +30,7 @@ log = logging.getLogger(__name__)
 
 PAGE_RECORDS = 5000
 MAX_PAGES = 8  # a tick: after an outage of the daemon the rest waits for the next
+MAX_LEFT_SEGMENTS = 4  # a tick, of 1 MB each
 MAX_WINDOW_S = 60.0  # a longer one is a gap: its records are stored, its statistics would be nobody's "now"
 
 
@@ -65,10 +69,12 @@ class Collector:
     probes: Sequence[Probe]
     monotonic: Callable[[], float] = time.monotonic
     has_room: Callable[[], bool] = lambda: True  # False: the disk is full, and nothing measured is written
+    run_dir: Path | None = None  # of the runtime, where it is on this machine
     _cursors: dict[str, int] = field(default_factory=dict)  # boot_id -> last number that stands in the store
     _dropped: int = 0
     _mark: _Mark | None = None
     _is_silent: bool = False
+    _may_have_left: bool = False  # an earlier boot, records that nobody has read
 
     def collect(self, now: float) -> Collected:
         """Takes one sample of everything and stores it, with all that the runtime recorded since.
@@ -92,6 +98,8 @@ class Collector:
         window = self._window(answer, now_s)
         readings |= runtime_samples(window)
         self._save(_rows(readings, now, answer.state["config_id"]), answer.last_page, now)
+        if self._may_have_left:
+            self._save_left(answer.last_page["boot_id"], now)
         self._mark = _Mark(answer.state, now_s, _last_step(answer.records) or window.step_before)
         return Collected(now, answer.state, len(answer.records), readings, answer.records)
 
@@ -131,6 +139,7 @@ class Collector:
             with self.store.metrics() as session:
                 cursor = drain_cursor(session, boot_id)
             self._cursors = {boot_id: cursor.after_seq if cursor is not None else 0}
+            self._may_have_left = True
             self._dropped = cursor.num_dropped if cursor is not None else 0
         return client.drain(boot_id, self._cursors[boot_id], PAGE_RECORDS)
 
@@ -147,7 +156,7 @@ class Collector:
         if page is None:
             return
         if page["boot_id"] not in self._cursors:
-            self._dropped = 0
+            self._dropped, self._may_have_left = 0, True
         self._cursors = {page["boot_id"]: page["next_seq"]}
         if page["dropped"] > self._dropped:
             lost = page["dropped"] - self._dropped
@@ -155,6 +164,22 @@ class Collector:
                 "The runtime dropped %d records that were not read in time; its buffer was full.", lost
             )
         self._dropped = page["dropped"]
+
+    def _save_left(self, boot_id: str, now: float) -> None:
+        """Stores what boots before this one left behind, a few segments a tick, and removes it from there."""
+        left = left_segments(self.run_dir, boot_id, MAX_LEFT_SEGMENTS) if self.run_dir is not None else []
+        for segment in left:
+            with self.store.metrics() as session:
+                cursor = drain_cursor(session, segment.boot_id)
+                after_seq = cursor.after_seq if cursor is not None else 0
+                news = [record for record in segment.records if record["seq"] > after_seq]
+                if news:
+                    num_dropped = cursor.num_dropped if cursor is not None else 0
+                    save_drained(session, segment.boot_id, news, news[-1]["seq"], num_dropped, now)
+            segment.path.unlink(missing_ok=True)
+            if news:
+                log.info("Stored %d records that an earlier start of the runtime left behind.", len(news))
+        self._may_have_left = len(left) == MAX_LEFT_SEGMENTS
 
     def _window(self, answer: _Answer, now_s: float) -> Window:
         """The records of this tick beside the mark of the one before. Another boot, or a gap, starts anew."""

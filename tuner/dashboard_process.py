@@ -32,7 +32,9 @@ def app_path() -> Path:
 
 
 def command(port: int) -> list[str]:
-    return [sys.executable, "-m", "streamlit", "run", str(app_path()), "--server.port", str(port)]
+    words = [sys.executable, "-m", "streamlit", "run", str(app_path()), "--server.port", str(port)]
+    # Streamlit takes an installation outside of site-packages for its own source tree, and then refuses the port.
+    return [*words, "--global.developmentMode", "false"]
 
 
 def environment(data_dir: Path, as_viewer: bool = False) -> dict[str, str]:

@@ -63,7 +63,7 @@ def rule_table() -> str:
     rows = []
     for rule in RULES:
         band, word = rule.band, "over" if rule.band.rises else "under"
-        told = "{:.0%}" if rule.is_ratio else "{:g}"
+        told = "{:.0%}" if rule.unit == "ratio" else "{:g}"
         follows = ["voids the pair"] if rule.voids_pair else ["starts a study"] if rule.starts_study else []
         rows.append(
             [

@@ -199,7 +199,7 @@ class NoticeStage:
         rule, reading, hold = found.rule, found.reading, found.hold
         last = self._ended.get(found.key)
         if last is not None and last.ended_at is not None and now - last.ended_at < rule.cool_down_s:
-            self._reopen(found.key, last, now)
+            self._reopen(found, last, now)
             return
         row = Anomaly(
             rule=rule.name,
@@ -217,16 +217,16 @@ class NoticeStage:
                 "noticed_at": now,
                 "starts_study": rule.starts_study,
                 "voids_pair": rule.voids_pair,
-                "is_ratio": rule.is_ratio,
+                "unit": rule.unit,
             },
         )
         self._open(found.key, row, now)
 
-    def _reopen(self, key: tuple[str, str], row: Anomaly, now: float) -> None:
+    def _reopen(self, found: RuleEvent, row: Anomaly, now: float) -> None:
         """It came back within its cool-down: the same anomaly, and nobody is told twice."""
-        row.ended_at = None
-        row.details = {**row.details, "num_returns": row.details.get("num_returns", 0) + 1}
-        self._standing[key] = Standing(row, now)
+        since_at = found.hold.since_at if found.hold.since_at is not None else now
+        noticing.begin_again(row, since_at, found.rule.reason(found.reading))
+        self._standing[found.key] = Standing(row, now)
         with self._store.journal() as session:
             session.merge(row)
 
@@ -335,7 +335,8 @@ class NoticeStage:
             row.details = {**row.details, "sizes": sizes}
         with self._store.journal() as session:
             session.merge(row)
-            text = f"Over after {(now - row.started_at) / 60:.1f} min: {row.reason}"
+            since_at = noticing.episodes(row)[-1][0]
+            text = f"Over after {(now - since_at) / 60:.1f} min: {row.reason}"
             tell(session, now, "notice", text, {"anomaly_id": row.anomaly_id})
         if row.layer == "A":
             self._ended[key] = row

@@ -19,6 +19,7 @@ from tuner.signals import Limit, Signals
 
 Kind = Literal["fault", "condition"]
 Severity = Literal["page", "ticket"]
+Unit = Literal["", "ratio", "times"]
 
 # NVML's clock event reasons that mean trouble: HW slowdown, SW thermal, HW thermal, HW power brake.
 # Source: nvml.h, nvmlClocksEventReason*. The software power cap is daily life of a busy GPU, and not among them.
@@ -43,7 +44,8 @@ class Rule:
     """What is watched, when it fires, when it is over, and what follows.
 
     metric: what the anomaly is filed under. sees: what the value is, for people.
-    is_ratio: the value is told in percent. cool_down_s: firing again this soon continues the same anomaly.
+    unit: of the value where it is not the metric's own: a share ("ratio") or a multiple ("times").
+    cool_down_s: firing again this soon continues the same anomaly.
     voids_pair: what no challenger can cause and no slice survives. starts_study: what other knobs can help.
     champion_only: is not asked while a challenger serves; the guardrails watch that one.
     """
@@ -56,7 +58,7 @@ class Rule:
     sees: str
     words: str
     signal: Signal
-    is_ratio: bool = False
+    unit: Unit = ""
     cool_down_s: float = 600.0
     voids_pair: bool = False
     starts_study: bool = False
@@ -205,7 +207,7 @@ def _ecc(signals: Signals, now: float) -> Iterator[Reading]:
 
 _FIVE_MINUTES = Band(trigger=0.90, clear=0.85, hold_s=300.0, clear_s=60.0, min_samples=180)
 _hardware = partial(
-    Rule, kind="condition", severity="page", band=_FIVE_MINUTES, is_ratio=True, cool_down_s=3600.0
+    Rule, kind="condition", severity="page", band=_FIVE_MINUTES, unit="ratio", cool_down_s=3600.0
 )
 _fault = partial(Rule, kind="fault", severity="page", cool_down_s=0.0)
 _condition = partial(Rule, kind="condition", severity="page", champion_only=True, starts_study=True)
@@ -231,7 +233,7 @@ RULES: tuple[Rule, ...] = (
         words="The host was suspended for {value:.0f} s.",
     ),
     _fault(
-        "cpu_steal", metrics.CPU_STEAL_RATIO, band=Band(0.20, 0.15, 20.0, 20.0, 15), voids_pair=True, is_ratio=True,
+        "cpu_steal", metrics.CPU_STEAL_RATIO, band=Band(0.20, 0.15, 20.0, 20.0, 15), voids_pair=True, unit="ratio",
         signal=partial(_mean_of, metrics.CPU_STEAL_RATIO, "", 10.0), sees="mean share of 10 s that went to others",
         words="The hypervisor gave {value:.0%} of our cores' time to others.",
     ),
@@ -246,7 +248,7 @@ RULES: tuple[Rule, ...] = (
         words="GPU {label} reported {value:.0f} memory errors that could not be corrected.",
     ),
     _condition(
-        "slo", metrics.E2E_S, band=Band(1.0, 0.9, 30.0, 60.0, 15), signal=_slo,
+        "slo", metrics.E2E_S, band=Band(1.0, 0.9, 30.0, 60.0, 15), signal=_slo, unit="times",
         sees="error budget of an SLO over the last minute, as a multiple of what may be used",
         words="An SLO's budget is used up {value:.1f} times as fast as it may be.",
     ),
@@ -257,34 +259,35 @@ RULES: tuple[Rule, ...] = (
     ),
     _condition(
         "request_rate", metrics.REQUESTS_PER_S, severity="ticket", band=Band(0.05, 0.045, 180.0, 60.0, 100),
-        is_ratio=True, champion_only=False, signal=_rate_shift, cool_down_s=3600.0,
+        unit="ratio", champion_only=False, signal=_rate_shift, cool_down_s=3600.0,
         sees="distance of the last minute's request rate from its hour's line; counts beyond 3 sd of such minutes",
         words="The request rate is off by {value:.0%}.",
     ),
     _condition(
         "quality", "top1_agreement", band=Band(0.05, 0.045, 0.0, 0.0), signal=quality_off, starts_study=False,
-        is_ratio=True, sees="share of known positions with another likeliest token; counts after two failed rounds",
+        unit="ratio", sees="share of known positions with another likeliest token; counts after two failed rounds",
         words="The champion answers {value:.1%} of the known positions otherwise than its reference, twice in a row.",
     ),
     _condition(
-        "gpu_idle", metrics.GPU_UTIL_RATIO, severity="ticket", is_ratio=True,
+        "gpu_idle", metrics.GPU_UTIL_RATIO, severity="ticket", unit="ratio",
         band=Band(0.30, 0.33, 300.0, 60.0, 150, rises=False), signal=partial(_gpu_util, _has_work), cool_down_s=3600.0,
         sees="mean utilisation of 60 s; counts while requests are there",
         words="GPU {label} is {value:.0%} busy although requests are there.",
     ),
     _condition(
-        "gpu_saturated", metrics.GPU_UTIL_RATIO, is_ratio=True, band=Band(0.95, 0.90, 300.0, 60.0, 150),
+        "gpu_saturated", metrics.GPU_UTIL_RATIO, unit="ratio", band=Band(0.95, 0.90, 300.0, 60.0, 150),
         signal=partial(_gpu_util, _queue_grows), cool_down_s=3600.0,
         sees="mean utilisation of 60 s; counts while the queue or the TTFT grows",
         words="GPU {label} is {value:.0%} busy, and the queue or the TTFT grows.",
     ),
     _condition(
         "slow_steps", metrics.STEP_S, severity="ticket", starts_study=False, band=Band(2.0, 1.8, 0.0, 60.0),
-        signal=_slow_steps, sees="third slowest step of a minute, as a multiple of the p99 of its batch size",
+        unit="times", signal=_slow_steps,
+        sees="third slowest step of a minute, as a multiple of the p99 of its batch size",
         words="Steps take {value:.1f} times their p99.",
     ),
     _condition(
-        "fragmentation", metrics.KV_FRAGMENTATION_RATIO, severity="ticket", is_ratio=True,
+        "fragmentation", metrics.KV_FRAGMENTATION_RATIO, severity="ticket", unit="ratio",
         band=Band(0.15, 0.135, 0.0, 60.0), signal=_fragmentation, cool_down_s=3600.0,
         sees="unfilled share of the KV cache in the third worst of the last five minutes",
         words="{value:.0%} of the KV cache lies in blocks that are held and not filled.",

@@ -99,7 +99,7 @@ def serve(
     stack.callback(end_run, store, run_id, clock)
     initial = initial_config(settings, identity)
     probes: list[Probe] = [HostProbe(settings.data_dir), NvmlProbe(), ProcessProbe(supervisor.pids)]
-    collector = Collector(supervisor.client(), store, probes)
+    collector = Collector(supervisor.client(), store, probes, run_dir=supervisor.run_dir)
     daemon = Daemon(
         settings,
         store,

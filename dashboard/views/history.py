@@ -17,8 +17,10 @@ from dashboard.words import (
     told_utc,
     told_value,
 )
+from store import noticing
 from store.database import StoreReader
 from store.metrics import METRICS
+from store.tables import Anomaly
 
 REFRESH_S = 10.0
 MINUTE_S, HOUR_S, DAY_S = 60.0, 3600.0, 86400.0
@@ -128,13 +130,11 @@ def anomaly_spans(found: History) -> dict[str, list[charts.Span]]:
     """Shades by metric. Faults are shown on every chart: they void what was measured under them."""
     spans: dict[str, list[charts.Span]] = {}
     for one in found.anomalies:
-        span = charts.Span(
-            max(one.started_at, found.t0),
-            min(one.ended_at or found.t1, found.t1),
-            f"{one.kind}: {one.rule}",
-            one.reason,
-        )
-        spans.setdefault("" if one.kind == "fault" else one.metric, []).append(span)
+        chart = spans.setdefault("" if one.kind == "fault" else one.metric, [])
+        for start_at, end_at in noticing.episodes(one):
+            start_at, end_at = max(start_at, found.t0), min(end_at or found.t1, found.t1)
+            if start_at <= end_at:
+                chart.append(charts.Span(start_at, end_at, f"{one.kind}: {one.rule}", one.reason))
     return spans
 
 
@@ -152,14 +152,14 @@ def anomalies_table(situation: Situation, found: History) -> None:
     rows = [
         {
             "started": told_at(one.started_at, situation.zone, situation.now),
-            "lasted": "open" if one.ended_at is None else told_duration(one.ended_at - one.started_at),
+            "lasted": lasted(one, situation),
             "kind": one.kind,
             "severity": one.severity,
             "rule": one.rule,
             "metric": f"{one.metric} {one.label}".strip(),
-            "observed": value_of(one.metric, one.observed),
-            "limit": value_of(one.metric, one.limit),
-            "worst": value_of(one.metric, one.worst),
+            "observed": value_of(one, one.observed),
+            "limit": value_of(one, one.limit),
+            "worst": value_of(one, one.worst),
             "why": one.reason,
             "layer": one.layer,
             "started UTC": told_utc(one.started_at),
@@ -169,10 +169,23 @@ def anomalies_table(situation: Situation, found: History) -> None:
     table(rows, "anomalies", "Anomalies of the range, newest first.")
 
 
-def value_of(metric: str, value: float | None) -> str:
+def lasted(one: Anomaly, situation: Situation) -> str:
+    """`12 min`; `open, again since 14:32` where it had ended before; `4 min in 3 times`."""
+    *earlier, (since_at, end_at) = noticing.episodes(one)
+    if end_at is None:
+        return f"open, again since {told_at(since_at, situation.zone, situation.now)}" if earlier else "open"
+    whole = sum(
+        end_at - start_at for start_at, end_at in [*earlier, (since_at, end_at)] if end_at is not None
+    )
+    return told_duration(whole) + (f" in {len(earlier) + 1} times" if earlier else "")
+
+
+def value_of(one: Anomaly, value: float | None) -> str:
+    """In the unit of its rule, which need not be that of the metric that it is filed under."""
     if value is None:
         return ABSENT
-    return told_value(value, METRICS[metric].unit) if metric in METRICS else f"{value:.4g}"
+    unit = one.details.get("unit") or (METRICS[one.metric].unit if one.metric in METRICS else "")
+    return told_value(value, unit) if unit else f"{value:.4g}"
 
 
 def changes_table(situation: Situation, found: History) -> None:

@@ -25,6 +25,7 @@ from dashboard.words import (
     told_share,
     told_utc,
 )
+from store import noticing
 from store.database import StoreReader
 
 REFRESH_S = 2.0
@@ -85,7 +86,9 @@ def doing(situation: Situation, found: Overview) -> None:
         )
     for one in found.anomalies:
         said = "Fault, tuning is frozen" if one.kind == "fault" else "Condition"
-        st.warning(f"{said}: {escaped(one.reason)}", icon=":material/warning:")
+        *earlier, (since_at, _) = noticing.episodes(one)
+        since = f"{'again ' if earlier else ''}since {told_at(since_at, situation.zone, situation.now)}"
+        st.warning(f"{said}, {since}: {escaped(one.reason)}", icon=":material/warning:")
     if found.waiting and status.mode != "auto":
         st.info(
             f"Waiting for a person: {found.waiting} recommendation{'s'[: found.waiting > 1]}; see the page "

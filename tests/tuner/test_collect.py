@@ -1,5 +1,6 @@
 """Collecting: nothing is lost or counted twice, and what is not known is absent."""
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from runtime.record_spool import RecordSpool
 from store import metrics
 from store.database import Store
 from store.errors import StoreUnavailable
@@ -206,6 +208,27 @@ def test_restarted_daemon_goes_on_where_the_store_ends(store: Store) -> None:
     Collector(client, store, [], Ticking()).collect(2.0)
     assert client.drains == [("b1", 0), ("b1", 2)]
     assert stored(store) == (0, 3, 0)
+
+
+def test_what_a_killed_runtime_left_behind_is_stored_once_the_next_one_answers(
+    store: Store, tmp_path: Path
+) -> None:
+    client = FakeClient()
+    collector = Collector(client, store, [], Ticking(), run_dir=tmp_path)
+    spool = RecordSpool(tmp_path, "b1")
+    client.records = [step(1, 1.0), step(2, 2.0)]
+    collector.collect(1.0)
+    for record in (step(1, 1.0), step(2, 2.0), request(3, 2.0), step(4, 2.5)):
+        spool.append(record["seq"], json.dumps(record).encode())
+    assert stored(store) == (0, 2, 0)
+    client.boot_id, client.records = "b2", [step(1, 3.0)]  # numbers 3 and 4 died with their process
+    for at in (3.0, 4.0):
+        collector.collect(at)
+    assert stored(store) == (1, 4, 0)
+    assert not list((tmp_path / "records").iterdir())
+    with store.metrics() as session:
+        cursor = drain_cursor(session, "b1")
+        assert cursor is not None and cursor.after_seq == 4
 
 
 def test_restarted_runtime_is_another_boot_with_numbers_of_its_own(store: Store) -> None:

@@ -257,6 +257,31 @@ def test_same_trouble_within_six_hours_is_not_told_again_unless_it_is_much_worse
     assert len(one.rows()) == 2
 
 
+def test_rule_that_fires_again_soon_is_the_same_anomaly_with_another_episode(lone):
+    one = lone()
+
+    def queue(waiting, seconds):
+        for _ in range(seconds):
+            one.tick({(metrics.REQUESTS_RUNNING, ""): 4.0, (metrics.REQUESTS_WAITING, ""): waiting})
+
+    queue(80.0, 60)
+    queue(0.0, 200)
+    (row,) = one.rows()
+    first = noticing.episodes(row)
+    assert len(first) == 1 and row.ended_at is not None
+    back_at = one.now
+    queue(120.0, 60)
+    (row,) = one.rows()
+    assert row.ended_at is None and "120" in row.reason
+    assert noticing.episodes(row) == [*first, (pytest.approx(back_at, abs=1.0), None)]
+    queue(0.0, 200)
+    (row,) = one.rows()
+    with one.store.journal() as session:
+        over = [note.text for note in session.query(Note) if note.text.startswith("Over after")]
+    assert row.ended_at is not None and len(over) == 2
+    assert all(text.startswith("Over after 1.5 min") for text in over)  # each of its own minute, not of both
+
+
 def test_slices_of_a_challenger_are_left_out(lone):
     one = lone()
     one.run(2400)
