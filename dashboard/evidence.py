@@ -1,6 +1,6 @@
 """What an experiment's pairs say so far, computed again from the store: for experiments that have no verdict yet.
 
-The test is the judge's; `tests/dashboard/test_evidence.py` holds it equal to `tuner/sign_flip.py`, which this
+The test is the judge's; `tests/dashboard/test_evidence.py` holds it equal to `tuner/judging/sign_flip.py`, which this
 package may not import. Differences are in log units, negative is better.
 """
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from store.interval import anytime_interval
 
 INTERVAL_ALPHA = 0.05
-UNIT, CLIP = 0.001, 5.0  # as in tuner/sign_flip.py: log units of the exact test
+UNIT, CLIP = 0.001, 5.0  # as in tuner/judging/sign_flip.py: log units of the exact test
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {"runtime": set(), "store": set(), "tuner": {"runtime", "store"}, "dashboard": {"store"}}
 ONLY_IN = {
     "torch": "runtime/", "transformers": "runtime/", "sqlalchemy": "store/", "alembic": "store/",
-    "streamlit": "dashboard/", "optuna": "tuner/propose.py", "prophet": "tuner/forecast.py",
+    "streamlit": "dashboard/", "optuna": "tuner/propose.py", "prophet": "tuner/notice/forecast.py",
 }  # fmt: skip
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -309,11 +309,11 @@ def bench(context: typer.Context) -> None:
     """Benchmarks: engine (warm knobs), or of the statistics: aa, azure --trace FILE, harm, hour,
     anomalies, quality; each with --help."""
     if context.args[:1] == ["engine"]:  # in a child of its own: torch is loaded in the runtime only
-        from tuner.canary import PASSAGES
+        from tuner.quality.canary import PASSAGES
 
         words = ["-m", "runtime.bench", "--text", str(PASSAGES), *context.args[1:]]
         sys.exit(subprocess.run([sys.executable, *words], check=False).returncode)
-    from tuner.bench_judge import main as bench_judge
+    from tuner.bench.__main__ import main as bench_judge
 
     sys.exit(bench_judge(context.args))
 

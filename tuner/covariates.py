@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.objective import Metric
+from tuner.judging.objective import Metric
 from tuner.twin import MIN_LATENCY_S, MIN_WINDOW_PAIRS, MIN_WINDOW_REQUESTS, ServedRequest
 
 MIN_CUT = 0.10

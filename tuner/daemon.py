@@ -23,21 +23,21 @@ from store.tables import Experiment, Study
 from tuner.against_itself import due_at, false_alarm_words
 from tuner.collect import Collected, Collector
 from tuner.confirmed import LOST_REASON, confirmed_config
-from tuner.error_rate import Lord
 from tuner.experiment import JUDGED, Decided, ExperimentStage
 from tuner.guardrail import Watchman
-from tuner.harm import HarmRule
-from tuner.interval import effect_ratio
-from tuner.judge import Outcome
+from tuner.judging.error_rate import Lord
+from tuner.judging.harm import HarmRule
+from tuner.judging.interval import effect_ratio
+from tuner.judging.judge import Outcome
+from tuner.judging.objective import Metric
 from tuner.keep import KeepStage
-from tuner.notice import NoticeStage
-from tuner.objective import Metric
+from tuner.notice.stage import NoticeStage
 from tuner.pairs import ExperimentRules, scored_pairs
 from tuner.planning import Planning
 from tuner.planning_stage import FIRST_PAIR_SD, PlanningStage, window_pair_sd
 from tuner.probation import Probation
 from tuner.promote import PromoteStage, describe
-from tuner.quality_stage import Failed, NotYet, QualityStage
+from tuner.quality.stage import Failed, NotYet, QualityStage
 from tuner.rows import tell
 from tuner.settings import Settings
 from tuner.stage_costs import StageCosts

@@ -16,7 +16,7 @@ from pathlib import Path
 from runtime.knobs import KNOBS, Knob, default_config
 from store.metrics import METRICS
 from tuner import errors
-from tuner.rules import RULES
+from tuner.notice.rules import RULES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("runtime", "store", "tuner", "dashboard")

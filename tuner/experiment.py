@@ -27,14 +27,14 @@ from runtime.plan import PlannedSlice, SlicePlan
 from store import decisions, evidence, queries
 from store.database import Store
 from store.tables import AlphaSpend, Experiment, Slice, Verdict
-from tuner.coin import draw_coin
-from tuner.error_rate import Lord
 from tuner.guardrail import Limits, Stop, Watch, Watchman
-from tuner.harm import HarmReference, harm_reference
 from tuner.harm_budget import harm_done
-from tuner.judge import Outcome, PairScore, judge
-from tuner.judge import Verdict as Judgement
-from tuner.objective import SliceMeasure, measure_slice
+from tuner.judging.coin import draw_coin
+from tuner.judging.error_rate import Lord
+from tuner.judging.harm import HarmReference, harm_reference
+from tuner.judging.judge import Outcome, PairScore, judge
+from tuner.judging.judge import Verdict as Judgement
+from tuner.judging.objective import SliceMeasure, measure_slice
 from tuner.pairs import (
     ExperimentRules,
     ages_of,

@@ -16,7 +16,7 @@ from typing import Any
 
 from runtime.client import Control
 from runtime.errors import EngineNotReady, RuntimeFault, RuntimeUnreachable
-from tuner.harm import HarmReference, HarmRule, SliceWatch, harm_reference
+from tuner.judging.harm import HarmReference, HarmRule, SliceWatch, harm_reference
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuner.interval import anytime_interval, log_harm_e_value
+from tuner.judging.interval import anytime_interval, log_harm_e_value
 
 MIN_SHARE, MAX_SHARE = 0.005, 0.10
 HARM_ALPHA = 0.05

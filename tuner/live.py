@@ -10,7 +10,7 @@ from store.database import Store, StoreReader
 from store.errors import StoreError
 from store.tables import Trial
 from tuner.daemon import Daemon
-from tuner.interval import anytime_interval, effect_ratio
+from tuner.judging.interval import anytime_interval, effect_ratio
 from tuner.pairs import scored_pairs
 from tuner.promote import describe
 from tuner.view import ExperimentView, GainView, LatencyView, ProbeView, StoryLine, ViewState, show

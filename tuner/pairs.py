@@ -7,10 +7,10 @@ from statistics import fmean
 from typing import Any
 
 from store.tables import Experiment, Slice, Verdict
-from tuner.coin import Coin, Order
-from tuner.judge import GuardrailResult, JudgeRules, Outcome, PairScore, SliceScore, score_pair
-from tuner.judge import Verdict as Judgement
-from tuner.objective import Metric, SLOLimit, Timing
+from tuner.judging.coin import Coin, Order
+from tuner.judging.judge import GuardrailResult, JudgeRules, Outcome, PairScore, SliceScore, score_pair
+from tuner.judging.judge import Verdict as Judgement
+from tuner.judging.objective import Metric, SLOLimit, Timing
 
 
 @dataclass(frozen=True)

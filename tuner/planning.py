@@ -3,7 +3,7 @@
     request rate ──slicing──▶ Slicing (how long a slice must be, or "not enough traffic")
     Slicing, level, pair sd ──plan──▶ Planning (smallest gain, pairs, minutes, words)
 
-The chance to find a gain is that of our own test (`tuner.power`), at the level that this experiment is paid
+The chance to find a gain is that of our own test (`tuner.judging.power`), at the level that this experiment is paid
 and within the pairs that its wall time leaves. A pair sd is what the champion's own windows showed; from
 MIN_PAIRS_FOR_SD scored pairs on, what the experiment's pairs show themselves.
 """
@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from statistics import stdev
 from typing import Any
 
-from tuner.interval import gain_as_log, pairs_needed
-from tuner.power import PowerCurve, power_curve
-from tuner.sign_flip import min_pairs_to_cross
+from tuner.judging.interval import gain_as_log, pairs_needed
+from tuner.judging.power import PowerCurve, power_curve
+from tuner.judging.sign_flip import min_pairs_to_cross
 
 MIN_PAIRS_FOR_SD = 5
 MIN_PAIR_SD = 0.02  # log units; below it no traffic is steady for long, and a plan would promise too much

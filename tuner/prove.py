@@ -28,12 +28,12 @@ from store.database import StoreReader
 from store.errors import StoreError
 from store.tables import Change
 from tuner.api import DaemonClient
-from tuner.load_report import Outcome, read_report
-from tuner.objective import quantile
+from tuner.judging.objective import quantile
+from tuner.load.report import Outcome, read_report
+from tuner.load.traffic import command as traffic_command
 from tuner.promote import describe
 from tuner.report import explain_report
 from tuner.settings import TrafficSettings
-from tuner.traffic import command as traffic_command
 
 MEASURE_S = 185.0
 SETTLE_S = 15.0
@@ -221,7 +221,7 @@ def compare_with_default(
 def stop_traffic(run_pid: int) -> None:
     """Ends the load that `tuner run` makes; it takes no notice before its own end."""
     for process in psutil.Process(run_pid).children(recursive=True):
-        if "tuner.traffic" in process.cmdline():
+        if "tuner.load.traffic" in process.cmdline():
             process.terminate()
 
 

@@ -26,19 +26,19 @@ from store.database import Store
 from store.errors import StoreError
 from store.recovery import Recovered, open_store
 from tuner.api import DaemonServer, write_private
-from tuner.arrivals import at_rate
 from tuner.collect import Collector
 from tuner.confirmed import last_good_or_none
 from tuner.daemon import Daemon, Wish
 from tuner.dashboard_keeper import DashboardKeeper
 from tuner.errors import Unavailable
 from tuner.hardware import HostProbe, NvmlProbe, Probe, ProcessProbe
+from tuner.load.arrivals import at_rate
+from tuner.load.traffic import API_KEY_VARIABLE
+from tuner.load.traffic import command as traffic_command
 from tuner.rows import tell
 from tuner.settings import Settings, TrafficSettings
 from tuner.snapshot import end_run, initial_config, record_run, record_snapshot
 from tuner.supervisor import RuntimeSupervisor
-from tuner.traffic import API_KEY_VARIABLE
-from tuner.traffic import command as traffic_command
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from pydantic import Field, field_validator
 
-from tuner.rules import RULES
+from tuner.notice.rules import RULES
 from tuner.settings_section import Section
 
 

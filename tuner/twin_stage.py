@@ -20,7 +20,7 @@ from store.database import Store
 from store.tables import TwinFit
 from tuner.covariates import REACH_S, CovariateFit, fit_covariates, window_of
 from tuner.covariates import predict_pair as predict_by_covariates
-from tuner.objective import Metric
+from tuner.judging.objective import Metric
 from tuner.rows import tell
 from tuner.twin import ServedRequest, TwinParameters, calibrate_twin, predict_pair
 

@@ -17,11 +17,11 @@ from store import seal
 from store.export_evidence import EVIDENCE_FORMAT, EVIDENCE_SCHEMA_VERSION
 from store.seal import Document
 from store.tables import Experiment, Slice
-from tuner.coin import coin_hash
-from tuner.error_rate import Lord
 from tuner.errors import EvidenceUnreadable, SettingsError
 from tuner.experiment import HARM_PREFIX
-from tuner.judge import GuardrailResult, Outcome, PairScore, Verdict, judge
+from tuner.judging.coin import coin_hash
+from tuner.judging.error_rate import Lord
+from tuner.judging.judge import GuardrailResult, Outcome, PairScore, Verdict, judge
 from tuner.pairs import ExperimentRules, guardrails, pairs_of, scored_pairs, verdict_row
 
 MAX_BYTES = 64 * 1024 * 1024

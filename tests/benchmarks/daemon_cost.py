@@ -38,7 +38,11 @@ traffic: {kind: poisson, rate_per_s: 2.0}
 """
 WARM_UP_S = 60.0  # imports, first rows: their memory is no slope
 BAR_RATIO = 0.05
-CHILDREN = {"tuner.forecast": "forecasts", "tuner.propose": "search", "tuner.traffic": "(traffic)"}
+CHILDREN = {
+    "tuner.notice.forecast": "forecasts",
+    "tuner.propose": "search",
+    "tuner.load.traffic": "(traffic)",
+}
 
 
 @dataclass

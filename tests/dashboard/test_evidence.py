@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dashboard.evidence import estimates, looks, reflipped
-from tuner.interval import anytime_interval, effect_ratio
-from tuner.sign_flip import SignFlipTest, reflipped_histories
+from tuner.judging.interval import anytime_interval, effect_ratio
+from tuner.judging.sign_flip import SignFlipTest, reflipped_histories
 
 differences = st.lists(st.floats(-6, 6, allow_nan=False), min_size=1, max_size=30)
 

@@ -33,7 +33,7 @@ from tests.end_to_end.accounts import Kill, read_ledger, settle
 from tests.end_to_end.deployment import Deployment
 from tests.end_to_end.victims import VICTIMS, Mark, Victim, engine_outlives, num_told
 from tests.servers import ROOT
-from tuner.watched import FORECAST_LABELS
+from tuner.notice.watched import FORECAST_LABELS
 
 RECOVERY_LIMIT_S = 180.0
 SLACK_S = 3.0  # a request may have been on its way when all was well again

@@ -66,7 +66,7 @@ def search_is_well(site: Deployment, mark: Mark) -> bool:
 
 def forecast_is_well(site: Deployment, mark: Mark) -> bool:
     """Another child fits, or the failure is recorded and nothing else waits for its turn."""
-    return site.child_pid("tuner.forecast") not in (None, mark.pid) or newest(site, "fit") > mark.value
+    return site.child_pid("tuner.notice.forecast") not in (None, mark.pid) or newest(site, "fit") > mark.value
 
 
 # --- what the store tells -------------------------------------------------------------------------
@@ -124,7 +124,7 @@ VICTIMS: Mapping[str, Victim] = {
             told=("note", "The dashboard ended"),
         ),
         Victim(
-            "forecast", lambda site: site.child_pid("tuner.forecast"), forecast_is_well,
+            "forecast", lambda site: site.child_pid("tuner.notice.forecast"), forecast_is_well,
             mark=lambda site: newest(site, "fit"), kills_a_life=7, pause_s=(0.0, 2.0),
         ),
         Victim(

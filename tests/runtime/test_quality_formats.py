@@ -17,8 +17,8 @@ from runtime.model_folder import ModelFolder
 from runtime.plan import PlanRunner
 from runtime.prompts import Prompts
 from tests.servers import DEMO_MODEL
-from tuner.canary import canary_set
-from tuner.quality import Comparison, QualityLimits, Scores, compare
+from tuner.quality.canary import canary_set
+from tuner.quality.comparison import Comparison, QualityLimits, Scores, compare
 from tuner.settings_quality import QualitySettings
 
 SHIPPED = QualitySettings()

@@ -7,10 +7,10 @@ from runtime.knobs import EngineConfig
 from store.database import Store
 from store.tables import AlphaSpend, Anomaly, Champion, Change, Experiment, Slice, TwinFit, Verdict
 from tests.simulated_runtime import IDENTITY
-from tuner.coin import draw_coin
-from tuner.error_rate import Lord
 from tuner.experiment import HARM_PREFIX
-from tuner.judge import Outcome, judge
+from tuner.judging.coin import draw_coin
+from tuner.judging.error_rate import Lord
+from tuner.judging.judge import Outcome, judge
 from tuner.pairs import ExperimentRules, guardrails, planned_pair, scored_pairs, verdict_row
 from tuner.rows import ensure_config
 from tuner.settings import load_settings

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.arrivals import Arrival, arrivals, length_scale, read_trace
 from tuner.errors import SettingsError
+from tuner.load.arrivals import Arrival, arrivals, length_scale, read_trace
 from tuner.settings import TrafficSettings
 
 CUT = Path(__file__).parents[2] / "configs" / "traces" / "azure_code_cut.csv"

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tuner.bench_coins import cut_pairs, judged, run_coins
-from tuner.judge import JudgeRules, Outcome, SliceScore, judge, score_pair
-from tuner.objective import Timing
+from tuner.bench.coins import cut_pairs, judged, run_coins
+from tuner.judging.judge import JudgeRules, Outcome, SliceScore, judge, score_pair
+from tuner.judging.objective import Timing
 from tuner.pairs import ExperimentRules
 
 RULES = ExperimentRules(

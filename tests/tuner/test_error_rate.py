@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from tuner.error_rate import Lord, gamma
+from tuner.judging.error_rate import Lord, gamma
 
 
 def test_first_levels_are_a_quarter_and_a_twentieth_of_a_percent():

@@ -11,10 +11,10 @@ import pytest
 from store.database import Store
 from store.noticing import forecast_fits
 from store.queries import forecasts
-from tuner.forecast import answer, fit, thinned
-from tuner.forecast_process import ForecastProcess
-from tuner.forecast_stage import ForecastRules, ForecastStage, learning_words, relevelled
-from tuner.statistics_stage import Band, BandPoint, State, StatisticsStage
+from tuner.notice.forecast import answer, fit, thinned
+from tuner.notice.forecast_process import ForecastProcess
+from tuner.notice.forecast_stage import ForecastRules, ForecastStage, learning_words, relevelled
+from tuner.notice.statistics_stage import Band, BandPoint, State, StatisticsStage
 
 DAY_S = 86400.0
 RATE = ("requests_per_s", "")

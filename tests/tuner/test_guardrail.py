@@ -4,7 +4,7 @@ import pytest
 
 from runtime.errors import NoPlan, RuntimeUnreachable
 from tuner.guardrail import Limits, Watch, Watchman, breach, latest_reference
-from tuner.harm import HarmReference, HarmRule
+from tuner.judging.harm import HarmReference, HarmRule
 
 QUIET = {
     "num_arrived": 40, "num_finished": 40, "num_errors": 0, "sum_log_e2e": 0.0, "sumsq_log_e2e": 1.0,

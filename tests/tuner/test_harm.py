@@ -5,8 +5,8 @@ import math
 import numpy as np
 from scipy.stats import binomtest
 
-from tuner.bench_harm import stops
-from tuner.harm import HarmReference, HarmRule, SliceWatch, harm_reference
+from tuner.bench.harm import stops
+from tuner.judging.harm import HarmReference, HarmRule, SliceWatch, harm_reference
 
 RULE = HarmRule()
 CHAMPION = HarmReference(mean_log=0.0, sd_slice_mean=0.15, slowest_s=4.0, num_challenger_slices=0)

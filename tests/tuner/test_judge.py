@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from tuner.coin import coin_hash, draw_coin
-from tuner.interval import (
+from tuner.judging.coin import coin_hash, draw_coin
+from tuner.judging.interval import (
     anytime_interval,
     gain_as_log,
     log_harm_e_value,
@@ -22,7 +22,7 @@ from tuner.interval import (
     min_detectable_gain,
     pairs_needed,
 )
-from tuner.judge import GuardrailResult, JudgeRules, Outcome, PairScore, SliceScore, judge, score_pair
+from tuner.judging.judge import GuardrailResult, JudgeRules, Outcome, PairScore, SliceScore, judge, score_pair
 
 SMALL = JudgeRules(alpha=0.05, max_pairs=20)
 

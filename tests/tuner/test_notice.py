@@ -11,9 +11,9 @@ from store.database import Store
 from store.tables import Anomaly, Change, Experiment, Note, QualityCheck, Sample, SampleRollup, Slice, Study
 from tests.simulated_runtime import IDENTITY, SimulatedRuntime
 from tests.tuner.test_daemon import FAST, World
-from tuner.bench_anomalies import quiet_second
+from tuner.bench.anomalies import quiet_second
 from tuner.collect import Collected
-from tuner.notice import NoticeStage
+from tuner.notice.stage import NoticeStage
 from tuner.rows import ensure_config
 from tuner.settings import Settings
 from tuner.snapshot import record_snapshot

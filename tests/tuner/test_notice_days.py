@@ -14,7 +14,7 @@ from store.noticing import forecast_fits
 from store.queries import forecasts
 from store.tables import Anomaly
 from tuner.collect import Collected
-from tuner.notice import NoticeStage
+from tuner.notice.stage import NoticeStage
 from tuner.settings import Settings
 
 DAY_S = 86400.0

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from tuner.objective import SLOLimit, Timing, measure_slice, quantile
+from tuner.judging.objective import SLOLimit, Timing, measure_slice, quantile
 
 
 def timing(id, latency_s, reason="stop", output_tokens=10):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tuner.power import crossings, power_curve
-from tuner.sign_flip import UNIT, SignFlipTest
+from tuner.judging.power import crossings, power_curve
+from tuner.judging.sign_flip import UNIT, SignFlipTest
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, t
 
-from tuner.canary import canary_set
-from tuner.quality import (
+from tuner.quality.canary import canary_set
+from tuner.quality.comparison import (
     MIN_POSITIONS,
     QualityLimits,
     Scores,

@@ -10,7 +10,7 @@ from runtime.errors import EngineNotReady, InvalidKnob, RequestFailed
 from runtime.knobs import EngineConfig
 from store.tables import Anomaly, Change, Experiment, Note, QualityCheck, Slice, Study, Trial, Verdict
 from tests.tuner.test_daemon import POOR, promoted, worlds
-from tuner.quality_stage import Failed, NotYet, Passed, QualityStage
+from tuner.quality.stage import Failed, NotYet, Passed, QualityStage
 from tuner.rows import ensure_config
 
 START = {**POOR, "max_num_seqs": 4, "max_batched_tokens": 256}

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from store import metrics
-from tuner.bench_anomalies import RULE_FAULTS, Second, quiet_second
-from tuner.hysteresis import Band, Hold
-from tuner.rule_book import RuleBook
-from tuner.rules import RULES, limits_for, rules_for
+from tuner.bench.anomalies import RULE_FAULTS, Second, quiet_second
+from tuner.notice.hysteresis import Band, Hold
+from tuner.notice.rule_book import RuleBook
+from tuner.notice.rules import RULES, limits_for, rules_for
+from tuner.notice.signals import Limit, Signals, StepBucket
 from tuner.settings import Settings
-from tuner.signals import Limit, Signals, StepBucket
 
 HOLD = Band(trigger=50.0, clear=25.0, hold_s=30.0, clear_s=10.0, min_samples=20)
 

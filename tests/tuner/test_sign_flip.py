@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from tuner.sign_flip import (
+from tuner.judging.sign_flip import (
     CLIP,
     UNIT,
     SignFlipTest,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.tuner.fake_completions import FakeServer, serving
 from tuner.errors import SettingsError
-from tuner.stream_client import Reply, StreamClient, Target
+from tuner.load.stream_client import Reply, StreamClient, Target
 
 EVENTS = [
     b'data: {"choices":[{"index":0,"text":"one"}]}\n\n',

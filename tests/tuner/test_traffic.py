@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from tests.tuner.fake_completions import FakeServer, serving
-from tuner.capacity import Window, capacity_of
 from tuner.errors import Unavailable
-from tuner.load import SAFE_VOCAB_SIZE, Load, ServedModel, served_model
-from tuner.load_report import Outcome, read_report, summarise
+from tuner.load.capacity import Window, capacity_of
+from tuner.load.report import Outcome, read_report, summarise
+from tuner.load.send import SAFE_VOCAB_SIZE, Load, ServedModel, served_model
+from tuner.load.stream_client import Target
+from tuner.load.traffic import command, drive, measure_capacity
 from tuner.settings import TrafficSettings
-from tuner.stream_client import Target
-from tuner.traffic import command, drive, measure_capacity
 
 SETTINGS = TrafficSettings(kind="constant", rate_per_s=100, output_tokens={"mean": 20, "max": 40})
 MODEL = ServedModel("fake", 512, 100)
@@ -263,7 +263,7 @@ def test_process_says_what_is_wrong_with_its_settings() -> None:
     words = [
         sys.executable,
         "-m",
-        "tuner.traffic",
+        "tuner.load.traffic",
         "--url",
         "http://127.0.0.1:9",
         "--settings",

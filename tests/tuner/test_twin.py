@@ -9,7 +9,7 @@ import pytest
 from runtime.knobs import EngineConfig
 from runtime.replay import Arrival
 from runtime.step_model import StepModel, fit_step_model
-from tuner.bench_trace import (
+from tuner.bench.trace import (
     BLOCK_TOKENS,
     CONTEXT_TOKENS,
     IDENTITY,

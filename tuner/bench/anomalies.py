@@ -29,14 +29,14 @@ from store.database import Store
 from store.metrics import Metric
 from store.noticing import recent_anomalies
 from tuner.collect import Collected
-from tuner.detect import BIN_S, Detector, State
-from tuner.notice import NoticeStage
+from tuner.notice.detect import BIN_S, Detector, State
+from tuner.notice.rule_book import RuleBook
+from tuner.notice.rules import RULES, limits_for
+from tuner.notice.signals import Signals
+from tuner.notice.stage import NoticeStage
+from tuner.notice.watched import WATCHED, Key, watched_as
 from tuner.readings import Readings
-from tuner.rule_book import RuleBook
-from tuner.rules import RULES, limits_for
 from tuner.settings import Settings
-from tuner.signals import Signals
-from tuner.watched import WATCHED, Key, watched_as
 
 Array = NDArray[np.float64]
 Generator = np.random.Generator

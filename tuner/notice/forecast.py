@@ -1,6 +1,6 @@
 """Layer C: what a metric does in the course of a day, learnt by Prophet. Runs as a child process of its own.
 
-    python -m tuner.forecast     frames on stdin ─▶ winsorise, thin, fit, predict ─▶ frames on stdout
+    python -m tuner.notice.forecast     frames on stdin ─▶ winsorise, thin, fit, predict ─▶ frames on stdout
 
 A frame is four bytes of length (big-endian) and a msgpack map; arrays travel as little-endian float64. Prophet
 leaves files behind with every fit and grows: whoever starts this process ends it after some fits, and removes

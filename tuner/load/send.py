@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tuner.arrivals import Arrival, arrivals
 from tuner.errors import Unavailable
-from tuner.load_report import CUT, Outcome
+from tuner.load.arrivals import Arrival, arrivals
+from tuner.load.report import CUT, Outcome
+from tuner.load.stream_client import Reply, StreamClient, Target
 from tuner.settings import TrafficSettings
-from tuner.stream_client import Reply, StreamClient, Target
 
 DEFAULT_TIMEOUT_S = 120.0
 # An open loop against a server that has stopped would otherwise open connections without end.

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tuner.error_rate import Lord
-from tuner.harm import HarmReference, HarmRule, SliceWatch, harm_reference
-from tuner.judge import JudgeRules, Outcome, SliceScore, judge, score_pair
-from tuner.latency_model import Ints, Slices, WatchedSlices, simulate_pairs, simulate_watched, treated
+from tuner.bench.latency_model import Ints, Slices, WatchedSlices, simulate_pairs, simulate_watched, treated
+from tuner.judging.error_rate import Lord
+from tuner.judging.harm import HarmReference, HarmRule, SliceWatch, harm_reference
+from tuner.judging.judge import JudgeRules, Outcome, SliceScore, judge, score_pair
 
 PAST_PAIRS = 10  # twenty minutes of the champion alone before the experiment
 CHUNK = 20

@@ -1,8 +1,8 @@
 """The load: a process that sends requests as planned, whatever the server does, and reports on them.
 
     URL=http://127.0.0.1:8000
-    python -m tuner.traffic --url $URL --settings '{"rate_per_s": 5}' --duration 60 --report load.jsonl
-    python -m tuner.traffic --url $URL --settings '{"rate_per_s": 5}' --duration 30 --capacity
+    python -m tuner.load.traffic --url $URL --settings '{"rate_per_s": 5}' --duration 60 --report load.jsonl
+    python -m tuner.load.traffic --url $URL --settings '{"rate_per_s": 5}' --duration 30 --capacity
 
 The loop is open: a slow server does not slow the arrivals down. Two runs with the same settings see the
 same instants, the same lengths and the same words; `phase` changes the words alone, so that a second run
@@ -23,13 +23,13 @@ from typing import Any, TextIO
 
 from pydantic import ValidationError
 
-from tuner.arrivals import length_scale
-from tuner.capacity import Capacity, measure_capacity
 from tuner.errors import SettingsError, TunerError
-from tuner.load import DEFAULT_TIMEOUT_S, MAX_OPEN_REQUESTS, Load, OnOutcome, Sender, served_model
-from tuner.load_report import Outcome, describe, outcome_line, summarise
+from tuner.load.arrivals import length_scale
+from tuner.load.capacity import Capacity, measure_capacity
+from tuner.load.report import Outcome, describe, outcome_line, summarise
+from tuner.load.send import DEFAULT_TIMEOUT_S, MAX_OPEN_REQUESTS, Load, OnOutcome, Sender, served_model
+from tuner.load.stream_client import Target
 from tuner.settings import TrafficSettings
-from tuner.stream_client import Target
 
 __all__ = ["Capacity", "command", "drive", "main", "measure_capacity", "run"]
 
@@ -112,7 +112,15 @@ def command(
 
     An API key goes into its environment as TUNER_API_KEY. `vocab_size` is asked of the server if not given.
     """
-    words = [sys.executable, "-m", "tuner.traffic", "--url", url, "--settings", settings.model_dump_json()]
+    words = [
+        sys.executable,
+        "-m",
+        "tuner.load.traffic",
+        "--url",
+        url,
+        "--settings",
+        settings.model_dump_json(),
+    ]
     words += ["--phase", str(phase), "--timeout-s", str(timeout_s), "--end-with-parent"]
     if duration_s is not None:
         words += ["--duration", str(duration_s)]
@@ -185,7 +193,7 @@ async def stop_with_parent(stop: asyncio.Event) -> None:
 
 def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tuner.traffic", description=(__doc__ or "").split("\n")[0]
+        prog="python -m tuner.load.traffic", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--url", required=True, help="address of the server, such as http://127.0.0.1:8000")
     parser.add_argument("--settings", required=True, help="the `traffic` section of the settings as JSON")

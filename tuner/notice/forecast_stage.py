@@ -18,9 +18,9 @@ from store.database import Store
 from store.noticing import forecast_fits, latest_bands, save_forecast_fits
 from store.samples import save_forecasts
 from store.tables import Forecast, ForecastFit
-from tuner.forecast_process import ForecastProcess
-from tuner.statistics_stage import Band, BandPoint, SeriesState, StatisticsStage
-from tuner.watched import FORECAST_LABELS
+from tuner.notice.forecast_process import ForecastProcess
+from tuner.notice.statistics_stage import Band, BandPoint, SeriesState, StatisticsStage
+from tuner.notice.watched import FORECAST_LABELS
 
 logger = logging.getLogger(__name__)
 

@@ -19,17 +19,17 @@ from typing import Any
 from store import noticing, queries
 from store.database import Store
 from store.tables import Anomaly, Study
-from tuner import quality_rows
 from tuner.collect import Collected
-from tuner.detect import BIN_S, Thresholds
-from tuner.forecast_stage import ForecastRules, ForecastStage
+from tuner.notice.detect import BIN_S, Thresholds
+from tuner.notice.forecast_stage import ForecastRules, ForecastStage
+from tuner.notice.rule_book import RuleBook, RuleEvent
+from tuner.notice.rules import limits_for, rules_for
+from tuner.notice.signals import Limit, Signals
+from tuner.notice.statistics_stage import Finding, Outlier, StatisticsStage
+from tuner.notice.watched import FORECAST_LABELS, WATCHED, Key, watched_as, watched_values
+from tuner.quality.rows import RULE as QUALITY_RULE
 from tuner.rows import tell
-from tuner.rule_book import RuleBook, RuleEvent
-from tuner.rules import limits_for, rules_for
 from tuner.settings import Settings
-from tuner.signals import Limit, Signals
-from tuner.statistics_stage import Finding, Outlier, StatisticsStage
-from tuner.watched import FORECAST_LABELS, WATCHED, Key, watched_as, watched_values
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class NoticeStage:
             recent = noticing.recent_anomalies(session, now - COOL_DOWN_S)
             self._studied = noticing.studied_anomalies(session)
         for row in left:
-            if row.rule != quality_rows.RULE:  # the quality stage opens and ends it
+            if row.rule != QUALITY_RULE:  # the quality stage opens and ends it
                 self._adopt(row, now)
         for row in recent:
             if row.layer == "A":

@@ -1,6 +1,6 @@
 """What quality checks cost and find: every weight format of a model against its loaded weights, beside live streams.
 
-    python -m tuner.bench_judge quality [--model PATH] [--streams 4]
+    python -m tuner.bench quality [--model PATH] [--streams 4]
 
 Starts a runtime of its own. For each format: positions, loss, agreement and the verdict at the shipped limits,
 seconds alone and beside traffic, the longest piece (what the engine made others wait for), and the gaps between
@@ -21,8 +21,8 @@ import httpx
 
 from runtime.knobs import EngineConfig
 from tuner.connection import Connection
-from tuner.quality import QualityLimits, compare
-from tuner.quality_read import read_canary
+from tuner.quality.comparison import QualityLimits, compare
+from tuner.quality.read import read_canary
 from tuner.settings import ModelSettings, ServerSettings, Settings
 from tuner.settings_quality import QualitySettings
 from tuner.supervisor import RuntimeSupervisor

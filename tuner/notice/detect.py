@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.ring import Ring
+from tuner.notice.ring import Ring
 
 BIN_S = 10.0
 MIN_BINS = 180  # half an hour

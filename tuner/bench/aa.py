@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from store.interval import Rate
-from tuner.error_rate import Lord
-from tuner.judge import JudgeRules, Outcome, SliceScore, Verdict, judge, score_pair
-from tuner.latency_model import Floats, Slices, simulate_pairs
+from tuner.bench.latency_model import Floats, Slices, simulate_pairs
+from tuner.judging.error_rate import Lord
+from tuner.judging.judge import JudgeRules, Outcome, SliceScore, Verdict, judge, score_pair
 
 MAX_PAIRS = 60
 GAIN = 0.10

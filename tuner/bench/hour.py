@@ -29,13 +29,13 @@ from store.database import Store, StoreReader
 from store.interval import Rate
 from store.tables import Experiment, TwinFit
 from tuner import covariates
-from tuner.bench_coins import GAINS, CutPair, Predict, cut_pairs, run_coins
+from tuner.bench.coins import GAINS, CutPair, Predict, cut_pairs, run_coins
 from tuner.collect import Collector
 from tuner.experiment import HARM_PREFIX, Decided, ExperimentStage
 from tuner.guardrail import Watchman
 from tuner.hardware import HostProbe
-from tuner.harm import HarmRule
-from tuner.objective import Metric
+from tuner.judging.harm import HarmRule
+from tuner.judging.objective import Metric
 from tuner.pairs import ExperimentRules, timing_of
 from tuner.planning import slicing
 from tuner.planning_stage import window_pair_sd

@@ -25,11 +25,11 @@ from store.quality import (
     quality_reference,
 )
 from store.tables import QualityCheck
-from tuner.canary import canary_set
 from tuner.promote import describe
-from tuner.quality import Comparison, QualityLimits, Scores, compare
-from tuner.quality_read import Read, ScoringControl, Tokens, in_thread, read_canary
-from tuner.quality_rows import RULE, Kind, check_row, drop_of
+from tuner.quality.canary import canary_set
+from tuner.quality.comparison import Comparison, QualityLimits, Scores, compare
+from tuner.quality.read import Read, ScoringControl, Tokens, in_thread, read_canary
+from tuner.quality.rows import RULE, Kind, check_row, drop_of
 from tuner.rows import ensure_config, tell
 from tuner.settings_quality import QualitySettings
 

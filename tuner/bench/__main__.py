@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m tuner.bench_judge aa | azure --trace FILE | harm | hour | anomalies | quality`.
+"""Benchmarks: `python -m tuner.bench aa | azure --trace FILE | harm | hour | anomalies | quality`.
 
 Each prints a table for people; the last line of stdout is one JSON document. Progress goes to stderr.
 """
@@ -14,18 +14,17 @@ from typing import Any
 from runtime.host import num_cores
 from runtime.knobs import EngineConfig
 from store.interval import Rate
-from tuner import bench_hour, bench_quality
-from tuner.bench_aa import LevelReport, lord_level, run_aa
-from tuner.bench_harm import run_harm
-from tuner.bench_trace import run_demo, run_trace
+from tuner.bench import hour as hour_bench
+from tuner.bench import quality as quality_bench
+from tuner.bench.aa import LevelReport, lord_level, run_aa
+from tuner.bench.harm import run_harm
+from tuner.bench.trace import run_demo, run_trace
 
 SEED = 20261123
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tuner.bench_judge", description="Benchmarks of the judge."
-    )
+    parser = argparse.ArgumentParser(prog="python -m tuner.bench", description="Benchmarks of the judge.")
     commands = parser.add_subparsers(dest="command", required=True)
     aa = commands.add_parser("aa", help="false promotions of the champion against itself, and power")
     aa.add_argument("--experiments", type=int, default=5000)
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     harm = commands.add_parser("harm", help="false stops and speed of the harm rule")
     harm.add_argument("--experiments", type=int, default=4000)
     hour = commands.add_parser("hour", help="the real engine against itself for an hour, and coins over it")
-    bench_hour.add_arguments(hour)
+    hour_bench.add_arguments(hour)
     anomalies = commands.add_parser("anomalies", help="recall, delay, false alarms and price of noticing")
     anomalies.add_argument("--num", type=int, default=100, help="anomalies of each kind; 0 for none")
     anomalies.add_argument("--days", type=float, default=3.0, help="quiet days at 1 Hz; 0 for none")
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quality = commands.add_parser(
         "quality", help="weight formats against the loaded weights, beside live streams"
     )
-    bench_quality.add_arguments(quality)
+    quality_bench.add_arguments(quality)
     for command in (aa, azure, harm, hour, anomalies, quality):
         command.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args(argv)
@@ -58,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "aa": bench_aa,
         "azure": bench_azure,
         "harm": bench_harm,
-        "hour": bench_hour.bench_hour,
+        "hour": hour_bench.bench_hour,
         "anomalies": bench_anomalies,
-        "quality": bench_quality.bench_quality,
+        "quality": quality_bench.bench_quality,
     }
     document = benchmarks[args.command](args)
     elapsed_s = time.monotonic() - began
@@ -183,7 +182,7 @@ def bench_harm(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def bench_anomalies(args: argparse.Namespace) -> dict[str, Any]:
-    from tuner.bench_anomalies import report, run_anomalies  # the store, which the others need not load
+    from tuner.bench.anomalies import report, run_anomalies  # the store, which the others need not load
 
     found = run_anomalies(
         args.num, args.days, args.seed, args.jobs, lambda what: print(what, file=sys.stderr, flush=True)

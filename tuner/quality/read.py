@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from runtime.knobs import EngineConfig
-from tuner.canary import canary_set
-from tuner.quality import Scores
+from tuner.quality.canary import canary_set
+from tuner.quality.comparison import Scores
 
 Tokens = list[list[int]]
 

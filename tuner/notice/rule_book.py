@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tuner.hysteresis import Event, Hold
-from tuner.rules import Reading, Rule
-from tuner.signals import Signals
+from tuner.notice.hysteresis import Event, Hold
+from tuner.notice.rules import Reading, Rule
+from tuner.notice.signals import Signals
 
 RuleKey = tuple[str, str]  # rule, label
 

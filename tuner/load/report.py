@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tuner.arrivals import LENGTH_CLASSES
+from tuner.load.arrivals import LENGTH_CLASSES
 
 PERCENTILES = (50, 95, 99)
 CUT = "cut"  # ended by the load itself, when it was told to stop: neither a success nor an error

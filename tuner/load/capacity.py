@@ -3,12 +3,12 @@
 import asyncio
 from typing import NamedTuple
 
-from tuner.arrivals import at_rate
 from tuner.errors import Unavailable
-from tuner.load import Load, Sender, ServedModel
-from tuner.load_report import CUT, Outcome
+from tuner.load.arrivals import at_rate
+from tuner.load.report import CUT, Outcome
+from tuner.load.send import Load, Sender, ServedModel
+from tuner.load.stream_client import Target
 from tuner.settings import TrafficSettings
-from tuner.stream_client import Target
 
 # After a failure a worker rests: a server that refuses at once is not asked in a tight loop.
 REST_S = 0.2

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from store.metrics import METRICS
-from tuner.detect import BIN_S, OF_LAST, VOTES, Detector, State, Thresholds
-from tuner.ring import Ring
-from tuner.watched import FORECAST_LABELS, Component, Key, Watched, watched_as
+from tuner.notice.detect import BIN_S, OF_LAST, VOTES, Detector, State, Thresholds
+from tuner.notice.ring import Ring
+from tuner.notice.watched import FORECAST_LABELS, Component, Key, Watched, watched_as
 
 MINUTE_S = 60.0
 MINUTES_KEPT = 7 * 24 * 60

@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 
 from store import metrics
 from store.metrics import Metric
-from tuner.hysteresis import Band
-from tuner.signals import Limit, Signals
+from tuner.notice.hysteresis import Band
+from tuner.notice.signals import Limit, Signals
 
 Kind = Literal["fault", "condition"]
 Severity = Literal["page", "ticket"]

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, cast
 
 from store.interval import Rate
 from store.tables import Slice
-from tuner.coin import draw_coin
-from tuner.interval import gain_as_log, log_harm_e_value
-from tuner.judge import JudgeRules, Outcome, PairScore, SliceScore, Verdict, judge, score_pair
-from tuner.objective import SliceMeasure, Timing, measure_slice
+from tuner.judging.coin import draw_coin
+from tuner.judging.interval import gain_as_log, log_harm_e_value
+from tuner.judging.judge import JudgeRules, Outcome, PairScore, SliceScore, Verdict, judge, score_pair
+from tuner.judging.objective import SliceMeasure, Timing, measure_slice
+from tuner.judging.power import power_curve
+from tuner.judging.sign_flip import is_look
 from tuner.pairs import ExperimentRules, guardrails
-from tuner.power import power_curve
-from tuner.sign_flip import is_look
 
 GAINS = (0.0, 0.05, 0.10, 0.20)
 

@@ -21,12 +21,12 @@ from runtime.knobs import EngineConfig
 from runtime.replay import Arrival, Replay
 from runtime.scheduler import Batch
 from runtime.step_model import StepModel, StepModelFit, fit_step_model
-from tuner.arrivals import arrivals as demo_arrivals
 from tuner.covariates import REACH_S, CovariateFit, fit_covariates
 from tuner.covariates import predict_pair as predict_by_covariates
-from tuner.interval import pairs_needed
+from tuner.judging.interval import pairs_needed
+from tuner.judging.sign_flip import min_pairs_to_cross
+from tuner.load.arrivals import arrivals as demo_arrivals
 from tuner.settings import TrafficSettings
-from tuner.sign_flip import min_pairs_to_cross
 from tuner.twin import (
     MIN_WINDOW_REQUESTS,
     Calibration,

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from runtime.knobs import EngineConfig
 from store.tables import Anomaly, QualityCheck
-from tuner.quality import Comparison, QualityLimits
+from tuner.quality.comparison import Comparison, QualityLimits
 
 RULE = "quality_drop"
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from store.latency import percentile
-from tuner.judge import SliceScore
+from tuner.judging.judge import SliceScore
 
 Metric = Literal["e2e_s", "ttft_s", "tpot_s"]
 FAILED = frozenset({"error", "rejected", "timeout"})

@@ -1,6 +1,6 @@
 """The forecasting child, held by a thread of its own: asked one thing at a time, ended when it overruns, recycled.
 
-    stage (tick) ──submit──▶ thread ──frames──▶ `python -m tuner.forecast` (nice 19)
+    stage (tick) ──submit──▶ thread ──frames──▶ `python -m tuner.notice.forecast` (nice 19)
                  ◀──poll────
 
 Whatever happens to the child, killed or hanging, is an answer with an `error`; the next request has a new child.
@@ -24,13 +24,13 @@ from typing import Any
 
 import msgpack
 
-from tuner.forecast import frame
+from tuner.notice.forecast import frame
 
 logger = logging.getLogger(__name__)
 
 FITS_A_LIFE = 50
 IDLE_S = 60.0  # then the child ends and gives its 150 MB back
-COMMAND = (sys.executable, "-m", "runtime.child", "{pid}", "tuner.forecast")
+COMMAND = (sys.executable, "-m", "runtime.child", "{pid}", "tuner.notice.forecast")
 
 
 class ChildFailed(Exception):

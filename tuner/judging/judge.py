@@ -16,15 +16,15 @@ from enum import StrEnum
 from statistics import fmean, stdev
 from typing import Any
 
-from tuner.coin import Order
-from tuner.interval import (
+from tuner.judging.coin import Order
+from tuner.judging.interval import (
     anytime_interval,
     effect_ratio,
     log_harm_e_value,
     min_detectable_gain,
     pairs_needed,
 )
-from tuner.sign_flip import Look, SignFlipTest, is_look, min_pairs_to_cross, sign_flip_p
+from tuner.judging.sign_flip import Look, SignFlipTest, is_look, min_pairs_to_cross, sign_flip_p
 
 PLANNING_GAIN = 0.10  # the gain for which the verdict tells how many pairs would be needed
 

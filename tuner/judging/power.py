@@ -1,7 +1,7 @@
 """How often, and how soon, our own sign-flip test finds an effect of a given size. Simulated, not approximated.
 
 A pair's difference is drawn as normal with the sd 1 and a mean of minus `effect`; the test is the exact one
-of `tuner.sign_flip`, on a coarser grid and for many experiments at once, so that a curve takes a fraction
+of `tuner.judging.sign_flip`, on a coarser grid and for many experiments at once, so that a curve takes a fraction
 of a second instead of minutes. A test holds the two to the same crossings.
 
     power_curve(level, max_pairs, look_every) ──▶ PowerCurve ── power(effect) ─▶ chance to cross by the cap
@@ -11,7 +11,7 @@ of a second instead of minutes. A test holds the two to the same crossings.
 Effects are in units of the pair sd: a gain of 10 % (0.105 log units) at a pair sd of 0.2 is 0.53.
 The smallest gain that a promotion must show besides is not part of it.
 
-Source: the test is that of `tuner.sign_flip`; planning by simulated power, Jennison and Turnbull, "Group
+Source: the test is that of `tuner.judging.sign_flip`; planning by simulated power, Jennison and Turnbull, "Group
 Sequential Methods" (2000), chapter 19; beyond MAX_SIMULATED_PAIRS the scaling of a Brownian motion.
 """
 
@@ -22,7 +22,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.sign_flip import allowed_spend, is_look
+from tuner.judging.sign_flip import allowed_spend, is_look
 
 POWER = 0.8
 NUM_RUNS = 200  # an error of 3 points in a power of 0.8: planning needs no more

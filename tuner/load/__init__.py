@@ -1,0 +1,1 @@
+"""Requests of our own making, for demos and benchmarks, and what became of them."""

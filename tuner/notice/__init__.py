@@ -1,0 +1,1 @@
+"""Noticing: rules, statistics and forecasts over what is sampled."""
