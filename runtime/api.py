@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -26,11 +28,15 @@ from runtime.model_folder import ModelFolder
 from runtime.prompts import Prompts
 from runtime.protocol import (
     DEFAULT_COMPLETION_TOKENS,
+    INT64,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
     parse_request,
     unknown_fields,
 )
+from runtime.request import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +49,7 @@ NO_KEY = error_body(
 )
 
 AnyRequest = CompletionRequest | ChatRequest
+Form = TypeVar("Form", bound=CompletionRequest | ChatRequest | TokenizeRequest | DetokenizeRequest)
 
 
 @dataclass
@@ -112,6 +119,17 @@ def create_api(service: Service, api_key: str | None = None) -> ASGIApp:
     async def metrics() -> Response:
         return Response(render(_scrape(service)), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @app.post("/tokenize", openapi_extra=_body_schema(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        return await _tokenize(service, request)
+
+    @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
+        asked = await _read(service, request, DetokenizeRequest)
+        prompts, loop = await asyncio.shield(service.prompts), asyncio.get_running_loop()
+        text = await loop.run_in_executor(service.tokenising, prompts.text_of, asked.tokens)
+        return JSONResponse({"prompt": text})
+
     _handle_errors(app)
     guarded = app if api_key is None else KeyGuard(app, api_key, NO_KEY, OPEN_TO_ALL)
     return Envelope(guarded, error_body(INTERNAL_ERROR, "server_error", None, "internal_error"))
@@ -126,9 +144,9 @@ async def _answer(service: Service, request: Request, kind: Kind, form: type[Any
     except RuntimeFault as error:
         front.meter.errors_by_kind[error_kind(error)] += 1
         raise
-    num_prompts = len(asked.prompt) if isinstance(asked, CompletionRequest) else 1
+    num_choices = (len(asked.prompt) if isinstance(asked, CompletionRequest) else 1) * (asked.n or 1)
     wake = asyncio.Event()
-    exchanges = front.open(num_prompts, arrived_at, bool(asked.stream), wake)
+    exchanges = front.open(num_choices, arrived_at, bool(asked.stream), wake)
     try:
         prompts = await asyncio.shield(service.prompts)
         await _submit_all(service, prompts, asked, exchanges)
@@ -141,15 +159,34 @@ async def _answer(service: Service, request: Request, kind: Kind, form: type[Any
         raise
     return Answer(
         front=front, kind=kind, request_id=exchanges[0].id, created=int(arrived_at), model=service.served_name,
-        choices=[Choice(index, one, prompts.decode, asked.stop, front.stop) for index, one in enumerate(exchanges)],
+        choices=[
+            Choice(index, one, prompts.decode, asked.stop, front.stop, asked.min_tokens or 0)
+            for index, one in enumerate(exchanges)
+        ],
+        num_answers_a_prompt=asked.n or 1,
         wake=wake, streamed=bool(asked.stream), include_usage=asked.include_usage,
     )  # fmt: skip
 
 
-async def _read(service: Service, request: Request, form: type[AnyRequest]) -> AnyRequest:
-    def parse(body: bytes) -> tuple[AnyRequest, list[str]]:
+async def _tokenize(service: Service, request: Request) -> Response:
+    asked = await _read(service, request, TokenizeRequest)
+    if (asked.prompt is None) == (asked.messages is None):
+        raise InvalidRequest("Exactly one of `prompt` and `messages` must be given.", "prompt")
+    prompts, context = await asyncio.shield(service.prompts), service.max_model_len
+
+    def encode() -> list[int]:
+        if asked.messages is not None:
+            return prompts.encode_chat([message.for_template() for message in asked.messages], context)
+        return prompts.encode(asked.prompt or "", context, asked.add_special_tokens)
+
+    tokens = await asyncio.get_running_loop().run_in_executor(service.tokenising, encode)
+    return JSONResponse({"count": len(tokens), "max_model_len": context, "tokens": tokens})
+
+
+async def _read(service: Service, request: Request, form: type[Form]) -> Form:
+    def parse(body: bytes) -> tuple[Form, list[str]]:
         fields = parse_object(body)
-        asked: AnyRequest = parse_request(form, fields)
+        asked: Form = parse_request(form, fields)
         return asked, unknown_fields(asked, fields)
 
     asked, unknown = await read_parsed(request, parse)
@@ -168,8 +205,15 @@ async def _submit_all(
     prompt_ids = await loop.run_in_executor(service.tokenising, _tokenise, prompts, asked, context)
     for ids in prompt_ids:
         _check_context(asked, len(ids), context)
-    for exchange, ids in zip(exchanges, prompt_ids, strict=True):
-        service.front.submit(exchange, ids, _sampling(asked, prompts, len(ids), context))
+    _check_tokens_named(asked, prompts)
+    num_answers = asked.n or 1
+    for number, exchange in enumerate(
+        exchanges
+    ):  # as OpenAI numbers choices: all answers to the first prompt first
+        ids = prompt_ids[number // num_answers]
+        service.front.submit(
+            exchange, ids, _sampling(asked, prompts, len(ids), context, number % num_answers)
+        )
 
 
 def _tokenise(prompts: Prompts, asked: AnyRequest, context: int) -> list[list[int]]:
@@ -202,15 +246,41 @@ def _check_context(asked: AnyRequest, prompt_tokens: int, context: int) -> None:
         )  # fmt: skip
 
 
-def _sampling(asked: AnyRequest, prompts: Prompts, prompt_tokens: int, context: int) -> Sampling:
+def _check_tokens_named(asked: AnyRequest, prompts: Prompts) -> None:
+    last = prompts.vocab_size - 1
+    outside = [token for token in asked.logit_bias if token > last]
+    if outside:
+        raise InvalidRequest(
+            f"`logit_bias` must name tokens in [0, {last}], but got {outside[0]}.", "logit_bias"
+        )
+
+
+def _sampling(asked: AnyRequest, prompts: Prompts, prompt_tokens: int, context: int, answer: int) -> Sampling:
+    """`answer`: the number of this one among those to the same prompt; each is drawn with a seed of its own."""
     room = context - prompt_tokens
     default = room if isinstance(asked, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS)
+    max_tokens = asked.asked_tokens if asked.asked_tokens is not None else default
+    if asked.min_tokens is not None and asked.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"`min_tokens` must be at most `max_tokens`, which is {max_tokens} here, but got {asked.min_tokens}.",
+            "min_tokens",
+        )
     ends = () if asked.ignore_eos else prompts.end_token_ids
+    seed = secrets.randbits(63) if asked.seed is None else asked.seed + answer
     return Sampling(
-        max_tokens=asked.asked_tokens if asked.asked_tokens is not None else default,
-        temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
-        seed=asked.seed,
+        max_tokens=max_tokens,
+        params=SamplingParams(
+            temperature=1.0 if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            seed=seed if seed < INT64 else seed - 2 * INT64,
+            top_k=min(asked.top_k or 0, prompts.vocab_size),
+            min_p=asked.min_p or 0.0,
+            presence_penalty=asked.presence_penalty or 0.0,
+            frequency_penalty=asked.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
+            logit_bias=tuple(asked.logit_bias.items()),
+            min_tokens=asked.min_tokens or 0,
+        ),
         stop_token_ids=(*ends, *(asked.stop_token_ids or ())),
         ignore_eos=bool(asked.ignore_eos),
     )
@@ -276,7 +346,7 @@ def _response(answer: ErrorAnswer) -> Response:
     return JSONResponse(answer.body, answer.status, answer.headers)
 
 
-def _body_schema(form: type[AnyRequest]) -> dict[str, Any]:
+def _body_schema(form: type[BaseModel]) -> dict[str, Any]:
     """The body is read by hand (caps, depth); the documentation page still shows its fields."""
     schema = form.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -12,7 +12,6 @@ import gc
 import logging
 import os
 import re
-import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -134,11 +133,7 @@ class Engine:
     # -- frames of the front end -------------------------------------------------------------------------------
 
     def submit(self, frame: Frame) -> None:
-        seed = frame.get("seed")
-        sampling = SamplingParams(
-            float(frame.get("temperature") or 0.0), float(frame.get("top_p", 1.0)),
-            seed=secrets.randbits(64) if seed is None else int(seed),
-        )  # fmt: skip
+        sampling = SamplingParams.of(frame.get("sampling") or {})
         stops = set(frame.get("stop_token_ids") or ())
         if not frame.get("ignore_eos"):
             stops |= self._executor.eos_token_ids

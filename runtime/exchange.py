@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from runtime.errors import RuntimeFault
 from runtime.replica import Replica
+from runtime.request import SamplingParams
 from runtime.slice_stats import SliceStats
 from runtime.timings import FinishReason, RequestTiming, summarise_gaps
 
@@ -15,9 +16,7 @@ class Sampling:
     """How tokens are drawn and when to stop; the part of a submission that is no prompt."""
 
     max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
+    params: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
@@ -74,8 +73,7 @@ class Exchange:
         assert self.sampling is not None, "submitted before it was tokenised"
         return {
             "op": "submit", "id": self.id, "token_ids": self.prompt_ids, "arrived_at": self.arrived_at,
-            "max_tokens": self.sampling.max_tokens, "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p, "seed": self.sampling.seed,
+            "max_tokens": self.sampling.max_tokens, "sampling": self.sampling.params.told(),
             "stop_token_ids": list(self.sampling.stop_token_ids), "ignore_eos": self.sampling.ignore_eos,
         }  # fmt: skip
 

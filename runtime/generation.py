@@ -26,7 +26,10 @@ class Delta(NamedTuple):
 
 
 class Choice:
-    """One exchange's text. `stopped` is called when a stop string ends it before the engine does."""
+    """One exchange's text. `stopped` is called when a stop string ends it before the engine does.
+
+    Text of the first `min_tokens` tokens is not searched for stop strings.
+    """
 
     def __init__(
         self,
@@ -35,8 +38,10 @@ class Choice:
         decode: Decode,
         stops: list[str],
         stopped: Callable[[Exchange], None],
+        min_tokens: int = 0,
     ) -> None:
         self.index, self.exchange = index, exchange
+        self._num_unstoppable = min_tokens
         self.finish_reason: str | None = None
         self._detokenizer, self._matcher, self._stopped = Detokenizer(decode), StopMatcher(stops), stopped
 
@@ -51,7 +56,12 @@ class Choice:
         last = len(tokens) - 1 if finish is not None and finish.reason == "stop" else None
         for position, token in enumerate(tokens):
             ends_it = position == last and self._is_stop_token(token)
-            matched = self._matcher.push("" if ends_it else self._detokenizer.push(token))
+            piece = "" if ends_it else self._detokenizer.push(token)
+            if self._num_unstoppable > 0:
+                self._num_unstoppable -= 1
+                text += piece
+                continue
+            matched = self._matcher.push(piece)
             text += matched.text
             if matched.stopped:
                 self._stopped(self.exchange)
@@ -89,6 +99,7 @@ class Answer(Response):
     wake: asyncio.Event
     streamed: bool
     include_usage: bool
+    num_answers_a_prompt: int = 1
 
     background = None
 
@@ -128,9 +139,11 @@ class Answer(Response):
                 yield news
 
     def _usage(self) -> Usage:
+        """A prompt with several answers counts once."""
         exchanges = [told.exchange for told in self.choices]
+        prompts = exchanges[:: self.num_answers_a_prompt]
         return Usage(
-            sum(len(one.prompt_ids or ()) for one in exchanges), sum(one.num_tokens for one in exchanges)
+            sum(len(one.prompt_ids or ()) for one in prompts), sum(one.num_tokens for one in exchanges)
         )
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -66,7 +66,7 @@ class Prompts:
             raise ModelError(f"The tokenizer in {folder.path} cannot be loaded. {reason}") from error
         return cls(folder, tokenizer)
 
-    def encode(self, text: str, max_tokens: int) -> list[int]:
+    def encode(self, text: str, max_tokens: int, add_special_tokens: bool = True) -> list[int]:
         """Returns the prompt's token ids; `max_tokens` is the context, which an answer shares.
 
         Raises:
@@ -74,7 +74,7 @@ class Prompts:
         """
         check_text("prompt", text)
         self._check_bytes("prompt", len(text.encode()), max_tokens)
-        return list(self._tokenizer.encode(text))
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> list[int]:
         """Renders the conversation with the model's own template and ends it where the answer begins.
@@ -95,13 +95,11 @@ class Prompts:
         self._check_bytes("messages", len(text.encode()), max_tokens)  # what the template made of them
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def check_ids(self, token_ids: Sequence[int]) -> None:
+    def check_ids(self, token_ids: Sequence[int], param: str = "prompt") -> None:
         """Raises InvalidRequest where an id is not in the model's vocabulary."""
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
-            raise InvalidRequest(
-                f"Token ids must be in [0, {self.vocab_size - 1}], but got {wrong}.", "prompt"
-            )
+            raise InvalidRequest(f"Token ids must be in [0, {self.vocab_size - 1}], but got {wrong}.", param)
 
     @functools.cached_property
     def decode(self) -> Any:
@@ -111,6 +109,11 @@ class Prompts:
         return functools.partial(
             self._tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Token ids -> text, special tokens included. Raises InvalidRequest for an id that the model has not."""
+        self.check_ids(token_ids, "tokens")
+        return str(self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
 
     def _check_bytes(self, param: str, num_bytes: int, max_tokens: int) -> None:
         if num_bytes > max_tokens * self.longest_token_bytes:

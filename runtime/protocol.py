@@ -11,6 +11,9 @@ MAX_STOPS = 8
 MAX_STOP_CHARS = 64
 MAX_PROMPTS = 64
 MAX_MESSAGES = 256
+MAX_N = 64  # answers to one prompt
+MAX_CHOICES = 256  # answers of one call
+MAX_BIASES = 1024
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
 INT64 = 2**63
 
@@ -72,10 +75,24 @@ def _rule(text: LiteralString) -> PydanticCustomError:
     return PydanticCustomError("rule", text)
 
 
-def _only_one(value: int | None) -> int | None:
-    if value not in (None, 1):
-        raise _rule("must be 1: send the request again for another answer")
-    return value
+def _biases(value: Any) -> dict[int, float]:
+    """Token ids, which JSON can only have as text, to what is added to their logits."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MAX_BIASES or not all(map(_is_bias, value.items())):
+        raise _rule(f"must map at most {MAX_BIASES} token ids to numbers in [-100, 100]")
+    return {int(token): float(bias) for token, bias in value.items()}
+
+
+def _is_bias(item: tuple[Any, Any]) -> bool:
+    token, bias = item
+    is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+    return token.isdecimal() and len(token) < 10 and is_number and -100 <= bias <= 100
+
+
+def _top_k(value: int | None) -> int | None:
+    """-1, as vLLM has it, is 0 and so "all"."""
+    return 0 if value == -1 else value
 
 
 class _Fields(BaseModel):
@@ -107,7 +124,14 @@ class _Generation(_Fields):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int | None, AfterValidator(_only_one)] = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=INT64), AfterValidator(_top_k)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = {}
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     user: str | None = None
 
     @property
@@ -127,7 +151,21 @@ class ChatRequest(_Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-Kind = TypeVar("Kind", bound=_Generation)
+class TokenizeRequest(_Fields):
+    """Either a text or a conversation, as a completion or a chat would have it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(_Fields):
+    model: str | None = None
+    tokens: list[int]
+
+
+Kind = TypeVar("Kind", bound=_Fields)
 
 
 def parse_request(kind: type[Kind], body: dict[str, Any]) -> Kind:
@@ -143,12 +181,22 @@ def parse_request(kind: type[Kind], body: dict[str, Any]) -> Kind:
         request = kind.model_validate(body)
     except ValidationError as error:
         raise _first_rule_broken(error) from None
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest("`stream_options` needs `stream` to be true.", "stream_options")
+    if isinstance(request, _Generation):
+        _check_together(request)
     return request
 
 
-def unknown_fields(request: _Generation, body: dict[str, Any]) -> list[str]:
+def _check_together(request: _Generation) -> None:
+    """Rules between fields."""
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("`stream_options` needs `stream` to be true.", "stream_options")
+    num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
+    if num_prompts * (request.n or 1) > MAX_CHOICES:
+        rule = f"must be at most {MAX_CHOICES} times all prompts of a call"
+        raise InvalidRequest(f"`n` {rule}, but got {request.n} for {num_prompts} prompts.", "n")
+
+
+def unknown_fields(request: _Fields, body: dict[str, Any]) -> list[str]:
     """Names in the body that have no meaning here, those inside stream_options included."""
     known = type(request).model_fields.keys() | UNSUPPORTED.keys()
     names = [name for name in body if name not in known]

@@ -1,8 +1,8 @@
 """One request for text, from its arrival to its last token."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +13,48 @@ Int32Array = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a request's tokens are drawn. `temperature` 0 is greedy. Equal seeds give equal draws in any batch."""
+    """How a request's tokens are drawn, in the order in which it is done. Equal seeds give equal draws in any batch.
+
+    First the logits: `logit_bias` is added to the tokens that it names, tokens that end the request are out of the
+    question below `min_tokens`, logits of known tokens (prompt and output) are divided or, where negative, multiplied
+    by `repetition_penalty`, and each token of the output costs `presence_penalty` and, as often as it is there,
+    `frequency_penalty`. Then `temperature` (0: the likeliest token, and nothing below matters), `min_p` as a share of
+    the likeliest token's probability, `top_k` (0: all), and `top_p` of what is left.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+
+    @property
+    def narrows(self) -> bool:
+        """Whether some tokens are out of the draw for their rank or probability."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+    def told(self) -> dict[str, Any]:
+        """For a frame: what differs from the defaults."""
+        values = {known.name: getattr(self, known.name) for known in fields(self)}
+        return {name: value for name, value in values.items() if value != _DEFAULTS[name]}
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Self:
+        """From a frame. Raises TypeError for a field that nobody knows."""
+        bias = tuple((int(token), float(value)) for token, value in told.get("logit_bias", ()))
+        return cls(**{**told, "logit_bias": bias})
+
+
+_DEFAULTS = {known.name: known.default for known in fields(SamplingParams)}
 
 
 @dataclass(eq=False, slots=True)

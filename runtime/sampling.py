@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, or drawn with temperature and top-p.
+"""From logits to tokens: greedy, or drawn with temperature, min-p, top-k and top-p.
 
 A draw uses one uniform number that is a hash of the request's seed and the token's position in its output.
 So a seeded request gets the same numbers whatever batch it shares and however often it was preempted.
@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.request import Request
+from runtime.logit_shaping import shaped
+from runtime.request import Request, SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -21,6 +22,7 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
 
     logits: [len(requests), vocab].
     """
+    logits = shaped(logits, requests)
     best, tokens = logits.max(dim=-1)  # NaN wins a max, so `best` tells of it
     drawn = [row for row, request in enumerate(requests) if request.sampling.temperature > 0.0]
     if drawn:
@@ -44,20 +46,37 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     probabilities = torch.softmax((logits - highest) / temperatures[:, None], dim=-1)
     tokens = torch.empty(len(requests), dtype=torch.int64, device=device)
     # Which of the two forms a row takes depends on that row alone, or its tokens would depend on the batch.
-    nucleus = [row for row, request in enumerate(requests) if request.sampling.top_p < 1.0]
-    whole = [row for row, request in enumerate(requests) if request.sampling.top_p >= 1.0]
+    narrow = [row for row, request in enumerate(requests) if request.sampling.narrows]
+    whole = [row for row, request in enumerate(requests) if not request.sampling.narrows]
     if whole:
         tokens[whole] = _invert(probabilities[whole], uniforms[whole])
-    if nucleus:
-        top_p = torch.tensor([requests[row].sampling.top_p for row in nucleus], device=device)
-        ordered, order = probabilities[nucleus].sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered.masked_fill(before >= top_p[:, None], 0.0)
-        ordered[:, 0] = ordered[:, 0].clamp(
-            min=torch.finfo(ordered.dtype).tiny
-        )  # top_p 0 keeps the likeliest
-        tokens[nucleus] = order.gather(1, _invert(ordered, uniforms[nucleus])[:, None])[:, 0]
+    if narrow:
+        ordered, order = probabilities[narrow].sort(dim=-1, descending=True, stable=True)
+        ordered = _narrowed(ordered, [requests[row].sampling for row in narrow])
+        tokens[narrow] = order.gather(1, _invert(ordered, uniforms[narrow])[:, None])[:, 0]
     return tokens
+
+
+def _narrowed(ordered: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Zeroes what min-p, top-k and top-p leave out; the likeliest always stays.
+
+    ordered: [rows, vocab] probabilities, the highest first. top-p counts what the other two have left as the whole.
+    """
+    device, vocab_size = ordered.device, ordered.shape[1]
+    min_p = torch.tensor([one.min_p for one in params], device=device)
+    top_k = torch.tensor([min(one.top_k, vocab_size) or vocab_size for one in params], device=device)
+    top_p = torch.tensor([one.top_p for one in params], device=device)
+    ranks = torch.arange(vocab_size, device=device)
+    ordered = ordered.masked_fill(
+        (ordered < min_p[:, None] * ordered[:, :1]) | (ranks >= top_k[:, None]), 0.0
+    )
+    summed = ordered.cumsum(dim=-1)
+    # In a row without min-p and top-k the whole is 1: taken from the sum, it would only bring in its rounding.
+    is_cut = torch.tensor([one.min_p > 0.0 or one.top_k > 0 for one in params], device=device)
+    total = torch.where(is_cut, summed[:, -1], torch.ones_like(summed[:, -1]))
+    ordered = ordered.masked_fill(summed - ordered >= (top_p * total)[:, None], 0.0)
+    ordered[:, 0] = ordered[:, 0].clamp(min=torch.finfo(ordered.dtype).tiny)  # top_p 0 keeps the likeliest
+    return ordered
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:

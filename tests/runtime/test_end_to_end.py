@@ -49,6 +49,61 @@ def test_equal_seeds_draw_equal_answers_in_any_batch(client: openai.OpenAI) -> N
     assert [batched.choices[0].text, batched.choices[2].text] == [alone, alone]
 
 
+def test_several_answers_to_one_prompt_differ_and_repeat_with_their_seed(client: openai.OpenAI) -> None:
+    asked = {"prompt": [PROMPT, "class Store:\n"], "n": 3, "temperature": 1.0}
+    first = complete(client, seed=7, **asked)
+    assert [choice.index for choice in first.choices] == list(range(6))
+    texts = [choice.text for choice in first.choices]
+    assert len(set(texts)) == 6
+    assert texts[0] == complete(client, seed=7, temperature=1.0).choices[0].text
+    assert texts[1] == complete(client, seed=8, temperature=1.0).choices[0].text
+    one = complete(client, prompt=asked["prompt"])
+    assert first.usage.prompt_tokens == one.usage.prompt_tokens  # each prompt counts once
+    assert first.usage.completion_tokens == 6 * 24
+    unseeded = complete(client, **asked)
+    assert {choice.text for choice in unseeded.choices}.isdisjoint(texts)
+
+
+def test_logits_are_shaped_as_asked(client: openai.OpenAI, server: LiveServer) -> None:
+    with server.http() as http:
+        told = http.post("/tokenize", json={"prompt": " class", "add_special_tokens": False}).json()
+        (token,) = told["tokens"]
+        assert (told["count"], told["max_model_len"]) == (1, 2048)
+        assert http.post("/detokenize", json={"tokens": [token]}).json() == {"prompt": " class"}
+        chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "Hi"}]}).json()
+        text = http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
+        assert "Hi" in text and chat["count"] == len(chat["tokens"]) > 1
+    assert complete(client, max_tokens=3, logit_bias={str(token): 100}).choices[0].text == " class" * 3
+    once = complete(client, max_tokens=3, logit_bias={str(token): 100}, presence_penalty=2.0,
+                    extra_body={"repetition_penalty": 100.0})  # fmt: skip
+    assert once.choices[0].text.count(" class") == 1
+    assert complete(client, temperature=1.5, extra_body={"top_k": 1}).choices[0].text == (
+        complete(client).choices[0].text
+    )
+
+
+def test_min_tokens_holds_back_ends_and_stop_strings(client: openai.OpenAI) -> None:
+    text = complete(client).choices[0].text
+    stop = text[2:5]
+    assert complete(client, stop=[stop]).choices[0].text == text[: text.index(stop)]
+    late = complete(client, stop=[stop], extra_body={"min_tokens": 24})
+    assert (late.choices[0].text, late.choices[0].finish_reason) == (text, "length")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {}), ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}),
+        ("/tokenize", {"prompt": 5}), ("/detokenize", {"tokens": [-1]}), ("/detokenize", {"tokens": [10**9]}),
+        ("/detokenize", {"tokens": "a"}), ("/detokenize", {}),
+    ],
+)  # fmt: skip
+def test_bad_calls_for_tokens_are_refused(server: LiveServer, path: str, body: dict[str, Any]) -> None:
+    with server.http() as http:
+        answer = http.post(path, json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] in ("prompt", "tokens")
+
+
 def test_a_chat_answers_in_the_models_words(client: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "What does `copytree` do?"}]
     answer = client.chat.completions.create(

@@ -15,7 +15,7 @@ from runtime.generation import Answer, Choice
 from runtime.knobs import EngineConfig
 from runtime.link import Frame
 
-GREEDY = Sampling(max_tokens=4, temperature=0.0)
+GREEDY = Sampling(max_tokens=4)
 
 
 class Desk:
