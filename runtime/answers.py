@@ -38,9 +38,11 @@ def whole(
     }  # fmt: skip
 
 
-def choice(kind: Kind, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+def choice(
+    kind: Kind, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None
+) -> dict[str, Any]:
     told = {"message": {"role": "assistant", "content": text}} if kind == "chat" else {"text": text}
-    return {"index": index, **told, "logprobs": None, "finish_reason": finish_reason}
+    return {"index": index, **told, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 class ChunkWriter:
@@ -61,9 +63,12 @@ class ChunkWriter:
         delta = b'"delta": {"role": "assistant", "content": ""}'
         return self._event(b'{"index": %d, %b, "logprobs": null, "finish_reason": null}' % (index, delta))
 
-    def text(self, index: int, text: str, finish_reason: str | None) -> bytes:
-        told = b'{"index": %d%b%b%b, "logprobs": null, "finish_reason": %b}' % (
-            index, self._text_key, json.dumps(text).encode(), self._text_end, json.dumps(finish_reason).encode(),
+    def text(
+        self, index: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None = None
+    ) -> bytes:
+        told = b'{"index": %d%b%b%b, "logprobs": %b, "finish_reason": %b}' % (
+            index, self._text_key, json.dumps(text).encode(), self._text_end,
+            b"null" if logprobs is None else json.dumps(logprobs).encode(), json.dumps(finish_reason).encode(),
         )  # fmt: skip
         return self._event(told)
 

@@ -24,6 +24,7 @@ from runtime.exposition import MAX_LABELS, Scrape, render
 from runtime.front_end import FrontEnd
 from runtime.generation import Answer, Choice
 from runtime.key_guard import OPEN_TO_ALL, KeyGuard
+from runtime.logprob_writer import LogprobWriter
 from runtime.model_folder import ModelFolder
 from runtime.prompts import Prompts
 from runtime.protocol import (
@@ -157,12 +158,16 @@ async def _answer(service: Service, request: Request, kind: Kind, form: type[Any
         for exchange in exchanges:
             front.refuse(exchange, refusal)
         raise
+    choices = [
+        Choice(
+            index, one, prompts.decode, asked.stop, front.stop, asked.min_tokens or 0,
+            LogprobWriter(kind, prompts.token_text),
+        )
+        for index, one in enumerate(exchanges)
+    ]  # fmt: skip
     return Answer(
         front=front, kind=kind, request_id=exchanges[0].id, created=int(arrived_at), model=service.served_name,
-        choices=[
-            Choice(index, one, prompts.decode, asked.stop, front.stop, asked.min_tokens or 0)
-            for index, one in enumerate(exchanges)
-        ],
+        choices=choices,
         num_answers_a_prompt=asked.n or 1,
         wake=wake, streamed=bool(asked.stream), include_usage=asked.include_usage,
     )  # fmt: skip
@@ -280,6 +285,7 @@ def _sampling(asked: AnyRequest, prompts: Prompts, prompt_tokens: int, context: 
             repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
             logit_bias=tuple(asked.logit_bias.items()),
             min_tokens=asked.min_tokens or 0,
+            num_logprobs=asked.num_logprobs,
         ),
         stop_token_ids=(*ends, *(asked.stop_token_ids or ())),
         ignore_eos=bool(asked.ignore_eos),

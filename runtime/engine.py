@@ -276,8 +276,9 @@ class Engine:
             [
                 request.id, token, request.finish_reason,
                 request.admitted_at if request.num_output_tokens == 1 else None, request.num_preemptions,
+                *([executed.logprobs[row]] if row in executed.logprobs else []),
             ]
-            for request, token in zip(requests, executed.tokens, strict=True)
+            for row, (request, token) in enumerate(zip(requests, executed.tokens, strict=True))
             if token is not None
         ]  # fmt: skip
         if items:

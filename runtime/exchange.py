@@ -28,6 +28,7 @@ class Finish(NamedTuple):
 
 class Progress(NamedTuple):
     tokens: list[int]
+    logprobs: list[Any]  # [logarithm, [[token, logarithm], ...]] of each token where asked for, else empty
     finish: Finish | None
 
 
@@ -66,6 +67,9 @@ class Exchange:
     gaps_s: list[float] = field(default_factory=list)
     slices: dict[str, SliceGaps] = field(default_factory=dict)
     finish: Finish | None = None
+    logprobs: list[Any] = field(
+        default_factory=list
+    )  # where they were asked for: one for each token to be taken
     _untaken: list[int] = field(default_factory=list)
 
     def submission(self) -> dict[str, Any]:
@@ -109,7 +113,8 @@ class Exchange:
     def take(self) -> Progress:
         """Returns the tokens that came since the last call and, once it is over, how it ended."""
         tokens, self._untaken = self._untaken, []
-        return Progress(tokens, self.finish)
+        logprobs, self.logprobs = self.logprobs, []
+        return Progress(tokens, logprobs, self.finish)
 
     def timing(self, finished_at: float) -> RequestTiming:
         assert self.finish is not None

@@ -20,6 +20,7 @@ from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.linear import pack_linears
 from runtime.loader import LoadedModel
+from runtime.logprobs import TokenLogprobs, logprobs_of
 from runtime.request import Request, SamplingParams
 from runtime.sampling import sample
 from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler
@@ -38,9 +39,10 @@ WARM_UP_ROWS = (1, 2, 4, 8, 16)
 
 
 class Executed(NamedTuple):
-    """`tokens`: one for each sampled row, None where the logits were not numbers."""
+    """`tokens`: one for each sampled row, None where the logits were not numbers; `logprobs` by sampled row."""
 
     tokens: list[int | None]
+    logprobs: dict[int, TokenLogprobs]
     forward_s: float
     threads: int
 
@@ -90,8 +92,10 @@ class Executor:
         self._use_threads(threads)
         started = time.perf_counter()
         logits = self._model.forward(packed)
-        tokens = sample(logits, batch.sampled_requests()) if batch.sampled.any() else []
-        return Executed(tokens, time.perf_counter() - started, threads)
+        requests = batch.sampled_requests() if batch.sampled.any() else []
+        tokens = sample(logits, requests) if requests else []
+        logprobs = logprobs_of(logits, tokens, requests) if requests else {}
+        return Executed(tokens, logprobs, time.perf_counter() - started, threads)
 
     def score_area(self, num_blocks: int) -> KVPools:
         """Room for one sequence that is scored beside serving. Raises RuntimeError where there is no memory."""

@@ -250,12 +250,13 @@ class FrontEnd:
     def _on_tokens(self, replica: Replica, frame: Frame) -> None:
         at, config_id, slice_id = frame["at"], frame["config_id"], frame["slice_id"]
         meter, live = self.meter, self.live
-        for request_id, token, finish_reason, admitted_at, num_preemptions in frame["items"]:
+        for request_id, token, finish_reason, admitted_at, num_preemptions, *logprobs in frame["items"]:
             meter.tokens_total += 1
             exchange = live.get(request_id)
             if exchange is None or exchange.replica is not replica:  # cancelled while the step ran
                 continue
             gap_s = exchange.add_token(token, at, config_id, slice_id)
+            exchange.logprobs += logprobs
             replica.outstanding_tokens -= 1
             exchange.num_preemptions = num_preemptions
             if gap_s is None:

@@ -5,7 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -15,6 +15,7 @@ from runtime.detokenize import Decode, Detokenizer, StopMatcher
 from runtime.errors import RuntimeFault
 from runtime.exchange import Exchange
 from runtime.front_end import FrontEnd
+from runtime.logprob_writer import LogprobWriter, Written, together
 
 SLOW_READER_S = 30.0  # a client that takes no byte for so long is taken to be gone
 
@@ -23,6 +24,7 @@ class Delta(NamedTuple):
     choice_index: int
     text: str
     finish_reason: str | None
+    logprobs: list[Written]  # of the tokens that this text is made of; empty where nobody asked
 
 
 class Choice:
@@ -39,9 +41,10 @@ class Choice:
         stops: list[str],
         stopped: Callable[[Exchange], None],
         min_tokens: int = 0,
+        writer: LogprobWriter | None = None,
     ) -> None:
         self.index, self.exchange = index, exchange
-        self._num_unstoppable = min_tokens
+        self._num_unstoppable, self._writer = min_tokens, writer
         self.finish_reason: str | None = None
         self._detokenizer, self._matcher, self._stopped = Detokenizer(decode), StopMatcher(stops), stopped
 
@@ -51,8 +54,8 @@ class Choice:
         Raises:
             RuntimeFault: the exchange ended with this error.
         """
-        tokens, finish = self.exchange.take()
-        text = ""
+        tokens, logprobs, finish = self.exchange.take()
+        text, told = "", self._written(tokens, logprobs)
         last = len(tokens) - 1 if finish is not None and finish.reason == "stop" else None
         for position, token in enumerate(tokens):
             ends_it = position == last and self._is_stop_token(token)
@@ -66,18 +69,23 @@ class Choice:
             if matched.stopped:
                 self._stopped(self.exchange)
                 self.finish_reason = "stop"
-                return Delta(self.index, text, "stop")
+                return Delta(self.index, text, "stop", told[: position + 1])
         if finish is None:
-            return Delta(self.index, text, None) if text else None
+            return Delta(self.index, text, None, told) if text or told else None
         if finish.error is not None:
             raise finish.error
-        return self._last(text, finish.reason)
+        return self._last(text, finish.reason, told)
 
-    def _last(self, text: str, reason: str) -> Delta:
+    def _written(self, tokens: list[int], logprobs: list[Any]) -> list[Written]:
+        if self._writer is None or not logprobs:
+            return []
+        return [self._writer.write(*pair) for pair in zip(tokens, logprobs, strict=True)]
+
+    def _last(self, text: str, reason: str, told: list[Written]) -> Delta:
         matched = self._matcher.push(self._detokenizer.flush())
         text += matched.text + ("" if matched.stopped else self._matcher.flush())
         self.finish_reason = "stop" if matched.stopped else reason
-        return Delta(self.index, text, self.finish_reason)
+        return Delta(self.index, text, self.finish_reason, told)
 
     def _is_stop_token(self, token: int) -> bool:
         return self.exchange.sampling is not None and token in self.exchange.sampling.stop_token_ids
@@ -148,18 +156,23 @@ class Answer(Response):
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         texts: dict[int, list[str]] = {told.index: [] for told in self.choices}
+        logprobs: dict[int, list[Written]] = {told.index: [] for told in self.choices}
         try:
             async for news in self._deltas():
                 for delta in news:
                     texts[delta.choice_index].append(delta.text)
+                    logprobs[delta.choice_index] += delta.logprobs
         except RuntimeFault as error:
             status, body, headers = error_answer(error)
             await JSONResponse(body, status, headers)(scope, receive, send)
             return
         choices = [
-            choice(self.kind, told.index, "".join(texts[told.index]), told.finish_reason or "stop")
+            choice(
+                self.kind, told.index, "".join(texts[told.index]), told.finish_reason or "stop",
+                together(self.kind, logprobs[told.index]),
+            )
             for told in self.choices
-        ]
+        ]  # fmt: skip
         body = whole(self.kind, self.request_id, self.created, self.model, choices, self._usage())
         await JSONResponse(body)(scope, receive, send)
 
@@ -183,7 +196,8 @@ class Answer(Response):
                 if delta.choice_index not in begun:
                     begun.add(delta.choice_index)
                     events += writer.role(delta.choice_index)
-                events += writer.text(*delta)
+                told = together(self.kind, delta.logprobs)
+                events += writer.text(delta.choice_index, delta.text, delta.finish_reason, told)
             await _send_body(send, events)
         await _send_body(
             send, (writer.usage(self._usage()) if self.include_usage else b"") + DONE, more=False

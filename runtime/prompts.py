@@ -11,6 +11,7 @@ from typing import Any
 from runtime.chat_template import ChatTemplate
 from runtime.errors import InvalidRequest, ModelError
 from runtime.model_folder import ModelFolder
+from runtime.token_text import TokenText
 
 
 @contextmanager
@@ -40,6 +41,7 @@ class Prompts:
         self.vocab_size = folder.vocab_size
         ends = {*folder.end_token_ids, tokenizer.eos_token_id}
         self.end_token_ids = sorted(end for end in ends if end is not None and 0 <= end < folder.vocab_size)
+        self.token_text = TokenText(tokenizer)
         self.longest_token_bytes = _longest_token_bytes(tokenizer)
         self._template = _chat_template(tokenizer)
 

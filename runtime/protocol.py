@@ -14,12 +14,13 @@ MAX_MESSAGES = 256
 MAX_N = 64  # answers to one prompt
 MAX_CHOICES = 256  # answers of one call
 MAX_BIASES = 1024
+MAX_LOGPROBS = 20  # as OpenAI and vLLM
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
 INT64 = 2**63
 
 # Fields that would change the answer and are not served, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (None, False), "top_logprobs": (None, 0), "prompt_logprobs": (None, False), "echo": (None, False),
+    "prompt_logprobs": (None, False), "echo": (None, False),
     "best_of": (None, 1), "suffix": (None, ""), "tools": (None, []), "functions": (None, []),
     "response_format": (None, {"type": "text"}), "chat_template": (None,), "chat_template_kwargs": (None, {}),
     "guided_json": (None,), "guided_regex": (None,), "structured_outputs": (None,), "prompt_embeds": (None,),
@@ -145,10 +146,23 @@ class _Generation(_Fields):
 
 class CompletionRequest(_Generation):
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Of the likeliest tokens at each position; None where not even the drawn one's is asked for."""
+        return self.logprobs
 
 
 class ChatRequest(_Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """As of a completion."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class TokenizeRequest(_Fields):
@@ -190,6 +204,8 @@ def _check_together(request: _Generation) -> None:
     """Rules between fields."""
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("`stream_options` needs `stream` to be true.", "stream_options")
+    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
+        raise InvalidRequest("`top_logprobs` needs `logprobs` to be true.", "top_logprobs")
     num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
     if num_prompts * (request.n or 1) > MAX_CHOICES:
         rule = f"must be at most {MAX_CHOICES} times all prompts of a call"

@@ -32,6 +32,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
+    num_logprobs: int | None = None  # of the likeliest tokens, beside that of the drawn one
 
     @property
     def narrows(self) -> bool:

@@ -1,6 +1,7 @@
 """The whole runtime as it is shipped: front end, real engine, demo model, official client. On the CPU."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -80,6 +81,34 @@ def test_logits_are_shaped_as_asked(client: openai.OpenAI, server: LiveServer) -
     assert complete(client, temperature=1.5, extra_body={"top_k": 1}).choices[0].text == (
         complete(client).choices[0].text
     )
+
+
+def test_logprobs_are_those_of_the_model_streamed_and_whole(client: openai.OpenAI) -> None:
+    whole = complete(client, logprobs=3).choices[0]
+    told = whole.logprobs
+    assert "".join(told.tokens) == whole.text and len(told.token_logprobs) == 24
+    assert told.text_offset == [sum(map(len, told.tokens[:i])) for i in range(24)]
+    for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert len(top) == 3 and top[token] == logprob == max(top.values())  # greedy takes the likeliest
+        assert sum(math.exp(value) for value in top.values()) <= 1.0 + 1e-6
+    chunks = [choice for chunk in complete(client, logprobs=3, stream=True) for choice in chunk.choices]
+    assert [token for one in chunks if one.logprobs for token in one.logprobs.tokens] == told.tokens
+    drawn = complete(client, logprobs=0, temperature=1.5, seed=3, extra_body={"top_k": 5}).choices[0].logprobs
+    assert all(
+        list(top.values()) == [log] for top, log in zip(drawn.top_logprobs, drawn.token_logprobs, strict=True)
+    )
+    assert complete(client).choices[0].logprobs is None
+
+
+def test_a_chat_tells_logprobs_with_bytes(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "What does `copytree` do?"}]
+    answer = client.chat.completions.create(
+        model="demo_model", messages=messages, max_tokens=20, temperature=0, logprobs=True, top_logprobs=2
+    ).choices[0]
+    assert answer.logprobs is not None and answer.logprobs.content
+    told = b"".join(bytes(one.bytes or []) for one in answer.logprobs.content)
+    assert answer.message.content and told.decode().startswith(answer.message.content)
+    assert all(len(one.top_logprobs) == 2 for one in answer.logprobs.content)
 
 
 def test_min_tokens_holds_back_ends_and_stop_strings(client: openai.OpenAI) -> None:
