@@ -72,6 +72,11 @@ class CovariateFit:
         return self.adjusted_sd < (1.0 - MIN_CUT) * self.raw_sd
 
     @property
+    def noise_share(self) -> float:
+        """What is left of the sd of a pair; 1 where they are of no use."""
+        return self.adjusted_sd / self.raw_sd if self.usable and self.adjusted_sd and self.raw_sd else 1.0
+
+    @property
     def reason(self) -> str:
         if self.raw_sd is None or self.adjusted_sd is None:
             return f"No covariates are used: they could be tested on {self.num_pairs} pairs of windows only."

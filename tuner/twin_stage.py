@@ -105,8 +105,10 @@ class TwinStage:
         )
         parameters, error = calibrate_twin(parameters, served, WINDOW_S)
         one_engine = champion.replicas == 1
+        fitted_covariates = fit_covariates(metric, served, window_of(start_at, now, slice_s))
         is_used = error.usable and one_engine and metric != "tpot_s"
-        covariates = None if is_used else fit_covariates(metric, served, window_of(start_at, now, slice_s))
+        is_used = is_used and error.noise_share <= fitted_covariates.noise_share  # what leaves less noise
+        covariates = None if is_used else fitted_covariates
         kept = {} if covariates is None else {"covariates": covariates.to_dict()}
         several = f"The twin is not used: it replays one engine, and `replicas` is {champion.replicas}."
         told = error.reason if one_engine else several

@@ -15,6 +15,10 @@ from runtime.scheduler import PackedBatch, Scheduler
 from tests.runtime.tiny_models import VOCAB, generate, tiny_model
 
 BLOCK_TOKENS = 4
+FAMILIES = (
+    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "phi3", "gemma", "gemma2", "gemma3", "gpt_oss",
+    "deepseek_v2", "deepseek_v3",
+)  # fmt: skip
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -41,7 +45,7 @@ def run(model: HFModel, scheduler: Scheduler, requests: list[Request]) -> int:
     return num_scattered
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_generate_in_mixed_chunked_and_preempted_batches(family: str) -> None:
     reference = tiny_model(family)
     asked = prompts(1, 5, 17, 40, 33, 70, 9, 3, 12, 7)
@@ -67,8 +71,26 @@ def test_float32_with_default_settings_gives_the_tokens_of_generate() -> None:
     assert [request.output_ids.tolist() for request in requests] == expected
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("copies", [False, True])
+def test_greedy_tokens_behind_a_shared_prefix_are_those_of_generate(family: str, copies: bool) -> None:
+    reference = tiny_model(family)
+    (shared,) = prompts(30)
+    asked = [[*shared[:28], *own] for own in prompts(3, 9, 17, 1, 12)]
+    expected = [generate(reference, prompt, 12) for prompt in asked]
+    model, pool = HFModel(reference), BlockPool(60, BLOCK_TOKENS, wants_runs=copies)
+    model.allocate(pool.num_blocks, BLOCK_TOKENS)
+    config = EngineConfig.of({"max_batched_tokens": 40, "prefill_chunk": 16, "prefix_cache": "on"})
+    scheduler = Scheduler(pool, config, 200)
+    requests = [Request.of_tokens(str(i), prompt, 12, arrived_at=0.0) for i, prompt in enumerate(asked)]
+    run(model, scheduler, requests[:1])
+    run(model, scheduler, requests[1:])
+    assert [request.output_ids.tolist() for request in requests] == expected
+    assert scheduler.num_hit_tokens >= 4 * 28, "the test must reach what it claims"
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_on_a_gpu_are_those_of_generate(family: str) -> None:
     reference = tiny_model(family).to("cuda")
     asked = prompts(1, 17, 40, 70, 9)

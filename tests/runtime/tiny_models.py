@@ -5,13 +5,19 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v3 import DeepseekV3Config
+from transformers.models.gemma import GemmaConfig
 from transformers.models.gemma2 import Gemma2Config
+from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
+from transformers.models.mixtral import MixtralConfig
+from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
+from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 torch.set_num_threads(1)  # nothing here is worth a second thread, and threads that spin slow every other test
 
@@ -35,12 +41,33 @@ def tiny_config(family: str) -> PretrainedConfig:
             return LlamaConfig(**_SHAPE)
         case "mistral":
             return MistralConfig(**_SHAPE, sliding_window=20)
+        case "mixtral":
+            return MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2)
+        case "qwen3_moe":
+            return Qwen3MoeConfig(
+                **_SHAPE, head_dim=16, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
+            )
+        case "phi3":
+            return Phi3Config(**_SHAPE)
+        case "gemma":
+            return GemmaConfig(**_SHAPE, head_dim=8)
+        case "gemma3":
+            return Gemma3TextConfig(
+                **_SHAPE, head_dim=8, sliding_window=20, query_pre_attn_scalar=8,
+                layer_types=["sliding_attention", "full_attention"],
+            )  # fmt: skip
         case "gemma2":
             return Gemma2Config(**_SHAPE, head_dim=8, sliding_window=20, query_pre_attn_scalar=8)
         case "gpt_oss":
             return GptOssConfig(
                 **_SHAPE, head_dim=8, sliding_window=20, num_local_experts=4, num_experts_per_tok=2,
                 layer_types=["sliding_attention", "full_attention"],
+            )  # fmt: skip
+        case "deepseek_v2":
+            return DeepseekV2Config(
+                **{**_SHAPE, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4,
+                n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24,
+                qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=16, n_group=1, topk_group=1,
             )  # fmt: skip
         case "deepseek_v3":
             return DeepseekV3Config(
