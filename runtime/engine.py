@@ -141,7 +141,15 @@ class Engine:
             self._check_tokens(frame["token_ids"])
             max_tokens, arrived_at = int(frame["max_tokens"]), float(frame["arrived_at"])
             self.scheduler.add(
-                Request.of_tokens(frame["id"], frame["token_ids"], max_tokens, arrived_at, sampling, stops)
+                Request.of_tokens(
+                    frame["id"],
+                    frame["token_ids"],
+                    max_tokens,
+                    arrived_at,
+                    sampling,
+                    stops,
+                    int(frame.get("priority", 0)),
+                )
             )
         except InvalidRequest as error:
             self._send({"op": "failed", "id": frame["id"], "kind": "invalid_request", "message": str(error)})

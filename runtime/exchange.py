@@ -19,6 +19,7 @@ class Sampling:
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    priority: int = 0
 
 
 class Finish(NamedTuple):
@@ -79,6 +80,7 @@ class Exchange:
             "op": "submit", "id": self.id, "token_ids": self.prompt_ids, "arrived_at": self.arrived_at,
             "max_tokens": self.sampling.max_tokens, "sampling": self.sampling.params.told(),
             "stop_token_ids": list(self.sampling.stop_token_ids), "ignore_eos": self.sampling.ignore_eos,
+            "priority": self.sampling.priority,
         }  # fmt: skip
 
     @property

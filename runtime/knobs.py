@@ -42,6 +42,9 @@ class Knob:
     log: bool = False
     apply: ApplyMode = ApplyMode.LIVE
     changes_outputs: bool = False
+    promises: tuple[
+        str, ...
+    ] = ()  # choices that keep a promise to clients: never searched, and never left by a search
     searched: bool = True  # False: never moved by the search unless the settings allow it by name
 
     def check(self, value: Any) -> KnobValue:
@@ -105,9 +108,10 @@ class EngineConfig:
     policy: str = knob(
         "fcfs",
         kind="choice",
-        choices=("fcfs", "shortest_prefill"),
+        choices=("fcfs", "shortest_prefill", "priority"),
+        promises=("priority",),
         unit="",
-        help="Which waiting request is admitted first.",
+        help="Which waiting request is admitted first; `priority` keeps to what requests ask for and is not searched.",
     )
     batch_wait_ms: float = knob(
         0.0,

@@ -133,6 +133,7 @@ class _Generation(_Fields):
     repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = {}
     min_tokens: Annotated[int, Field(ge=0)] | None = None
+    priority: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     user: str | None = None
 
     @property

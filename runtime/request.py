@@ -71,6 +71,7 @@ class Request:
     token_ids: Int32Array | None = None
     sampling: SamplingParams = SamplingParams()
     stop_token_ids: frozenset[int] = frozenset()
+    priority: int = 0  # the lowest comes first, where the policy asks for it
 
     num_tokens: int = field(init=False)
     seat: int | None = None
@@ -92,6 +93,7 @@ class Request:
         arrived_at: float,
         sampling: SamplingParams | None = None,
         stop_token_ids: Iterable[int] = (),
+        priority: int = 0,
     ) -> "Request":
         prompt = np.asarray(prompt_ids, dtype=np.int32)
         token_ids = np.zeros(len(prompt) + max(0, max_tokens), dtype=np.int32)
@@ -104,6 +106,7 @@ class Request:
             token_ids,
             sampling or SamplingParams(),
             frozenset(stop_token_ids),
+            priority,
         )
 
     @classmethod

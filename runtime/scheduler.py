@@ -388,13 +388,19 @@ class Scheduler:
         before = self.num_preemptions
         for seat in full.tolist():
             while self.pool.num_free == 0:
-                self._preempt(self.running[-1])
+                self._preempt(self._least_urgent())
             if before != self.num_preemptions and seat not in self._running_seats:
                 continue
             count = here.num_blocks[seat]
             here.blocks[seat, count] = self.pool.extend(int(here.blocks[seat, count - 1]))
             here.num_blocks[seat] += 1
         return self.num_preemptions > before
+
+    def _least_urgent(self) -> Request:
+        """Who gives way when the pool is full: the newest, under `priority` the newest of the lowest urgency."""
+        if self.config.policy != "priority":
+            return self.running[-1]
+        return max(enumerate(self.running), key=lambda seated: (seated[1].priority, seated[0]))[1]
 
     def _preempt(self, request: Request) -> None:
         """Frees the request's blocks; what it has generated so far becomes part of the prompt to recompute."""
@@ -513,6 +519,8 @@ class Scheduler:
 
     def _next_waiting(self, now: float) -> Request:
         first = self.waiting[0]
+        if self.config.policy == "priority":  # strictly, as it was asked for; preempted ones stand in front
+            return min(self.waiting, key=lambda request: request.priority)
         if self.config.policy == "fcfs" or first.num_preemptions or now - first.arrived_at >= MAX_OVERTAKEN_S:
             return first
         return min(self.waiting, key=lambda request: request.num_tokens)

@@ -15,8 +15,8 @@ def export_vllm(proof: Proof, tuner_version: str) -> str:
 
 
 def _policy(value: Any, values: Values, model: Values) -> Told:
-    if value == "fcfs":
-        return flag("--scheduling-policy", "fcfs")
+    if value in ("fcfs", "priority"):  # the lowest number first, there as here
+        return flag("--scheduling-policy", value)
     return nothing("vLLM admits by arrival or by a priority that the client gives")
 
 

@@ -78,6 +78,9 @@ def search_space(
             tuple(report["choices"]) if report["choices"] else None,
             report["log"],
         )
+        if dimension.choices is not None:  # a runtime of an earlier version does not tell of promises
+            left = (choice for choice in dimension.choices if choice not in report.get("promises", ()))
+            dimension = replace(dimension, choices=tuple(left))
         if name in bounds:
             dimension = narrowed(dimension, bounds[name])
         if dimension.choices is not None and len(dimension.choices) < 2:
@@ -92,6 +95,13 @@ def narrowed(dimension: Dimension, bound: Sequence[Any]) -> Dimension:
     if dimension.choices is not None:
         return replace(dimension, choices=tuple(choice for choice in dimension.choices if choice in bound))
     return replace(dimension, low=max(dimension.low, bound[0]), high=min(dimension.high, bound[1]))
+
+
+def keeping_promises(space: SearchSpace, champion: EngineConfig) -> SearchSpace:
+    """Without the choice knobs whose value is none that may be searched: they stay where somebody put them."""
+    values = champion.values()
+    movable = (one for one in space.dimensions if one.choices is None or values[one.name] in one.choices)
+    return SearchSpace(tuple(movable))
 
 
 def trust_region(space: SearchSpace, champion: EngineConfig, trust_steps: int) -> SearchSpace:

@@ -22,7 +22,16 @@ from tuner.promote import describe
 from tuner.propose import AskProcess, AskRequest, past_trials
 from tuner.rows import ensure_config, tell
 from tuner.settings import Settings
-from tuner.space import SearchSpace, clipped, is_allowed, projected, search_space, trust_after, trust_region
+from tuner.space import (
+    SearchSpace,
+    clipped,
+    is_allowed,
+    keeping_promises,
+    projected,
+    search_space,
+    trust_after,
+    trust_region,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +89,7 @@ class StudyStage:
         space = search_space(state["knobs"], knobs.allow, knobs.deny, knobs.bounds, no_quality is None)
         movable = search_space(state["knobs"], knobs.allow, knobs.deny, knobs.bounds, True).names
         held = [name for name in movable if name not in space.names]
+        space = keeping_promises(space, champion)
         with self._store.journal() as session:
             last = decisions.last_study(session, self._snapshot_id)
             outcomes = decisions.outcomes_of_study(session, last.study_id) if last is not None else []

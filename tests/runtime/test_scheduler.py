@@ -116,6 +116,23 @@ def test_shortest_prefill_overtakes_but_not_forever() -> None:
     assert ids(s.schedule(MAX_OVERTAKEN_S)) == ["long"]
 
 
+def test_priority_admits_the_most_urgent_and_preempts_the_least() -> None:
+    s = scheduler(max_num_seqs=1, policy="priority")
+    for name, priority in (("usual", 0), ("urgent", -5), ("later", 7), ("usual too", 0)):
+        one = request(name, 5)
+        one.priority = priority
+        s.add(one)
+    assert [one.id for one in run(s)] == ["urgent", "usual", "usual too", "later"]
+    s = scheduler(num_blocks=8, policy="priority")
+    for name, priority in (("background", 9), ("urgent", -1), ("usual", 0)):
+        one = request(name, 8, 24)
+        one.priority = priority
+        s.add(one)
+    finished = run(s, num_steps=400)
+    assert s.num_preemptions > 0 and finished[0].id == "urgent" and finished[0].num_preemptions == 0
+    assert finished[-1].id == "background" and finished[-1].num_preemptions > 0
+
+
 def test_batch_wait_holds_a_request_until_its_time_or_until_the_seats_are_filled() -> None:
     s = scheduler(max_num_seqs=2, batch_wait_ms=100.0)
     s.add(request("a", at=10.0))
@@ -208,7 +225,7 @@ CONFIGS = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 12),
         "max_batched_tokens": st.integers(16, 64),
         "prefill_chunk": st.integers(16, 40),
-        "policy": st.sampled_from(["fcfs", "shortest_prefill"]),
+        "policy": st.sampled_from(["fcfs", "shortest_prefill", "priority"]),
         "batch_wait_ms": st.sampled_from([0.0, 50.0]),
     }
 )
@@ -233,7 +250,7 @@ def test_every_request_finishes_whatever_the_knobs_do(
             s.config = EngineConfig.of(data.draw(st.sampled_from(configs)))
             for _ in range(min(len(to_come), data.draw(st.integers(0, 3)))):
                 arriving = to_come.pop(0)
-                arriving.arrived_at = now
+                arriving.arrived_at, arriving.priority = now, data.draw(st.integers(-1, 1))
                 s.add(arriving)
         num_running = len(s.running)
         batch = s.schedule(now)

@@ -7,6 +7,7 @@ from tuner.space import (
     SearchSpace,
     clipped,
     is_allowed,
+    keeping_promises,
     projected,
     search_space,
     trust_after,
@@ -35,6 +36,14 @@ def test_space_holds_what_the_engine_reports_as_searched():
 def test_denied_knob_is_absent_and_allow_admits_an_unsearched_one():
     assert "policy" not in search_space(REPORTS, None, ("policy",), {}).names
     assert search_space(REPORTS, ("max_queued_requests",), (), {}).names == ("max_queued_requests",)
+
+
+def test_a_promise_to_clients_is_neither_made_nor_broken_by_a_search():
+    space = search_space(knob_reports(2, 256), None, (), {})
+    policy = next(dimension for dimension in space.dimensions if dimension.name == "policy")
+    assert "priority" not in policy.choices and "fcfs" in policy.choices
+    assert "policy" not in keeping_promises(space, EngineConfig.of({"policy": "priority"})).names
+    assert keeping_promises(space, EngineConfig()) == space
 
 
 def test_bounds_narrow_numbers_and_choices():
