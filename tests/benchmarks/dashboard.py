@@ -154,7 +154,7 @@ def chromium() -> Iterator[Page]:
             port = devtools_port(Path(profile))
             tabs = httpx.get(f"http://127.0.0.1:{port}/json", trust_env=False).json()
             url = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
-            with connect(url, max_size=None, proxy=None) as socket:
+            with connect(url, max_size=None, ping_interval=None, proxy=None) as socket:
                 yield Page(socket)
         finally:
             child.terminate()
