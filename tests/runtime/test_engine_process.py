@@ -302,6 +302,8 @@ def test_files_are_private_the_key_is_kept_and_torch_is_never_loaded(tmp_path: P
         mapped = {Path(region.path).name for region in psutil.Process(server.process.pid).memory_maps()}
         modes = {path.name: path.stat().st_mode & 0o777 for path in run_dir.iterdir()}
         del modes["server.log"]  # the test's own
+        assert modes.pop("records") == 0o700
+        assert all(path.stat().st_mode & 0o777 == 0o600 for path in (run_dir / "records").iterdir())
         assert modes == dict.fromkeys(("runtime.json", "control.key", "server.lock"), 0o600)
         key = (run_dir / "control.key").read_text()
     assert not [name for name in mapped if "torch" in name]
