@@ -27,7 +27,7 @@ from runtime.knobs import EngineConfig
 from runtime.replay import Arrival, Decoding, Replay
 from runtime.step_model import StepModel
 
-MAX_RELATIVE_ERROR = 0.5  # beyond it the replay is of another machine, whatever it does to the spread
+MAX_RELATIVE_ERROR = 0.10
 MIN_CUT = 0.10  # of the sd of a pair, below which the twin is not worth its replay
 MIN_WINDOW_PAIRS = 5  # pairs of neighbouring windows below which the error is not known
 MIN_WINDOW_REQUESTS = 10
@@ -98,8 +98,7 @@ class TwinError:
 
     `relative_error` is the typical (median) error of a window's mean latency. `residual_sd` and `raw_sd` (log
     units) are the spread of the difference between two neighbouring windows with and without the twin: the
-    pair sd that an experiment will have. Power hangs on the latter alone: an error that all windows share cancels
-    inside a pair.
+    pair sd that an experiment will have.
     """
 
     num_windows: int
