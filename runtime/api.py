@@ -212,9 +212,7 @@ async def _submit_all(
         _check_context(asked, len(ids), context)
     _check_tokens_named(asked, prompts)
     num_answers = asked.n or 1
-    for number, exchange in enumerate(
-        exchanges
-    ):  # as OpenAI numbers choices: all answers to the first prompt first
+    for number, exchange in enumerate(exchanges):  # all answers to the first prompt come first, as OpenAI's
         ids = prompt_ids[number // num_answers]
         service.front.submit(
             exchange, ids, _sampling(asked, prompts, len(ids), context, number % num_answers)

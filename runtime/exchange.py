@@ -68,9 +68,7 @@ class Exchange:
     gaps_s: list[float] = field(default_factory=list)
     slices: dict[str, SliceGaps] = field(default_factory=dict)
     finish: Finish | None = None
-    logprobs: list[Any] = field(
-        default_factory=list
-    )  # where they were asked for: one for each token to be taken
+    logprobs: list[Any] = field(default_factory=list)  # where asked for: of each token that waits to be taken
     _untaken: list[int] = field(default_factory=list)
 
     def submission(self) -> dict[str, Any]:

@@ -7,11 +7,12 @@ outlives the process in the page cache, and a host that goes down takes the clie
 once all in them is acknowledged; those of earlier boots stay until somebody has read them, up to MAX_LEFT_BYTES.
 """
 
+import contextlib
 import json
 import logging
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +40,11 @@ class RecordSpool:
         self._closed: deque[tuple[Path, int]] = deque()  # whole segments and the last number in each
         self._file: int | None = None
         self._path, self._size, self._number, self._last_seq, self._num_skipped = Path(), 0, 0, 0, 0
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._bound_left()
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _bound_left(self._folder)
+        except OSError as error:  # a full disk must not keep the server from starting
+            log.warning("What earlier starts left in %s stays as it is: %s", self._folder, error)
 
     def append(self, seq: int, encoded: bytes) -> None:
         if self._num_skipped:
@@ -86,19 +90,29 @@ class RecordSpool:
         self._file = None
         self._closed.append((self._path, self._last_seq))
 
-    def _bound_left(self) -> None:
-        """Where no daemon ever reads, the newest of what earlier boots left is enough."""
-        room = MAX_LEFT_BYTES
-        for path in sorted(self._folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True):
-            room -= path.stat().st_size
-            if room < 0:
-                path.unlink(missing_ok=True)
+
+def _bound_left(folder: Path) -> None:
+    """Where no daemon ever reads, the newest of what earlier boots left is enough."""
+    room = MAX_LEFT_BYTES
+    for _, size, path in sorted(_found(folder), reverse=True):
+        room -= size
+        if room < 0:
+            path.unlink(missing_ok=True)
+
+
+def _found(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """Age and size of each segment. A daemon that reads at the same time may have removed one just now."""
+    for path in folder.glob("*.jsonl"):
+        with contextlib.suppress(FileNotFoundError):
+            told = path.stat()
+            yield told.st_mtime, told.st_size, path
 
 
 def left_segments(run_dir: Path, but_boot: str, limit: int) -> list[LeftSegment]:
     """At most `limit` segments of boots other than the one that runs, each boot's in order.
 
-    A line that a full disk or a crash of the host left unfinished is passed over.
+    A line that a full disk or a crash of the host left unfinished is passed over, and so is a segment that the next
+    start of the runtime removes meanwhile.
     """
     paths = sorted(path for path in (run_dir / FOLDER).glob("*.jsonl") if path.name.split(".")[0] != but_boot)
     return [LeftSegment(path, path.name.split(".")[0], _records(path)) for path in paths[:limit]]
@@ -106,7 +120,11 @@ def left_segments(run_dir: Path, but_boot: str, limit: int) -> list[LeftSegment]
 
 def _records(path: Path) -> list[Mapping[str, Any]]:
     records: list[Mapping[str, Any]] = []
-    for line in path.read_bytes().splitlines():
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return records
+    for line in text.splitlines():
         try:
             record = json.loads(line)
         except ValueError:

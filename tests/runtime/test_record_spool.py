@@ -123,3 +123,21 @@ def test_earlier_boots_are_kept_up_to_a_bound_the_newest_first(
     monkeypatch.setattr(record_spool, "MAX_LEFT_BYTES", 2 * size)
     RecordSpool(tmp_path, "b9")
     assert sorted(numbers_left(tmp_path)) == ["b2", "b3"]
+
+
+def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "records").write_text("a file stands in its place")
+    buffer = spooled(tmp_path, 3)
+    assert buffer.drain(0, 10).next_seq == 3 and "only in memory" in caplog.text
+
+
+def test_a_segment_that_goes_while_it_is_looked_at_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon removes what it has stored, the next start what is too much: either may come second."""
+    spooled(tmp_path, 3, "b1").close()
+    gone = tmp_path / "records" / "b0.000001.jsonl"
+    found = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*found(self, pattern), gone])
+    assert numbers_left(tmp_path) == {"b0": [], "b1": [1, 2, 3]}
+    RecordSpool(tmp_path, "b2")
