@@ -1,4 +1,4 @@
-"""What the WARM knobs cost and give on this machine: python -m runtime.bench --model FOLDER. No HTTP, one process.
+"""What the WARM knobs cost and give on this machine: python -m runtime.bench warm --model FOLDER. No HTTP, one process.
 
 Everything that is compared is measured in turns within one run, on requests that live through the swaps: the
 machine's mood is then the same for all. `ms` are medians of forward passes, `commit us` of real swaps.
@@ -233,12 +233,12 @@ def print_formats(reports: Sequence[FormatReport], batches: Sequence[int]) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m runtime.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m runtime.bench warm", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add(
         "--model",
         type=Path,
-        default=Path(__file__).parent / "demo_model",
+        default=Path(__file__).parents[1] / "demo_model",
         help="model folder (default: the demo's)",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -1,0 +1,1 @@
+"""Benchmarks of the engine, in one process and without HTTP."""

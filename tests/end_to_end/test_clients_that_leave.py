@@ -1,0 +1,201 @@
+"""Ten thousand clients that come and go at every moment of a request: nothing stays behind that was theirs."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from runtime.client import read_runtime_file
+from tests.servers import DEMO_MODEL, ROOT, LiveServer, wait_until
+
+NUM_CLIENTS = 10_000
+NUM_AT_ONCE = 64
+WARM_UP = 500  # threads, buffers and pools of connections are there after these
+PROMPT = "def read_lines(path):\n"
+READ_LIMIT_S = 60.0
+MAX_GROWTH_BYTES = 64 * 2**20  # a task or buffer that each client left behind would be more
+
+
+@contextmanager
+def counted_server(run_dir: Path) -> Iterator[LiveServer]:
+    log_path = run_dir / "server.log"
+    words = [sys.executable, "-m", "tests.end_to_end.counted_server", "--model", str(DEMO_MODEL), "--run-dir",
+             str(run_dir), "--port", "0", "--device", "cpu", "--kv-tokens", "8192",
+             "--config", json.dumps({"prefix_cache": "on"})]  # fmt: skip
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            words, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "COUNTED_IN": str(run_dir)}
+        )
+    try:
+        wait_until(lambda: read_runtime_file(run_dir) is not None, "the server listens")
+        file = read_runtime_file(run_dir)
+        assert file is not None
+        server = LiveServer(process, run_dir, log_path, file)
+        server.wait_ready()
+        yield server
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+class Left(dict[str, int]):
+    """What the server holds when nobody is there."""
+
+    @classmethod
+    def behind(cls, server: LiveServer) -> "Left":
+        server.wait_idle()
+        family = [
+            psutil.Process(server.process.pid),
+            *psutil.Process(server.process.pid).children(recursive=True),
+        ]
+        with server.http() as http:
+            metrics = http.get("/metrics").text
+        used = [
+            float(line.split()[-1])
+            for line in metrics.splitlines()
+            if line.startswith("vllm:kv_cache_usage_perc")
+        ]
+        asked = server.run_dir / "tasks.json"
+        asked.unlink(missing_ok=True)
+        server.process.send_signal(signal.SIGUSR1)
+        wait_until(asked.exists, "the tasks are counted")
+        return cls(
+            connections=len(family[0].net_connections("tcp")),
+            descriptors=sum(process.num_fds() for process in family),
+            threads=sum(process.num_threads() for process in family),
+            tasks=sum(json.loads(asked.read_text()).values()),
+            held_per_mille=round(1000 * max(used)),
+            rss_bytes=sum(process.memory_info().rss for process in family),
+        )
+
+
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter, random.Random], Awaitable[None]]
+
+
+def post(path: str = "/v1/completions", **body: object) -> bytes:
+    asked = {
+        "model": "demo_model",
+        "prompt": PROMPT,
+        "max_tokens": 12,
+        "temperature": 0,
+        "ignore_eos": True,
+        **body,
+    }
+    content = json.dumps(asked).encode()
+    return b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (
+        path.encode(),
+        len(content),
+        content,
+    )
+
+
+async def says_nothing(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rng: random.Random
+) -> None:
+    pass
+
+
+async def leaves_within_its_request(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rng: random.Random
+) -> None:
+    whole = post()
+    writer.write(whole[: rng.randrange(1, len(whole))])
+    await writer.drain()
+
+
+async def leaves_before_the_answer(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rng: random.Random
+) -> None:
+    writer.write(post(stream=rng.random() < 0.5, n=rng.choice([1, 1, 3])))
+    await writer.drain()
+    await asyncio.sleep(rng.random() * 0.05)
+
+
+async def leaves_within_the_stream(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rng: random.Random
+) -> None:
+    writer.write(post(stream=True, prompt=[PROMPT, PROMPT + "    return"], logprobs=rng.choice([None, 2])))
+    await writer.drain()
+    for _ in range(rng.randrange(1, 8)):
+        await reader.readuntil(b"data: ")
+
+
+async def stays_to_the_end(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rng: random.Random
+) -> None:
+    writer.write(post(stream=True))
+    await writer.drain()
+    await reader.readuntil(b"data: [DONE]")
+
+
+async def asks_for_what_is_not_served(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rng: random.Random
+) -> None:
+    writer.write(rng.choice([post(n=1000), post("/nowhere"), b"\0\1\2\r\n\r\n", post(model="other")]))
+    await writer.drain()
+    await reader.read(100)
+
+
+TALKS: list[Talk] = [
+    says_nothing, leaves_within_its_request, leaves_before_the_answer, leaves_within_the_stream, stays_to_the_end,
+    asks_for_what_is_not_served,
+]  # fmt: skip
+
+
+async def one_client(url: str, talk: Talk, rng: random.Random) -> None:
+    address = urlsplit(url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    try:
+        await asyncio.wait_for(talk(reader, writer, rng), READ_LIMIT_S)
+        if rng.random() < 0.5:  # a reset instead of an orderly end
+            writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+    finally:
+        writer.close()
+
+
+async def come_and_go(url: str, num: int, seed: int) -> Counter[str]:
+    rng, seats, talks = random.Random(seed), asyncio.Semaphore(NUM_AT_ONCE), Counter[str]()
+
+    async def next_one(talk: Talk, own: random.Random) -> None:
+        async with seats:
+            await one_client(url, talk, own)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(num):
+            talk = rng.choice(TALKS)
+            talks[talk.__name__] += 1
+            group.create_task(next_one(talk, random.Random(rng.random())))
+    return talks
+
+
+@pytest.mark.slow
+def test_clients_that_leave_at_any_moment_leave_nothing_behind(tmp_path: Path) -> None:
+    with counted_server(tmp_path) as server:
+        asyncio.run(come_and_go(server.api_url, WARM_UP, 1))
+        before = Left.behind(server)
+        talks = asyncio.run(come_and_go(server.api_url, NUM_CLIENTS, 2))
+        wait_until(
+            lambda: Left.behind(server)["connections"] <= before["connections"], "the connections are closed"
+        )
+        after = Left.behind(server)
+        print(f"{dict(talks)}\nbefore {before}\nafter  {after}")
+        assert server.process.poll() is None and "Traceback" not in server.log()
+    assert after["held_per_mille"] == 0, "blocks"
+    for kind in ("connections", "descriptors", "threads", "tasks"):
+        assert after[kind] <= before[kind], kind
+    assert after["rss_bytes"] - before["rss_bytes"] < MAX_GROWTH_BYTES
