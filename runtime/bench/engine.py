@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     rng = np.random.default_rng(options.seed)
-    config = default_config(device.type, num_cores()).patched(  # type: ignore[arg-type]
+    config = default_config(device.type, num_cores()).patched(
         {"threads_decode": options.threads, "threads_prefill": options.threads}
     )
     with model_folder(options.model, options.shape, options.keep) as folder:
