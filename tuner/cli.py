@@ -308,14 +308,12 @@ def doctor(config: ConfigOption = None, data_dir: DataDir = None, as_json: AsJso
 def bench(context: typer.Context) -> None:
     """Benchmarks: engine (beside others), warm (knobs that are prepared), or of the statistics: aa,
     azure --trace FILE, harm, hour, anomalies, quality; each with --help."""
-    if context.args[:1] in (
-        ["engine"],
-        ["warm"],
-    ):  # in a child of its own: torch is loaded in the runtime only
+    which = context.args[0] if context.args else ""
+    if which in ("engine", "warm"):  # in a child of its own: torch is loaded in the runtime only
         from tuner.quality.canary import PASSAGES
 
-        text = ["--text", str(PASSAGES)] if context.args[0] == "warm" else []
-        words = ["-m", "runtime.bench", context.args[0], *text, *context.args[1:]]
+        text = ["--text", str(PASSAGES)] if which == "warm" else []
+        words = ["-m", "runtime.bench", which, *text, *context.args[1:]]
         sys.exit(subprocess.run([sys.executable, *words], check=False).returncode)
     from tuner.bench.__main__ import main as bench_judge
 

@@ -73,6 +73,7 @@ class Served:
     config: EngineConfig = field(default_factory=lambda: EngineConfig.of({"max_num_seqs": 8}))
     got: Got = field(default_factory=lambda: Got({}, {}, Counter()))
     replies: dict[int, Frame] = field(default_factory=dict)
+    events: Counter[str] = field(default_factory=Counter)
     num_calls: int = 0
     num_failed: int = 0
 
@@ -89,6 +90,8 @@ class Served:
             self.replies[frame["call"]] = frame
         elif frame["op"] == "failed":
             self.num_failed += 1
+        elif frame["op"] == "event":
+            self.events[frame["kind"]] += 1
         elif frame["op"] == "tokens":
             for id, token, end, _, _, *logprobs in frame["items"]:
                 self.got.tokens.setdefault(id, []).append(token)
@@ -98,9 +101,11 @@ class Served:
                 if end is not None:
                     self.got.ends[id] += 1
 
-    def control(self, name: str, **args: Any) -> None:
+    def control(self, name: str, **args: Any) -> int:
+        """Returns the number of the call, which is answered when what it needs is prepared."""
         self.num_calls += 1
         self.engine.control({"op": "control", "call": self.num_calls, "name": name, "args": args})
+        return self.num_calls
 
     def serve(self, load: Sequence[Asked], change: "Changes | None" = None) -> None:
         waiting = list(reversed(load))
@@ -129,7 +134,7 @@ class Changes:
 
     def __init__(self, rng: np.random.Generator, knobs: Sequence[Knob], formats: Sequence[str]) -> None:
         self.rng, self.knobs, self.formats = rng, knobs, formats
-        self.moved: Counter[str] = Counter()
+        self.asked: dict[int, dict[str, KnobValue]] = {}  # by call
         self.num_plans = 0
 
     def perhaps(self, served: Served) -> None:
@@ -137,13 +142,16 @@ class Changes:
             return
         chosen = self.rng.choice(len(self.knobs), self.rng.integers(1, 4), replace=False)
         patch = {self.knobs[index].name: self._value(self.knobs[index]) for index in chosen}
-        if self.rng.random() < 0.5 and served.runner.plan is None:
-            self._plan(served, patch)
-        else:
-            served.control("reconfigure", patch=patch)
-        self.moved.update(patch.keys())
+        is_plan = self.rng.random() < 0.5 and served.runner.plan is None
+        call = self._plan(served, patch) if is_plan else served.control("reconfigure", patch=patch)
+        self.asked[call] = patch
 
-    def _plan(self, served: Served, patch: dict[str, KnobValue]) -> None:
+    def moved(self, served: Served) -> Counter[str]:
+        """How often each knob was moved by a change that was taken, not refused."""
+        taken = (call for call in self.asked if "value" in served.replies.get(call, {}))
+        return Counter(name for call in taken for name in self.asked[call])
+
+    def _plan(self, served: Served, patch: dict[str, KnobValue]) -> int:
         """The slice needs what it changes prepared; where it is not, the plan is refused, which is an answer too."""
         self.num_plans += 1
         config, now = served.runner.champion.patched(patch), served.clock.now()
@@ -151,7 +159,7 @@ class Changes:
         one = PlannedSlice("s", "challenger", config.config_id, now, now + 0.05, burn_in_s=0.0)
         plan = SlicePlan(f"p{self.num_plans}", "e", served.runner.version, {config.config_id: config.values()}, (one,),
                          lease_s=0.02)  # fmt: skip
-        served.control("plan", **plan.to_dict())
+        return served.control("plan", **plan.to_dict())
 
     def _value(self, knob: Knob) -> KnobValue:
         if knob.name == "weight_format":
@@ -204,12 +212,15 @@ def served_twice(
         assert served.engine.scheduler.pool.num_held == 0, "a block was leaked"
     refused = {frame["error"]["kind"] for frame in changed.replies.values() if "error" in frame}
     assert refused <= {"invalid_plan", "invalid_knob"}
-    assert set(changes.moved) == {knob.name for knob in knobs}, "the test must reach what it claims"
+    moved, events = changes.moved(changed), changed.events
+    assert set(moved) == {knob.name for knob in knobs}, "the test must reach what it claims"
+    assert events["config_committed"] and events["slice_started"] and events["lease_lapsed"]
     assert changed.engine.scheduler.num_hit_tokens
     assert changed.engine.scheduler.num_preemptions or num < 1000
     print(f"{num} requests, {changes.num_plans} plans, {len(changed.replies)} calls, "
           f"{changed.engine.scheduler.num_preemptions} preemptions, "
-          f"{changed.engine.scheduler.num_hit_tokens} tokens found cached, moved: {dict(changes.moved)}")  # fmt: skip
+          f"{changed.engine.scheduler.num_hit_tokens} tokens found cached, "
+          f"events: {dict(events)}, moved: {dict(moved)}")  # fmt: skip
     return load, quiet.got, changed.got
 
 
