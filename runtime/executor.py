@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import runtime
 from runtime.errors import ModelError
-from runtime.hf_model import HFModel, KVPools
+from runtime.decoder import DecoderModel
+from runtime.hf_model import HFModel
 from runtime.host import cpu_model, free_memory_bytes, num_cores
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.linear import pack_linears
 from runtime.loader import LoadedModel
 from runtime.logprobs import TokenLogprobs, logprobs_of
+from runtime.paged_model import KVPools, PagedModel
 from runtime.request import Request, SamplingParams
 from runtime.sampling import sample
 from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler
@@ -56,6 +59,7 @@ class Executor:
         kv_tokens: int | None,
         config: EngineConfig,
         asked_kv_tokens: int | None = None,
+        tiers: str = "AB",
     ) -> None:
         """Sizes the pool last, after a warm-up has shown what the steps need. Too large a wish is answered
         by a smaller pool and a warning.
@@ -63,14 +67,15 @@ class Executor:
         Args:
             kv_tokens: the size by default; by free memory if not given.
             asked_kv_tokens: the size to start with, where the knob was named.
+            tiers: those that may serve; the first that can does.
 
         Raises:
             ModelError: the model cannot be served, or there is no memory for even one sequence.
         """
         self._loaded = loaded
-        self._model = HFModel(loaded.model)
+        self._model = servable(loaded.model, tiers)
         self._device = self._model.device
-        pack_linears(loaded.model, int(PACKED_WEIGHTS_SHARE * free_memory_bytes()))
+        pack_linears(self._model.model, int(PACKED_WEIGHTS_SHARE * free_memory_bytes()))
         self._threads = 0
         activation_bytes = self._warm_up(config)
         fitted, max_blocks = self._pool_blocks(kv_tokens, activation_bytes)
@@ -225,6 +230,23 @@ class Executor:
                     "a KV pool of %d tokens did not fit, trying half: %s", num_blocks * BLOCK_TOKENS, error
                 )
                 num_blocks //= 2
+
+
+def servable(model: PreTrainedModel, tiers: str = "AB") -> PagedModel:
+    """The model in the first tier that can serve it: A, our own decoder, or B, its own code over our cache.
+
+    Raises:
+        ModelError: it cannot be served.
+    """
+    plain = HFModel(model)
+    try:
+        if "A" in tiers:
+            return DecoderModel(plain)
+    except ModelError as error:
+        log.info("tier B serves %s: %s", type(model).__name__, error)
+    finally:
+        plain.forget_probe()
+    return plain
 
 
 def _warm_up_requests(rows: int, prompt_tokens: int) -> Iterator[Request]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.errors import InvalidKnob, PrepareFailed
-from runtime.hf_model import HFModel, KVPools, copy_blocks
+from runtime.paged_model import KVPools, PagedModel, copy_blocks
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.scheduler import Scheduler
@@ -43,7 +43,7 @@ class WarmStates:
 
     def __init__(
         self,
-        model: HFModel,
+        model: PagedModel,
         pool_blocks: int,
         free_bytes: Callable[[], int],
         max_model_len: int,

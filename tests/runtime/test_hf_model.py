@@ -6,7 +6,8 @@ from torch import Tensor
 import runtime.attention
 from runtime.attention import PagedAttention, StepTensors, allowed_positions, attend_plain
 from runtime.errors import ModelError
-from runtime.hf_model import HFModel, relative_error
+from runtime.hf_model import HFModel
+from runtime.paged_model import relative_error
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BlockPool
 from runtime.request import Request
