@@ -20,10 +20,10 @@ from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.linear import pack_linears
 from runtime.loader import LoadedModel
-from runtime.logprobs import TokenLogprobs, logprobs_of
+from runtime.logprobs import PromptLogprob, TokenLogprobs, logprobs_of, prompt_logprobs_of
 from runtime.request import Request, SamplingParams
 from runtime.sampling import sample
-from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler
+from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler, ScoredPiece
 from runtime.scoring import Scored
 from runtime.warm import WarmStates
 
@@ -39,12 +39,16 @@ WARM_UP_ROWS = (1, 2, 4, 8, 16)
 
 
 class Executed(NamedTuple):
-    """`tokens`: one for each sampled row, None where the logits were not numbers; `logprobs` by sampled row."""
+    """`tokens`: one for each sampled row, None where the logits were not numbers; `logprobs` by sampled row.
+
+    `scores`: of the batch's scored piece, None where it has none or its logits were not numbers.
+    """
 
     tokens: list[int | None]
     logprobs: dict[int, TokenLogprobs]
     forward_s: float
     threads: int
+    scores: list[PromptLogprob] | None = None
 
 
 class Executor:
@@ -92,10 +96,14 @@ class Executor:
         self._use_threads(threads)
         started = time.perf_counter()
         logits = self._model.forward(packed)
+        scores = None
+        if batch.scored is not None:
+            num_sampled = int(batch.sampled.sum())
+            scores, logits = _scores(batch, batch.scored, logits[num_sampled:]), logits[:num_sampled]
         requests = batch.sampled_requests() if batch.sampled.any() else []
         tokens = sample(logits, requests) if requests else []
         logprobs = logprobs_of(logits, tokens, requests) if requests else {}
-        return Executed(tokens, logprobs, time.perf_counter() - started, threads)
+        return Executed(tokens, logprobs, time.perf_counter() - started, threads, scores)
 
     def score_area(self, num_blocks: int) -> KVPools:
         """Room for one sequence that is scored beside serving. Raises RuntimeError where there is no memory."""
@@ -225,6 +233,14 @@ class Executor:
                     "a KV pool of %d tokens did not fit, trying half: %s", num_blocks * BLOCK_TOKENS, error
                 )
                 num_blocks //= 2
+
+
+def _scores(batch: Batch, piece: ScoredPiece, logits: torch.Tensor) -> list[PromptLogprob] | None:
+    """logits: [tokens of the piece, vocab]."""
+    request = batch.requests[piece.row]
+    assert request.token_ids is not None, "a replayed request is not scored"
+    targets = request.token_ids[piece.start + 1 : piece.end + 1].tolist()
+    return prompt_logprobs_of(logits, targets, request.sampling.num_prompt_logprobs or 0)
 
 
 def _warm_up_requests(rows: int, prompt_tokens: int) -> Iterator[Request]:

@@ -154,7 +154,7 @@ class HFModel:
 
     @torch.inference_mode()
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
-        """Computes the step and caches its keys and values, in `pools` where given. Returns logits [sampled rows,
+        """Computes the step and caches its keys and values, in `pools` where given. Returns logits [last_tokens,
         vocab]."""
         own = self._attention.pools
         if packed.copies is not None:

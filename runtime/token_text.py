@@ -27,6 +27,9 @@ class TokenText:
         found = _BYTE.fullmatch(piece)
         return bytes((int(found[1], 16),)) if found else str(piece).replace("\u2581", " ").encode()
 
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
     def text_of(self, token: int) -> str:
         return self.bytes_of(token).decode(errors="replace")
 
