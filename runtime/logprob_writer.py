@@ -24,7 +24,7 @@ class LogprobWriter:
             others = [self._entry(other, value) for other, value in top]
             return {**self._entry(token, logprob), "top_logprobs": others}
         text = self._texts.text_of(token)
-        offset, self._offset = self._offset, self._offset + len(text)
+        offset, self._offset = self._offset, self._offset + self._texts.num_chars(token)
         best: dict[str, float] = {}
         for other, value in [*top, (token, logprob)]:  # the drawn one is always among them
             best.setdefault(self._texts.text_of(other), max(LOWEST, value))
@@ -48,11 +48,11 @@ class LogprobWriter:
                     "tokens": self._texts.text_of(token), "token_logprobs": None, "top_logprobs": None,
                     "text_offset": 0,
                 }  # fmt: skip
-                self._offset = 0 if self._is_added(token, text) else len(one["tokens"])
+                self._offset = 0 if self._is_added(token, text) else self._texts.num_chars(token)
             else:
                 one = self.write(token, (told[0], told[2][:num_top]))
             written.append({**one, "text_offset": min(one["text_offset"], len(text))})
-        self._offset = len(text)  # what is drawn begins here, whatever tokens of half a character added up to
+        self._offset = len(text)  # what is drawn begins here, whatever the tokenizer made of the text
         return written
 
     def _is_added(self, token: int, text: str) -> bool:

@@ -27,6 +27,10 @@ class TokenText:
         found = _BYTE.fullmatch(piece)
         return bytes((int(found[1], 16),)) if found else str(piece).replace("\u2581", " ").encode()
 
+    def num_chars(self, token: int) -> int:
+        """Characters that begin in it: all but UTF-8's continuation bytes. Of a text's tokens together, its length."""
+        return sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(token))
+
     def is_special(self, token: int) -> bool:
         return token in self._special
 
