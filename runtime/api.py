@@ -30,6 +30,7 @@ from runtime.prompts import Prompts
 from runtime.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     INT64,
+    MAX_PROMPT_LOGPROBS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -218,6 +219,7 @@ async def _submit_all(
     for ids in prompt_ids:
         _check_context(asked, len(ids), context)
     _check_tokens_named(asked, prompts)
+    _check_prompt_logprobs(asked, sum(map(len, prompt_ids)))
     echoes = await loop.run_in_executor(service.tokenising, _echoes, prompts, asked)
     num_answers = asked.n or 1
     for number, exchange in enumerate(exchanges):  # all answers to the first prompt come first, as OpenAI's
@@ -273,6 +275,18 @@ def _check_tokens_named(asked: AnyRequest, prompts: Prompts) -> None:
         raise InvalidRequest(
             f"`logit_bias` must name tokens in [0, {last}], but got {outside[0]}.", "logit_bias"
         )
+
+
+def _check_prompt_logprobs(asked: AnyRequest, prompt_tokens: int) -> None:
+    if asked.num_prompt_logprobs is None:
+        return
+    num = prompt_tokens * (asked.n or 1) * (1 + asked.num_prompt_logprobs)
+    if num > MAX_PROMPT_LOGPROBS:
+        name = "logprobs" if asked.prompt_logprobs is None else "prompt_logprobs"
+        raise InvalidRequest(
+            f"`{name}` must be at most {MAX_PROMPT_LOGPROBS} of all prompts of a call (tokens times `n` times "
+            f"1 + the likeliest ones), but got {num}. Send fewer prompts at a time or ask for fewer of each.", name,
+        )  # fmt: skip
 
 
 def _sampling(asked: AnyRequest, prompts: Prompts, prompt_tokens: int, context: int, answer: int) -> Sampling:

@@ -208,7 +208,9 @@ class Answer(Response):
             for told in self.choices
         ]  # fmt: skip
         tell = self.tell_prompt
-        prompts = [] if tell is None else [tell(told.exchange) for told in self.choices]
+        prompts = []
+        if tell is not None:  # beside the loop: of long prompts it takes as long as many tokens of others
+            prompts = [await asyncio.to_thread(tell, told.exchange) for told in self.choices]
         body = whole(self.kind, self.request_id, self.created, self.model, choices, self._usage(), prompts)
         await JSONResponse(body)(scope, receive, send)
 

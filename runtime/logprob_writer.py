@@ -44,7 +44,7 @@ class LogprobWriter:
         written = []
         for token, told in zip(token_ids, [None, *logprobs], strict=True):
             if told is None:
-                one = {
+                one: Written = {
                     "tokens": self._texts.text_of(token), "token_logprobs": None, "top_logprobs": None,
                     "text_offset": 0,
                 }  # fmt: skip

@@ -15,6 +15,7 @@ MAX_N = 64  # answers to one prompt
 MAX_CHOICES = 256  # answers of one call
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20  # as OpenAI and vLLM
+MAX_PROMPT_LOGPROBS = 2**17  # of all prompts of a call: some 10 MB of an answer
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
 INT64 = 2**63
 

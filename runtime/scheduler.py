@@ -357,9 +357,10 @@ class Scheduler:
             ]
         last_tokens = row_starts[1:][batch.sampled] - 1
         if batch.scored is not None:
-            row, start, end = batch.scored
-            offset = row_starts[row] - batch.starts[row]
-            last_tokens = np.concatenate((last_tokens, np.arange(offset + start, offset + end)))
+            piece = batch.scored
+            offset = row_starts[piece.row] - batch.starts[piece.row]
+            scored = np.arange(offset + piece.start, offset + piece.end)
+            last_tokens = np.concatenate((last_tokens, scored))
         return PackedBatch(
             token_ids=token_ids,
             positions=positions,

@@ -14,8 +14,15 @@ class TokenText:
         self._tokenizer = tokenizer
         self._is_byte_level = _has_byte_level_decoder(tokenizer)
         self._special = set(tokenizer.all_special_ids)
+        self._bytes: dict[int, bytes] = {}
 
     def bytes_of(self, token: int) -> bytes:
+        known = self._bytes.get(token)
+        if known is None:  # asked for again and again, by every place of every prompt
+            known = self._bytes[token] = self._bytes_of(token)
+        return known
+
+    def _bytes_of(self, token: int) -> bytes:
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # the model's vocabulary may be wider than the tokenizer's
             return b""
@@ -29,7 +36,8 @@ class TokenText:
 
     def num_chars(self, token: int) -> int:
         """Characters that begin in it: all but UTF-8's continuation bytes. Of a text's tokens together, its length."""
-        return sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(token))
+        raw = self.bytes_of(token)
+        return len(raw) if raw.isascii() else sum(byte & 0xC0 != 0x80 for byte in raw)
 
     def is_special(self, token: int) -> bool:
         return token in self._special

@@ -296,6 +296,8 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI, http: httpx.Client
         ({"echo": False, "max_tokens": 0}, "max_tokens"),
         ({"echo": True, "max_tokens": 0, "min_tokens": 1}, "min_tokens"),
         ({"echo": True, "logprobs": 21}, "logprobs"),
+        ({"prompt": [[300] * 1000] * 64, "echo": True, "logprobs": 4}, "logprobs"),
+        ({"prompt": [300] * 1000, "n": 64, "prompt_logprobs": 4}, "prompt_logprobs"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"prompt_logprobs": True}, "prompt_logprobs"),
