@@ -1,6 +1,7 @@
 """The answers of the OpenAI API: objects for whole answers, bytes for streamed ones, one body for every error."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from runtime.errors import (
@@ -14,6 +15,7 @@ from runtime.errors import (
 )
 
 Kind = Literal["chat", "completion"]
+PromptLogprobs = list[dict[str, Any] | None]  # an entry a token, by token id; None for the first
 
 DONE = b"data: [DONE]\n\n"
 _PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
@@ -30,12 +32,28 @@ class Usage(NamedTuple):
 
 
 def whole(
-    kind: Kind, request_id: str, created: int, model: str, choices: list[dict[str, Any]], usage: Usage
+    kind: Kind,
+    request_id: str,
+    created: int,
+    model: str,
+    choices: list[dict[str, Any]],
+    usage: Usage,
+    prompt_logprobs: Sequence[PromptLogprobs] = (),
 ) -> dict[str, Any]:
-    return {
+    """`prompt_logprobs`: of each choice, where they were asked for. A chat has one prompt and tells them once, beside
+    its choices, as vLLM does."""
+    body = {
         "id": _PREFIX[kind] + request_id, "object": _WHOLE[kind], "created": created, "model": model,
         "choices": choices, "usage": usage.body(),
     }  # fmt: skip
+    if prompt_logprobs and kind == "chat":
+        body["prompt_logprobs"] = prompt_logprobs[0]
+    elif prompt_logprobs:
+        body["choices"] = [
+            {**told, "prompt_logprobs": logprobs}
+            for told, logprobs in zip(choices, prompt_logprobs, strict=True)
+        ]
+    return body
 
 
 def choice(

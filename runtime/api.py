@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,21 +15,22 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from runtime import __version__
-from runtime.answers import ErrorAnswer, Kind, error_answer, error_body
+from runtime.answers import ErrorAnswer, Kind, PromptLogprobs, error_answer, error_body
 from runtime.body import parse_object, read_parsed
 from runtime.envelope import Envelope
 from runtime.errors import InvalidRequest, RequestFailed, RuntimeFault, UnknownModel
 from runtime.exchange import Exchange, Sampling, error_kind
 from runtime.exposition import MAX_LABELS, Scrape, render
 from runtime.front_end import FrontEnd
-from runtime.generation import Answer, Choice
+from runtime.generation import Answer, Choice, Echo
 from runtime.key_guard import OPEN_TO_ALL, KeyGuard
-from runtime.logprob_writer import LogprobWriter
+from runtime.logprob_writer import LogprobWriter, prompt_logprobs
 from runtime.model_folder import ModelFolder
 from runtime.prompts import Prompts
 from runtime.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     INT64,
+    MAX_PROMPT_LOGPROBS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -150,7 +151,7 @@ async def _answer(service: Service, request: Request, kind: Kind, form: type[Any
     exchanges = front.open(num_choices, arrived_at, bool(asked.stream), wake)
     try:
         prompts = await asyncio.shield(service.prompts)
-        await _submit_all(service, prompts, asked, exchanges)
+        echoes = await _submit_all(service, prompts, asked, exchanges)
     except BaseException as error:
         refusal = (
             error if isinstance(error, RuntimeFault) else RequestFailed(INTERNAL_ERROR, "internal_error")
@@ -161,16 +162,23 @@ async def _answer(service: Service, request: Request, kind: Kind, form: type[Any
     choices = [
         Choice(
             index, one, prompts.decode, asked.stop, front.stop, asked.min_tokens or 0,
-            LogprobWriter(kind, prompts.token_text),
+            LogprobWriter(kind, prompts.token_text), echo,
         )
-        for index, one in enumerate(exchanges)
+        for index, (one, echo) in enumerate(zip(exchanges, echoes, strict=True))
     ]  # fmt: skip
     return Answer(
         front=front, kind=kind, request_id=exchanges[0].id, created=int(arrived_at), model=service.served_name,
         choices=choices,
         num_answers_a_prompt=asked.n or 1,
         wake=wake, streamed=bool(asked.stream), include_usage=asked.include_usage,
+        tell_prompt=_prompt_teller(prompts, asked.prompt_logprobs),
     )  # fmt: skip
+
+
+def _prompt_teller(prompts: Prompts, num_top: int | None) -> Callable[[Exchange], PromptLogprobs] | None:
+    if num_top is None:
+        return None
+    return lambda one: prompt_logprobs(prompts.token_text, one.prompt_ids or [], one.prompt_logprobs, num_top)
 
 
 async def _tokenize(service: Service, request: Request) -> Response:
@@ -203,20 +211,31 @@ async def _read(service: Service, request: Request, form: type[Form]) -> Form:
 
 async def _submit_all(
     service: Service, prompts: Prompts, asked: AnyRequest, exchanges: list[Exchange]
-) -> None:
-    """All prompts are checked before the first is submitted."""
+) -> list[Echo | None]:
+    """All prompts are checked before the first is submitted. Returns what each answer begins with."""
     context = service.max_model_len
     loop = asyncio.get_running_loop()
     prompt_ids = await loop.run_in_executor(service.tokenising, _tokenise, prompts, asked, context)
     for ids in prompt_ids:
         _check_context(asked, len(ids), context)
     _check_tokens_named(asked, prompts)
+    _check_prompt_logprobs(asked, sum(map(len, prompt_ids)))
+    echoes = await loop.run_in_executor(service.tokenising, _echoes, prompts, asked)
     num_answers = asked.n or 1
     for number, exchange in enumerate(exchanges):  # all answers to the first prompt come first, as OpenAI's
         ids = prompt_ids[number // num_answers]
         service.front.submit(
             exchange, ids, _sampling(asked, prompts, len(ids), context, number % num_answers)
         )
+    return [echo for echo in echoes for _ in range(num_answers)]
+
+
+def _echoes(prompts: Prompts, asked: AnyRequest) -> list[Echo | None]:
+    """One a prompt: the text as it was given, or that of all its tokens."""
+    if isinstance(asked, ChatRequest) or not asked.echo:
+        return [None] * (len(asked.prompt) if isinstance(asked, CompletionRequest) else 1)
+    texts = [prompt if isinstance(prompt, str) else prompts.text_of(prompt) for prompt in asked.prompt]
+    return [Echo(text, asked.logprobs, asked.asked_tokens == 0) for text in texts]
 
 
 def _tokenise(prompts: Prompts, asked: AnyRequest, context: int) -> list[list[int]]:
@@ -258,6 +277,18 @@ def _check_tokens_named(asked: AnyRequest, prompts: Prompts) -> None:
         )
 
 
+def _check_prompt_logprobs(asked: AnyRequest, prompt_tokens: int) -> None:
+    if asked.num_prompt_logprobs is None:
+        return
+    num = prompt_tokens * (asked.n or 1) * (1 + asked.num_prompt_logprobs)
+    if num > MAX_PROMPT_LOGPROBS:
+        name = "logprobs" if asked.prompt_logprobs is None else "prompt_logprobs"
+        raise InvalidRequest(
+            f"`{name}` must be at most {MAX_PROMPT_LOGPROBS} of all prompts of a call (tokens times `n` times "
+            f"1 + the likeliest ones), but got {num}. Send fewer prompts at a time or ask for fewer of each.", name,
+        )  # fmt: skip
+
+
 def _sampling(asked: AnyRequest, prompts: Prompts, prompt_tokens: int, context: int, answer: int) -> Sampling:
     """`answer`: the number of this one among those to the same prompt; each is drawn with a seed of its own."""
     room = context - prompt_tokens
@@ -268,10 +299,12 @@ def _sampling(asked: AnyRequest, prompts: Prompts, prompt_tokens: int, context: 
             f"`min_tokens` must be at most `max_tokens`, which is {max_tokens} here, but got {asked.min_tokens}.",
             "min_tokens",
         )
-    ends = () if asked.ignore_eos else prompts.end_token_ids
+    is_drawn_in_vain = max_tokens == 0  # only to be echoed: the engine knows no request without a token
+    ignore_eos = bool(asked.ignore_eos) or is_drawn_in_vain
+    ends = () if ignore_eos else prompts.end_token_ids
     seed = secrets.randbits(63) if asked.seed is None else asked.seed + answer
     return Sampling(
-        max_tokens=max_tokens,
+        max_tokens=max(1, max_tokens),
         params=SamplingParams(
             temperature=1.0 if asked.temperature is None else asked.temperature,
             top_p=1.0 if asked.top_p is None else asked.top_p,
@@ -283,10 +316,11 @@ def _sampling(asked: AnyRequest, prompts: Prompts, prompt_tokens: int, context: 
             repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
             logit_bias=tuple(asked.logit_bias.items()),
             min_tokens=asked.min_tokens or 0,
-            num_logprobs=asked.num_logprobs,
+            num_logprobs=None if is_drawn_in_vain else asked.num_logprobs,
+            num_prompt_logprobs=asked.num_prompt_logprobs,
         ),
-        stop_token_ids=(*ends, *(asked.stop_token_ids or ())),
-        ignore_eos=bool(asked.ignore_eos),
+        stop_token_ids=() if is_drawn_in_vain else (*ends, *(asked.stop_token_ids or ())),
+        ignore_eos=ignore_eos,
         priority=asked.priority or 0,
     )
 

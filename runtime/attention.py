@@ -112,7 +112,7 @@ class StepTensors:
     token_ids: Tensor  # [1, T]
     positions: Tensor  # [1, T]
     slots: Tensor  # [T]
-    last_tokens: Tensor  # [sampled rows]
+    last_tokens: Tensor  # [sampled rows + scored tokens]
     padded: list[PaddedRows]
     rows: list[Row]  # those that are not padded, in order
     has_single_rows: bool  # whether `rows` has any of a single token

@@ -147,9 +147,7 @@ class Layer(nn.Module):
         self._num_heads = attention.q_proj.out_features // dim
         self._sizes = (self._num_heads * dim, 2 * self.shape.kv_heads * dim)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: JointCache, step: StepTensors
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: JointCache, step: StepTensors) -> Tensor:
         """Adds the layer to x, [T, hidden], in place."""
         _, kv_heads, dim = len(x), self.shape.kv_heads, self.shape.key_dim
         qkv = self.qkv.forward(self.before(x))
@@ -186,7 +184,7 @@ class Decoder(nn.Module):
         self.rope = Rope(inner.rotary_emb, self.embedding)
 
     def forward(self, step: StepTensors, caches: Sequence[JointCache]) -> Tensor:
-        """Returns logits [sampled rows, vocab]."""
+        """Returns logits [last_tokens, vocab]."""
         x = embedding(step.token_ids[0], self.embedding)
         cos, sin = self.rope.at(step.positions[0], step.longest)
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -237,5 +235,7 @@ def qk_norm_of(attention: Any) -> Norm | None:
     query, key = attention.q_norm, attention.k_norm
     dim = query.weight.shape[0]
     counts = (attention.q_proj.out_features // dim, attention.k_proj.out_features // dim)
-    weight = torch.cat([norm.weight.detach().expand(num, dim) for norm, num in zip((query, key), counts, strict=True)])
+    weight = torch.cat(
+        [norm.weight.detach().expand(num, dim) for norm, num in zip((query, key), counts, strict=True)]
+    )
     return Norm(weight, query.variance_epsilon)

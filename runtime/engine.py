@@ -27,11 +27,12 @@ from runtime.link import Frame, FrameReader, encode
 from runtime.plan import PlanRunner, PlanTick, SlicePlan
 from runtime.prepare import Preparation, Prepared, Preparer
 from runtime.request import Request, SamplingParams
-from runtime.scheduler import Batch, Scheduler
+from runtime.scheduler import Batch, Scheduler, ScoredPiece
 from runtime.scoring import Scorer
 
 if TYPE_CHECKING:
     from runtime.executor import Executed, Executor
+    from runtime.logprobs import PromptLogprob
 
 log = logging.getLogger(__name__)
 
@@ -274,11 +275,11 @@ class Engine:
     def _finish(self, batch: Batch, executed: "Executed") -> None:
         """Records the tokens and sends them in one frame. A row without a token fails its request alone."""
         now, requests = self._clock.now(), batch.sampled_requests()
+        if batch.scored is not None:
+            self._send_scores(batch.requests[batch.scored.row], batch.scored, executed.scores)
         for request, token in zip(requests, executed.tokens, strict=True):
             if token is None:
-                self.scheduler.cancel(request.id)
-                message = "The model's output was not a number (NaN or infinite) for this request."
-                self._send({"op": "failed", "id": request.id, "kind": "nan_logits", "message": message})
+                self._fail(request)
         self.scheduler.finish_step(batch, [token or 0 for token in executed.tokens], now)
         items = [
             [
@@ -294,6 +295,20 @@ class Engine:
                 "op": "tokens", "at": now, "config_id": self.tick.config.config_id,
                 "slice_id": self.tick.slice_id, "items": items,
             })  # fmt: skip
+
+    def _send_scores(
+        self, request: Request, piece: ScoredPiece, scores: "list[PromptLogprob] | None"
+    ) -> None:
+        """`start` counts the prompt's tokens after the first: sent again, a piece takes the place of the same one."""
+        if scores is None:
+            self._fail(request)
+            return
+        self._send({"op": "prompt_logprobs", "id": request.id, "start": piece.start, "logprobs": scores})
+
+    def _fail(self, request: Request) -> None:
+        if self.scheduler.cancel(request.id):
+            message = "The model's output was not a number (NaN or infinite) for this request."
+            self._send({"op": "failed", "id": request.id, "kind": "nan_logits", "message": message})
 
     def _record(self, batch: Batch, executed: "Executed", step_s: float) -> dict[str, Any]:
         return {

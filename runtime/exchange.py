@@ -69,6 +69,8 @@ class Exchange:
     slices: dict[str, SliceGaps] = field(default_factory=dict)
     finish: Finish | None = None
     logprobs: list[Any] = field(default_factory=list)  # where asked for: of each token that waits to be taken
+    # Where asked for: [logarithm, rank, [[token, logarithm], ...]] of each of the prompt's tokens but the first.
+    prompt_logprobs: list[Any] = field(default_factory=list)
     _untaken: list[int] = field(default_factory=list)
 
     def submission(self) -> dict[str, Any]:
@@ -109,6 +111,10 @@ class Exchange:
         self.num_tokens += 1
         self._untaken.append(token)
         return gap_s
+
+    def add_prompt_logprobs(self, start: int, logprobs: list[Any]) -> None:
+        """All of them are there before the first token. An engine that begins again sends them from 0 again."""
+        self.prompt_logprobs[start:] = logprobs
 
     def take(self) -> Progress:
         """Returns the tokens that came since the last call and, once it is over, how it ended."""

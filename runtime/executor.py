@@ -22,11 +22,11 @@ from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.linear import pack_linears
 from runtime.loader import LoadedModel
-from runtime.logprobs import TokenLogprobs, logprobs_of
+from runtime.logprobs import PromptLogprob, TokenLogprobs, logprobs_of, prompt_logprobs_of
 from runtime.paged_model import KVPools, PagedModel
 from runtime.request import Request, SamplingParams
 from runtime.sampling import sample
-from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler
+from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler, ScoredPiece
 from runtime.scoring import Scored
 from runtime.warm import WarmStates
 
@@ -42,12 +42,16 @@ WARM_UP_ROWS = (1, 2, 4, 8, 16)
 
 
 class Executed(NamedTuple):
-    """`tokens`: one for each sampled row, None where the logits were not numbers; `logprobs` by sampled row."""
+    """`tokens`: one for each sampled row, None where the logits were not numbers; `logprobs` by sampled row.
+
+    `scores`: of the batch's scored piece, None where it has none or its logits were not numbers.
+    """
 
     tokens: list[int | None]
     logprobs: dict[int, TokenLogprobs]
     forward_s: float
     threads: int
+    scores: list[PromptLogprob] | None = None
 
 
 class Executor:
@@ -97,10 +101,14 @@ class Executor:
         self._use_threads(threads)
         started = time.perf_counter()
         logits = self._model.forward(packed)
+        scores = None
+        if batch.scored is not None:
+            num_sampled = int(batch.sampled.sum())
+            scores, logits = _scores(batch, batch.scored, logits[num_sampled:]), logits[:num_sampled]
         requests = batch.sampled_requests() if batch.sampled.any() else []
         tokens = sample(logits, requests) if requests else []
         logprobs = logprobs_of(logits, tokens, requests) if requests else {}
-        return Executed(tokens, logprobs, time.perf_counter() - started, threads)
+        return Executed(tokens, logprobs, time.perf_counter() - started, threads, scores)
 
     def score_area(self, num_blocks: int) -> KVPools:
         """Room for one sequence that is scored beside serving. Raises RuntimeError where there is no memory."""
@@ -247,6 +255,14 @@ def servable(model: PreTrainedModel, tiers: str = "AB") -> PagedModel:
     finally:
         plain.forget_probe()
     return plain
+
+
+def _scores(batch: Batch, piece: ScoredPiece, logits: torch.Tensor) -> list[PromptLogprob] | None:
+    """logits: [tokens of the piece, vocab]."""
+    request = batch.requests[piece.row]
+    assert request.token_ids is not None, "a replayed request is not scored"
+    targets = request.token_ids[piece.start + 1 : piece.end + 1].tolist()
+    return prompt_logprobs_of(logits, targets, request.sampling.num_prompt_logprobs or 0)
 
 
 def _warm_up_requests(rows: int, prompt_tokens: int) -> Iterator[Request]:

@@ -106,6 +106,8 @@ class FrontEnd:
         op = frame["op"]
         if op == "tokens":
             self._on_tokens(replica, frame)
+        elif op == "prompt_logprobs":
+            self._on_prompt_logprobs(replica, frame)
         elif op == "step":
             frame["record"]["replica"] = replica.index
             self.records.append("step", frame["record"])
@@ -267,6 +269,11 @@ class FrontEnd:
             if finish_reason is not None:
                 self._close(exchange, finish_reason, at=at)
             exchange.wake.set()
+
+    def _on_prompt_logprobs(self, replica: Replica, frame: Frame) -> None:
+        exchange = self.live.get(frame["id"])
+        if exchange is not None and exchange.replica is replica:
+            exchange.add_prompt_logprobs(frame["start"], frame["logprobs"])
 
     def _first_token(self, replica: Replica, exchange: Exchange) -> None:
         assert exchange.first_token_at is not None and exchange.prompt_ids is not None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from runtime.answers import DONE, ChunkWriter, Kind, Usage, choice, error_answer, whole
+from runtime.answers import DONE, ChunkWriter, Kind, PromptLogprobs, Usage, choice, error_answer, whole
 from runtime.detokenize import Decode, Detokenizer, StopMatcher
 from runtime.errors import RuntimeFault
 from runtime.exchange import Exchange
@@ -25,6 +25,14 @@ class Delta(NamedTuple):
     text: str
     finish_reason: str | None
     logprobs: list[Written]  # of the tokens that this text is made of; empty where nobody asked
+
+
+class Echo(NamedTuple):
+    """The prompt, which comes in front of a completion's text, with the logprobs of its tokens where asked for."""
+
+    text: str
+    num_logprobs: int | None = None
+    is_all: bool = False  # nothing is to be generated: the one token that the engine draws is left out
 
 
 class Choice:
@@ -42,9 +50,11 @@ class Choice:
         stopped: Callable[[Exchange], None],
         min_tokens: int = 0,
         writer: LogprobWriter | None = None,
+        echo: Echo | None = None,
     ) -> None:
         self.index, self.exchange = index, exchange
-        self._num_unstoppable, self._writer = min_tokens, writer
+        self._num_unstoppable, self._writer, self._echo = min_tokens, writer, echo
+        self._is_echoed = echo is None
         self.finish_reason: str | None = None
         self._detokenizer, self._matcher, self._stopped = Detokenizer(decode), StopMatcher(stops), stopped
 
@@ -55,7 +65,11 @@ class Choice:
             RuntimeFault: the exchange ended with this error.
         """
         tokens, logprobs, finish = self.exchange.take()
-        text, told = "", self._written(tokens, logprobs)
+        text, told = self._echoed() if tokens else ("", [])
+        num_echoed = len(told)
+        if self._echo is not None and self._echo.is_all:
+            tokens, logprobs = [], []
+        told += self._written(tokens, logprobs)
         last = len(tokens) - 1 if finish is not None and finish.reason == "stop" else None
         for position, token in enumerate(tokens):
             ends_it = position == last and self._is_stop_token(token)
@@ -69,12 +83,31 @@ class Choice:
             if matched.stopped:
                 self._stopped(self.exchange)
                 self.finish_reason = "stop"
-                return Delta(self.index, text, "stop", told[: position + 1])
+                return Delta(self.index, text, "stop", told[: num_echoed + position + 1])
         if finish is None:
             return Delta(self.index, text, None, told) if text or told else None
         if finish.error is not None:
             raise finish.error
         return self._last(text, finish.reason, told)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many were made for the client."""
+        return 0 if self._echo is not None and self._echo.is_all else self.exchange.num_tokens
+
+    def _echoed(self) -> tuple[str, list[Written]]:
+        """The prompt, once, when the first token is there: by then its logprobs are too."""
+        if self._is_echoed or self._echo is None:
+            return "", []
+        self._is_echoed = True
+        text, num_logprobs, _ = self._echo
+        if self._writer is None or num_logprobs is None:
+            return text, []
+        exchange = self.exchange
+        assert exchange.prompt_ids is not None, "a request with tokens has a prompt"
+        return text, self._writer.write_echo(
+            text, exchange.prompt_ids, exchange.prompt_logprobs, num_logprobs
+        )
 
     def _written(self, tokens: list[int], logprobs: list[Any]) -> list[Written]:
         if self._writer is None or not logprobs:
@@ -108,6 +141,7 @@ class Answer(Response):
     streamed: bool
     include_usage: bool
     num_answers_a_prompt: int = 1
+    tell_prompt: Callable[[Exchange], PromptLogprobs] | None = None  # where its logprobs were asked for
 
     background = None
 
@@ -151,7 +185,7 @@ class Answer(Response):
         exchanges = [told.exchange for told in self.choices]
         prompts = exchanges[:: self.num_answers_a_prompt]
         return Usage(
-            sum(len(one.prompt_ids or ()) for one in prompts), sum(one.num_tokens for one in exchanges)
+            sum(len(one.prompt_ids or ()) for one in prompts), sum(told.num_tokens for told in self.choices)
         )
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -173,7 +207,11 @@ class Answer(Response):
             )
             for told in self.choices
         ]  # fmt: skip
-        body = whole(self.kind, self.request_id, self.created, self.model, choices, self._usage())
+        tell = self.tell_prompt
+        prompts = []
+        if tell is not None:  # beside the loop: of long prompts it takes as long as many tokens of others
+            prompts = [await asyncio.to_thread(tell, told.exchange) for told in self.choices]
+        body = whole(self.kind, self.request_id, self.created, self.model, choices, self._usage(), prompts)
         await JSONResponse(body)(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:

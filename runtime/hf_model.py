@@ -77,7 +77,9 @@ class HFModel(PagedModel):
         super().__init__(model.eval().requires_grad_(False), model.device, {})
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._attention = PagedAttention()
-        self.expected = torch.empty(0)  # logits of the probe prompt, [PROBE_TOKENS, vocab], until they are forgotten
+        self.expected = torch.empty(
+            0
+        )  # logits of the probe prompt, [PROBE_TOKENS, vocab], until they are forgotten
         self.attention_calls = self._probe(model)
 
     def forget_probe(self) -> None:

@@ -4,7 +4,7 @@ A frame is 4 bytes of big-endian length, then one msgpack map whose key `op` nam
 arrives is data, checked for size and shape before anything looks at it.
 
 front end -> engine: hello, submit, cancel, control, stop.
-engine -> front end: ready, tokens, step, failed, event, gauge, reply.
+engine -> front end: ready, prompt_logprobs, tokens, step, failed, event, gauge, reply.
 
 The front end listens and the engine connects. The first frame is `hello`; its `config` holds the knobs the
 front end insists on (the operator's at first start, the whole champion after a restart) and the engine fills

@@ -3,6 +3,7 @@
 They are of the raw logits, before biases, penalties and temperature, as OpenAI's API and vLLM have them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,14 @@ class TokenLogprobs(NamedTuple):
     """`top`: the likeliest tokens and their logarithms, natural, as many as were asked for, the highest first."""
 
     logprob: float
+    top: list[tuple[int, float]]
+
+
+class PromptLogprob(NamedTuple):
+    """Of one token of a prompt. `rank`: how many tokens are as likely or likelier, itself included. `top`: as above."""
+
+    logprob: float
+    rank: int
     top: list[tuple[int, float]]
 
 
@@ -42,3 +51,21 @@ def logprobs_of(
         row: TokenLogprobs(log, list(zip(top[:num], values[:num], strict=True)))
         for row, num, log, top, values in told
     }
+
+
+def prompt_logprobs_of(logits: Tensor, targets: Sequence[int], num_top: int) -> list[PromptLogprob] | None:
+    """One entry for each of `targets`, the true token after each row's. None where the logits are not numbers.
+
+    logits: [len(targets), vocab]; logarithms are taken in float32 at least.
+    """
+    logs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    told = logs.gather(1, torch.tensor(targets, device=logits.device)[:, None])
+    logprobs = told[:, 0].tolist()
+    if any(map(math.isnan, logprobs)):
+        return None
+    ranks = (logs >= told).sum(dim=-1).tolist()
+    highest, ids = logs.topk(min(num_top, logits.shape[1]), dim=-1)
+    return [
+        PromptLogprob(logprob, rank, list(zip(top, values, strict=True)))
+        for logprob, rank, top, values in zip(logprobs, ranks, ids.tolist(), highest.tolist(), strict=True)
+    ]

@@ -73,7 +73,7 @@ class PagedModel:
 
     @torch.inference_mode()
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
-        """Computes the step and caches its keys and values, in `pools` where given. Returns logits [sampled rows,
+        """Computes the step and caches its keys and values, in `pools` where given. Returns logits [last_tokens,
         vocab]."""
         if packed.copies is not None:
             for pool in self.pools.values():
@@ -81,7 +81,7 @@ class PagedModel:
         return self.compute(StepTensors.of(packed, self.device), self.pools if pools is None else pools)
 
     def compute(self, step: StepTensors, pools: KVPools) -> Tensor:
-        """Returns logits [sampled rows, vocab]."""
+        """Returns logits [last_tokens, vocab]."""
         raise NotImplementedError
 
     def check_against(self, expected: Tensor, token_ids: list[int]) -> None:
@@ -104,9 +104,7 @@ class PagedModel:
         for name, at in (("whole", -1), ("half", PROBE_TOKENS // 2 - 1)):
             error = relative_error(logits[name], expected[at])
             if not error <= limit:
-                raise ModelError(
-                    f"its logits differ from those of transformers by {error:.2g} > {limit:g}"
-                )
+                raise ModelError(f"its logits differ from those of transformers by {error:.2g} > {limit:g}")
 
 
 def probe_tokens(vocab_size: int, device: torch.device) -> Tensor:

@@ -15,13 +15,14 @@ MAX_N = 64  # answers to one prompt
 MAX_CHOICES = 256  # answers of one call
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20  # as OpenAI and vLLM
+MAX_PROMPT_LOGPROBS = 2**17  # of all prompts of a call: some 10 MB of an answer
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
 INT64 = 2**63
 
-# Fields that would change the answer and are not served, with the values that ask for nothing.
+# Fields that would change the answer and are not served, with the values that ask for nothing. `echo` is served for
+# completions; a chat has no text to repeat.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "prompt_logprobs": (None, False), "echo": (None, False),
-    "best_of": (None, 1), "suffix": (None, ""), "tools": (None, []), "functions": (None, []),
+    "echo": (None, False), "best_of": (None, 1), "suffix": (None, ""), "tools": (None, []), "functions": (None, []),
     "response_format": (None, {"type": "text"}), "chat_template": (None,), "chat_template_kwargs": (None, {}),
     "guided_json": (None,), "guided_regex": (None,), "structured_outputs": (None,), "prompt_embeds": (None,),
 }  # fmt: skip
@@ -91,6 +92,11 @@ def _is_bias(item: tuple[Any, Any]) -> bool:
     return token.isdecimal() and len(token) < 10 and is_number and -100 <= bias <= 100
 
 
+def _no_false(value: Any) -> Any:
+    """Clients that ask for nothing say so with `false` too."""
+    return None if value is False else value
+
+
 def _top_k(value: int | None) -> int | None:
     """-1, as vLLM has it, is 0 and so "all"."""
     return 0 if value == -1 else value
@@ -134,6 +140,9 @@ class _Generation(_Fields):
     logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = {}
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     priority: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    prompt_logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, BeforeValidator(_no_false)
+    ] = None
     user: str | None = None
 
     @property
@@ -147,12 +156,20 @@ class _Generation(_Fields):
 
 class CompletionRequest(_Generation):
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0 only with `echo`
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
         """Of the likeliest tokens at each position; None where not even the drawn one's is asked for."""
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens: those that are echoed, those of `prompt_logprobs`, or both."""
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((num for num in asked if num is not None), default=None)
 
 
 class ChatRequest(_Generation):
@@ -164,6 +181,10 @@ class ChatRequest(_Generation):
     def num_logprobs(self) -> int | None:
         """As of a completion."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
 
 
 class TokenizeRequest(_Fields):
@@ -190,7 +211,9 @@ def parse_request(kind: type[Kind], body: dict[str, Any]) -> Kind:
         InvalidRequest: names the first field that breaks its rule, the rule, and what was got.
     """
     for name, neutral in UNSUPPORTED.items():
-        if name in body and not any(body[name] is value or body[name] == value for value in neutral):
+        if name not in body or name in kind.model_fields:
+            continue
+        if not any(body[name] is value or body[name] == value for value in neutral):
             raise InvalidRequest(f"`{name}` is not served by this server. Leave it out.", name)
     try:
         request = kind.model_validate(body)
@@ -207,6 +230,16 @@ def _check_together(request: _Generation) -> None:
         raise InvalidRequest("`stream_options` needs `stream` to be true.", "stream_options")
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs` to be true.", "top_logprobs")
+    if request.stream and request.prompt_logprobs is not None:
+        raise InvalidRequest(
+            "`prompt_logprobs` must be left out where `stream` is true, as in vLLM: a stream has no place for them.",
+            "prompt_logprobs",
+        )
+    if isinstance(request, CompletionRequest) and request.max_tokens == 0 and not request.echo:
+        raise InvalidRequest(
+            "`max_tokens` must be at least 1 unless `echo` is true, but got 0: there would be no answer.",
+            "max_tokens",
+        )
     num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
     if num_prompts * (request.n or 1) > MAX_CHOICES:
         rule = f"must be at most {MAX_CHOICES} times all prompts of a call"

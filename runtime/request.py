@@ -33,6 +33,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
     num_logprobs: int | None = None  # of the likeliest tokens, beside that of the drawn one
+    num_prompt_logprobs: int | None = None  # the same at each of the prompt's tokens but the first
 
     @property
     def narrows(self) -> bool:
@@ -61,7 +62,8 @@ _DEFAULTS = {known.name: known.default for known in fields(SamplingParams)}
 @dataclass(eq=False, slots=True)
 class Request:
     """`token_ids` has room for prompt and output, of which the first `num_tokens` are known; a replayed
-    request knows only its lengths (None). `seat` is its row in the scheduler's arrays while it runs.
+    request knows only its lengths (None). `seat` is its row in the scheduler's arrays while it runs. `num_scored` are
+    the prompt's tokens after the first whose logprobs are known, where they were asked for; a preemption leaves them.
     """
 
     id: str
@@ -74,6 +76,7 @@ class Request:
     priority: int = 0  # the lowest comes first, where the policy asks for it
 
     num_tokens: int = field(init=False)
+    num_scored: int = 0
     seat: int | None = None
     admitted_at: float | None = None
     first_token_at: float | None = None
@@ -117,6 +120,16 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.prompt_tokens
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether logprobs of its prompt were asked for and some are still to come."""
+        return self.sampling.num_prompt_logprobs is not None and self.num_scored < self.prompt_tokens - 1
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """Known tokens that need not be computed where a cache has them: those that are to be scored must be."""
+        return self.num_scored if self.is_scoring else self.num_tokens
 
     @property
     def output_ids(self) -> Int32Array:

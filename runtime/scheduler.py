@@ -11,9 +11,14 @@ per running request and step lies in arrays indexed by the request's seat. No to
 With `prefix_cache` on, a request that begins like an earlier one starts behind the blocks that are known: it
 holds them too, or on a CPU gets a copy in blocks of its own, which stay consecutive. At least its last token is
 computed. Requests without token ids (a replay) are never looked up.
+
+A request that asks for the logprobs of its prompt is computed from its first token on, in pieces of at most
+SCORED_PIECE_TOKENS, since the logits of all these tokens are made. One such prompt is under way at a time; the
+others wait, and whoever asks for nothing overtakes them.
 """
 
 from collections import deque
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +35,8 @@ IntArray = NDArray[np.int64]
 
 # Under `shortest_prefill` a request that has waited this long is no longer overtaken.
 MAX_OVERTAKEN_S = 10.0
+# Rows of logits that a step makes of a scored prompt: times the vocabulary, they are the memory that scoring takes.
+SCORED_PIECE_TOKENS = 256
 
 
 class BlockMove(NamedTuple):
@@ -40,13 +47,22 @@ class BlockMove(NamedTuple):
     targets: BlockIds
 
 
+class ScoredPiece(NamedTuple):
+    """Tokens [start, end) of the prompt in the batch's row `row`; the token after each is what is scored."""
+
+    row: int
+    start: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The rows of one step, one a request; those of a single token come first.
 
     `new_tokens`, `starts`: [rows] tokens computed by this step, and tokens of the row cached before it.
     `sampled`: [rows] whether the row reaches its request's last known token, so that a next one is drawn.
-    `copies`: cached prefixes that must be copied before the step is computed.
+    `copies`: cached prefixes that must be copied before the step is computed. `scored`: what the step tells of the
+    prompt that is being scored.
     """
 
     requests: list[Request]
@@ -55,6 +71,7 @@ class Batch:
     starts: IntArray
     sampled: NDArray[np.bool_]
     copies: BlockMove | None = None
+    scored: ScoredPiece | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -96,7 +113,7 @@ class PackedBatch:
 
     `token_ids`, `positions`, `slots` (where keys and values are written): [tokens]. `row_starts`: [rows + 1]
     offsets into them. `contexts`: [rows]. `block_tables`: [rows, blocks], valid up to each row's context.
-    `last_tokens`: [sampled rows] offsets of the tokens whose logits are needed.
+    `last_tokens`: [sampled rows + scored tokens] offsets of the tokens whose logits are needed.
     """
 
     token_ids: IntArray
@@ -172,6 +189,7 @@ class Scheduler:
         self._running_seats: IntArray = np.zeros(0, np.int64)
         self._in_seat: dict[int, Request] = {}
         self._num_turns = 0
+        self._scoring: Request | None = None  # the running request whose prompt is being scored
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -301,6 +319,8 @@ class Scheduler:
         """
         seats = self._seats
         seats.computed[batch.seats] += batch.new_tokens
+        if batch.scored is not None:
+            self._note_scored(batch.requests[batch.scored.row], batch.scored)
         finished = []
         for index, request in enumerate(batch.sampled_requests()):
             if request.seat is None:
@@ -335,6 +355,12 @@ class Scheduler:
             token_ids[row_starts[row] : row_starts[row + 1]] = request.token_ids[
                 start : start + batch.new_tokens[row]
             ]
+        last_tokens = row_starts[1:][batch.sampled] - 1
+        if batch.scored is not None:
+            piece = batch.scored
+            offset = row_starts[piece.row] - batch.starts[piece.row]
+            scored = np.arange(offset + piece.start, offset + piece.end)
+            last_tokens = np.concatenate((last_tokens, scored))
         return PackedBatch(
             token_ids=token_ids,
             positions=positions,
@@ -342,7 +368,7 @@ class Scheduler:
             row_starts=row_starts,
             contexts=batch.contexts,
             block_tables=block_tables[:, : self.pool.blocks_for(int(batch.contexts.max()))],
-            last_tokens=row_starts[1:][batch.sampled] - 1,
+            last_tokens=last_tokens,
             block_tokens=block_tokens,
             copies=batch.copies,
         )
@@ -355,7 +381,9 @@ class Scheduler:
         requests = [self._in_seat[seat] for seat in seats.tolist()]
         copies, self._copies = self._copies, []
         move = BlockMove(*(np.concatenate(part) for part in zip(*copies, strict=True))) if copies else None
-        return Batch(requests, seats, new_tokens, starts, starts + new_tokens == here.known[seats], move)
+        sampled = starts + new_tokens == here.known[seats]
+        scored = None if self._scoring is None else _scored_piece(self._scoring, requests, starts, new_tokens)
+        return Batch(requests, seats, new_tokens, starts, sampled, move, scored)
 
     # -- who gets tokens -----------------------------------------------------------------------------------
 
@@ -370,6 +398,9 @@ class Scheduler:
         else:  # not everyone can have a turn: whoever has gone without for longest comes first
             order = np.argsort(here.turn[running], kind="stable")
         wanted = np.minimum(left[order], self.config.prefill_chunk)
+        if self._scoring is not None:
+            mine = running[order] == self._scoring.seat
+            wanted[mine] = np.minimum(wanted[mine], self._scored_chunk(self._scoring))
         granted = np.clip(budget - (np.cumsum(wanted) - wanted), 0, wanted)
         return running[order][granted > 0], granted[granted > 0]
 
@@ -417,6 +448,8 @@ class Scheduler:
             self._prefixes.pop(request.seat, None)
             del self._in_seat[request.seat]
             request.seat = None
+            if request is self._scoring:
+                self._scoring = None
         self.running = [request for request in self.running if request.seat is not None]
         self._running_seats = np.array([request.seat for request in self.running], np.int64)
 
@@ -429,6 +462,8 @@ class Scheduler:
             return admitted
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self._next_waiting(now)
+            if request is None:
+                break
             # One more block stays free for each running request, or the next steps would preempt again.
             if (
                 self.pool.blocks_for(request.num_tokens) + len(self.running) > self.pool.num_free
@@ -439,6 +474,8 @@ class Scheduler:
             seat = self._seat(request, now)
             left = request.num_tokens - int(self._seats.computed[seat])
             tokens = min(left, self.config.prefill_chunk, budget)
+            if request is self._scoring:
+                tokens = min(tokens, self._scored_chunk(request))
             admitted.append((seat, tokens))
             budget -= tokens
         if admitted:
@@ -459,10 +496,24 @@ class Scheduler:
         here.last_token[seat] = 0 if request.token_ids is None else request.token_ids[request.num_tokens - 1]
         request.seat = seat
         self._in_seat[seat] = request
+        if request.is_scoring:
+            self._scoring = request
         if request.admitted_at is None:
             request.admitted_at = now
         self.running.append(request)
         return seat
+
+    # -- prompts whose tokens are scored ---------------------------------------------------------------------
+
+    def _scored_chunk(self, request: Request) -> int:
+        """The most tokens that a step may compute of it. Those scored before a preemption make no logits again."""
+        assert request.seat is not None
+        return max(0, request.num_scored - int(self._seats.computed[request.seat])) + SCORED_PIECE_TOKENS
+
+    def _note_scored(self, request: Request, piece: ScoredPiece) -> None:
+        request.num_scored = piece.end
+        if request is self._scoring and not request.is_scoring:
+            self._scoring = None
 
     # -- the prefix cache ----------------------------------------------------------------------------------
 
@@ -472,7 +523,7 @@ class Scheduler:
         if self.config.prefix_cache != "on" or request.token_ids is None:
             return self.pool.allocate(num_blocks), 0
         hits = self._find_prefix(request, seat)
-        self.num_looked_up_tokens += request.num_tokens
+        self.num_looked_up_tokens += request.num_reusable_tokens
         self.num_hit_tokens += len(hits) * self.pool.block_tokens
         if not hits:
             return self.pool.allocate(num_blocks), 0
@@ -486,14 +537,14 @@ class Scheduler:
         return blocks, len(hits)
 
     def _find_prefix(self, request: Request, seat: int) -> list[int]:
-        """Known blocks of the request's beginning. Its last token is always left to compute."""
+        """Known blocks of the request's beginning. Its last token, and what is to be scored, is left to compute."""
         assert request.token_ids is not None
         pool = self.pool
         num_full = (request.num_tokens - 1) // pool.block_tokens
         root = pool.index.root(self._namespace)
         keys = chain(root, request.token_ids, pool.block_tokens, num_full)
         self._prefixes[seat] = KnownPrefix(root, self._epoch, keys)
-        hits = pool.index.find(keys)
+        hits = pool.index.find(keys)[: request.num_reusable_tokens // pool.block_tokens]
         if not pool.wants_runs:
             return hits
         # The copy needs blocks of its own beside those it is made from.
@@ -517,13 +568,18 @@ class Scheduler:
                     self.pool.register(int(here.blocks[seat, index]), prefix.keys[index])
             here.registered[seat] = num_full
 
-    def _next_waiting(self, now: float) -> Request:
-        first = self.waiting[0]
+    def _next_waiting(self, now: float) -> Request | None:
+        waiting: Collection[Request] = self.waiting
+        if self._scoring is not None:
+            waiting = [request for request in waiting if not request.is_scoring]
+        first = next(iter(waiting), None)
+        if first is None:
+            return None
         if self.config.policy == "priority":  # strictly, as it was asked for; preempted ones stand in front
-            return min(self.waiting, key=lambda request: request.priority)
+            return min(waiting, key=lambda request: request.priority)
         if self.config.policy == "fcfs" or first.num_preemptions or now - first.arrived_at >= MAX_OVERTAKEN_S:
             return first
-        return min(self.waiting, key=lambda request: request.num_tokens)
+        return min(waiting, key=lambda request: request.num_tokens)
 
     def _is_held(self, now: float) -> bool:
         """Whether `batch_wait_ms` keeps the waiting requests waiting, so that others join their batch."""
@@ -536,3 +592,15 @@ class Scheduler:
             return 0.0
         oldest = min(request.arrived_at for request in self.waiting)
         return oldest + self.config.batch_wait_ms / 1000
+
+
+def _scored_piece(
+    scoring: Request, requests: Sequence[Request], starts: IntArray, new_tokens: IntArray
+) -> ScoredPiece | None:
+    """What a step with these rows tells of the prompt; None where it has no row, or computes known scores again."""
+    for row, request in enumerate(requests):
+        if request is scoring:
+            start = max(int(starts[row]), request.num_scored)
+            end = min(int(starts[row] + new_tokens[row]), request.prompt_tokens - 1)
+            return ScoredPiece(row, start, end) if start < end else None
+    return None

@@ -14,8 +14,15 @@ class TokenText:
         self._tokenizer = tokenizer
         self._is_byte_level = _has_byte_level_decoder(tokenizer)
         self._special = set(tokenizer.all_special_ids)
+        self._bytes: dict[int, bytes] = {}
 
     def bytes_of(self, token: int) -> bytes:
+        known = self._bytes.get(token)
+        if known is None:  # asked for again and again, by every place of every prompt
+            known = self._bytes[token] = self._bytes_of(token)
+        return known
+
+    def _bytes_of(self, token: int) -> bytes:
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # the model's vocabulary may be wider than the tokenizer's
             return b""
@@ -26,6 +33,14 @@ class TokenText:
             return b"".join(bytes((table[char],)) if char in table else char.encode() for char in str(piece))
         found = _BYTE.fullmatch(piece)
         return bytes((int(found[1], 16),)) if found else str(piece).replace("\u2581", " ").encode()
+
+    def num_chars(self, token: int) -> int:
+        """Characters that begin in it: all but UTF-8's continuation bytes. Of a text's tokens together, its length."""
+        raw = self.bytes_of(token)
+        return len(raw) if raw.isascii() else sum(byte & 0xC0 != 0x80 for byte in raw)
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
 
     def text_of(self, token: int) -> str:
         return self.bytes_of(token).decode(errors="replace")

@@ -42,6 +42,8 @@ def bads() -> Iterator[Bad]:
 
     yield one("n of 1000", n=1000)
     yield one("logprobs of 1000", logprobs=1000)
+    yield one("logprobs of 64 long prompts", prompt=[[5] * 2000] * 64, echo=True, logprobs=20)
+    yield one("prompt_logprobs of a stream", prompt_logprobs=1, stream=True)
     yield one("temperature NaN", temperature=float("nan"))
     yield one("temperature infinite", temperature=float("inf"))
     yield one("max_tokens beyond the context", max_tokens=10**9)

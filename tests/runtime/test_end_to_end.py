@@ -10,10 +10,12 @@ from typing import Any
 
 import openai
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from runtime.knobs import EngineConfig
 from runtime.timings import RequestTiming, StepRecord
-from tests.servers import LiveServer, live_server, wait_until
+from tests.servers import DEMO_MODEL, LiveServer, live_server, wait_until
 
 PROMPT = "import os\n\ndef read_lines(path):\n"
 
@@ -98,6 +100,101 @@ def test_logprobs_are_those_of_the_model_streamed_and_whole(client: openai.OpenA
         list(top.values()) == [log] for top, log in zip(drawn.top_logprobs, drawn.token_logprobs, strict=True)
     )
     assert complete(client).choices[0].logprobs is None
+
+
+@pytest.fixture(scope="module")
+def plain_model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        DEMO_MODEL, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+@torch.inference_mode()
+def logs_of(model: Any, token_ids: list[int]) -> torch.Tensor:
+    """[tokens, vocab] what transformers says of the token after each."""
+    return torch.log_softmax(model(torch.tensor([token_ids])).logits[0].double(), -1)
+
+
+def tokens_of(server: LiveServer, **body: Any) -> list[int]:
+    with server.http() as http:
+        return list(http.post("/tokenize", json=body).json()["tokens"])
+
+
+@pytest.mark.parametrize("max_tokens", [0, 5])
+def test_an_echo_scores_texts_and_tokens_as_a_forward_pass_does(
+    server: LiveServer, client: openai.OpenAI, plain_model: Any, max_tokens: int
+) -> None:
+    with server.control() as control:
+        control.reconfigure({"prefill_chunk": 32}, None)
+    texts = [PROMPT * 12, "class Store:\n    pass\n", PROMPT]
+    ids = [tokens_of(server, prompt=text) for text in texts]
+    by_text = complete(client, prompt=texts, echo=True, logprobs=2, max_tokens=max_tokens)
+    by_ids = complete(client, prompt=ids, echo=True, logprobs=2, max_tokens=max_tokens)
+    for text, prompt, told, again in zip(texts, ids, by_text.choices, by_ids.choices, strict=True):
+        assert told.text.startswith(text)
+        scores, num = told.logprobs, len(prompt)
+        assert len(scores.tokens) == num + max_tokens and "".join(scores.tokens) == told.text
+        assert scores.text_offset == [len("".join(scores.tokens[:at])) for at in range(num + max_tokens)]
+        assert scores.token_logprobs[0] is None and scores.top_logprobs[0] is None
+        logs = logs_of(plain_model, prompt)
+        expected = [float(logs[at, token]) for at, token in enumerate(prompt[1:])]
+        assert scores.token_logprobs[1:num] == pytest.approx(expected, abs=2e-3)
+        is_greedy = [logs[at].argmax() == token for at, token in enumerate(prompt[1:])]
+        found = [log == max(top.values()) for log, top in zip(
+            scores.token_logprobs[1:num], scores.top_logprobs[1:num], strict=True)]  # fmt: skip
+        assert found == is_greedy  # what lm-evaluation-harness reads
+        assert again.logprobs.token_logprobs[1:] == pytest.approx(scores.token_logprobs[1:], abs=2e-3)
+    assert by_text.usage.completion_tokens == 3 * max_tokens
+
+
+def test_an_echo_streams_alike_and_begins_every_answer(client: openai.OpenAI) -> None:
+    asked = {"echo": True, "logprobs": 1, "n": 2, "temperature": 1.0, "seed": 5, "max_tokens": 6}
+    whole = complete(client, **asked).choices
+    texts: dict[int, str] = {0: "", 1: ""}
+    tokens: dict[int, list[str]] = {0: [], 1: []}
+    offsets: dict[int, list[int]] = {0: [], 1: []}
+    for chunk in complete(client, **asked, stream=True):
+        for choice in chunk.choices:
+            assert texts[choice.index] or choice.text.startswith(PROMPT)
+            texts[choice.index] += choice.text
+            if choice.logprobs:
+                tokens[choice.index] += choice.logprobs.tokens
+                offsets[choice.index] += choice.logprobs.text_offset
+    for one in whole:
+        assert (texts[one.index], tokens[one.index]) == (one.text, one.logprobs.tokens)
+        assert offsets[one.index] == one.logprobs.text_offset
+    assert whole[0].text != whole[1].text
+
+
+def test_logprobs_of_prompts_are_those_of_a_forward_pass_with_ranks(
+    server: LiveServer, client: openai.OpenAI, plain_model: Any
+) -> None:
+    asked = {"max_tokens": 2, "extra_body": {"prompt_logprobs": 3}}
+    first, second = (
+        choice.model_extra["prompt_logprobs"] for choice in complete(client, n=2, **asked).choices
+    )
+    assert len(first) == len(second) and first[0] is None
+    prompt = tokens_of(server, prompt=PROMPT)
+    assert_ranked(first, prompt, logs_of(plain_model, prompt), 3)
+    messages: Any = [{"role": "user", "content": "What does `copytree` do?"}]
+    chat = client.chat.completions.create(model="demo_model", messages=messages, **asked)
+    prompt = tokens_of(server, messages=messages)
+    assert_ranked(chat.model_extra["prompt_logprobs"], prompt, logs_of(plain_model, prompt), 3)
+    assert "prompt_logprobs" not in complete(client).choices[0].model_extra
+    few = complete(client, max_tokens=0, echo=True, logprobs=4, extra_body={"prompt_logprobs": 0}).choices[0]
+    assert all(len(one) == 1 for one in few.model_extra["prompt_logprobs"][1:])
+    assert all(len(top) in (4, 5) for top in few.logprobs.top_logprobs[1:])
+
+
+def assert_ranked(told: list[Any], prompt: list[int], logs: torch.Tensor, num: int) -> None:
+    assert len(told) == len(prompt) and told[0] is None
+    for at, (token, entry) in enumerate(zip(prompt[1:], told[1:], strict=True)):
+        own = entry[str(token)]
+        assert own["logprob"] == pytest.approx(float(logs[at, token]), abs=2e-3)
+        near = logs[at] - logs[at, token]
+        assert (near > 4e-3).sum() < own["rank"] <= (near > -4e-3).sum()
+        others = sorted(one["rank"] for one in entry.values())
+        assert others[:num] == list(range(1, num + 1)) and len(others) in (num, num + 1)
 
 
 def test_a_chat_tells_logprobs_with_bytes(client: openai.OpenAI) -> None:

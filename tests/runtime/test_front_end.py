@@ -85,6 +85,25 @@ async def test_after_an_engine_is_lost_only_requests_without_a_token_come_again(
 
 
 @in_loop
+async def test_a_prompt_scored_by_two_engines_is_told_once() -> None:
+    desk = Desk()
+    desk.engine_ready()
+    exchange = desk.submit()
+    pieces = [("first half", [[-1.0, 1, []]]), ("whole", [[-1.5, 1, []], [-2.0, 3, []]])]
+    for _, logprobs in pieces:
+        desk.front.on_frame(
+            desk.replica, {"op": "prompt_logprobs", "id": exchange.id, "start": 0, "logprobs": logprobs}
+        )
+        desk.front.engine_lost(desk.replica, "restarting")
+        desk.engine_ready()
+    assert exchange.prompt_logprobs == pieces[-1][1]
+    desk.front.leave(exchange)
+    late = {"op": "prompt_logprobs", "id": exchange.id, "start": 2, "logprobs": [[-3.0, 1, []]]}
+    desk.front.on_frame(desk.replica, late)
+    assert len(exchange.prompt_logprobs) == 2
+
+
+@in_loop
 async def test_a_request_that_left_while_the_engine_was_away_is_not_submitted() -> None:
     desk = Desk()
     exchange = desk.submit()

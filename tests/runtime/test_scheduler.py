@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from runtime.errors import InvalidRequest
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BlockPool
-from runtime.request import Request
-from runtime.scheduler import MAX_OVERTAKEN_S, Batch, Scheduler
+from runtime.request import Request, SamplingParams
+from runtime.scheduler import MAX_OVERTAKEN_S, SCORED_PIECE_TOKENS, Batch, Scheduler
 
 
 def scheduler(
@@ -218,6 +218,111 @@ def test_packed_tokens_lie_row_after_row_with_positions_and_slots() -> None:
         blocks = packed.block_tables[row].repeat(4) * 4 + np.tile(np.arange(4), packed.block_tables.shape[1])
         new = slice(packed.row_starts[row], packed.row_starts[row + 1])
         assert packed.slots[new].tolist() == blocks[:context].tolist()[-int(batch.new_tokens[row]) :]
+
+
+def scored(id: str, prompt: int, output: int = 4, at: float = 0.0) -> Request:
+    return Request.of_tokens(id, range(prompt), output, at, SamplingParams(num_prompt_logprobs=0))
+
+
+def step(s: Scheduler) -> Batch:
+    batch = s.schedule(100.0)
+    assert batch is not None
+    s.finish_step(batch, [0] * int(batch.sampled.sum()), 100.0)
+    return batch
+
+
+def test_a_scored_prompt_is_cut_so_that_its_logits_stay_few() -> None:
+    s = scheduler(num_blocks=512, max_model_len=1024, prefill_chunk=1024, max_batched_tokens=2048)
+    s.add(scored("a", 2 * SCORED_PIECE_TOKENS + 9))
+    s.add(request("b", prompt=600))
+    batches = [step(s) for _ in range(3)]
+    assert [batch.new_tokens.tolist() for batch in batches] == [[256, 600], [1, 256], [1, 9]]
+    assert [batch.scored and batch.scored[1:] for batch in batches] == [(0, 256), (256, 512), (512, 520)]
+    assert step(s).scored is None
+
+
+def test_one_prompt_is_scored_at_a_time_and_those_that_ask_for_nothing_pass() -> None:
+    s = scheduler(
+        num_blocks=512, max_model_len=1024, prefill_chunk=1024, max_batched_tokens=2048, max_num_seqs=3
+    )
+    for one in (scored("a", 300), scored("b", 20), request("c"), scored("d", 30)):
+        s.add(one)
+    batches = [step(s) for _ in range(4)]
+    assert [ids(batch) for batch in batches] == [["a", "c"], ["c", "a"], ["a", "c", "b"], ["a", "c", "b"]]
+    told = [(batch.requests[batch.scored.row].id, *batch.scored[1:]) for batch in batches if batch.scored]
+    assert told == [("a", 0, 256), ("a", 256, 299), ("b", 0, 19)]
+    assert step(s).requests[-1].id == "d"
+
+
+def test_the_logits_of_a_scored_prompt_come_after_those_of_all_rows() -> None:
+    s = scheduler(prefill_chunk=16)
+    s.add(Request.of_tokens("a", [7, 8, 9], 4, arrived_at=0.0))
+    step(s)
+    s.add(scored("b", 10))
+    s.add(Request.of_tokens("c", [5, 6], 4, arrived_at=0.0))
+    batch = s.schedule(0.0)
+    assert batch is not None and ids(batch) == ["a", "b", "c"]
+    assert s.pack(batch).last_tokens.tolist() == [0, 10, 12, *range(1, 10)]
+
+
+def test_a_preempted_prompt_goes_on_being_scored_where_it_was() -> None:
+    s = scheduler(num_blocks=512, max_model_len=1024, prefill_chunk=200)
+    s.add(scored("a", 500))
+    pieces = [step(s).scored]
+    s._preempt(s.running[0])
+    while s.has_requests:
+        pieces.append(step(s).scored)
+    assert pieces[:4] == [(0, 0, 200), None, (0, 200, 400), (0, 400, 499)]
+    assert set(pieces[4:]) == {None}
+
+
+@pytest.mark.parametrize("end", ["cancel", "preempt"])
+def test_a_scored_prompt_that_leaves_its_seat_lets_the_next_one_in(end: str) -> None:
+    s = scheduler(num_blocks=512, max_model_len=1024, prefill_chunk=1024)
+    s.add(scored("a", 300))
+    s.add(scored("b", 300))
+    assert ids(step(s)) == ["a"]
+    s.cancel("a") if end == "cancel" else s._preempt(s.running[0])
+    assert ids(step(s)) == ["b" if end == "cancel" else "a"]
+    run(s)
+    assert not s.has_requests and s.pool.num_free == 512
+
+
+def test_a_prompt_of_one_token_has_nothing_to_score() -> None:
+    s = scheduler()
+    s.add(scored("a", 1))
+    s.add(scored("b", 5))
+    assert step(s).scored == (1, 0, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_every_token_of_a_scored_prompt_is_told_once_whatever_happens(data: st.DataObject) -> None:
+    s = scheduler(
+        num_blocks=data.draw(st.integers(16, 40)), max_model_len=64, max_num_seqs=data.draw(st.integers(1, 6)),
+        prefill_chunk=data.draw(st.sampled_from([16, 32])), max_batched_tokens=data.draw(st.integers(16, 48)),
+        policy=data.draw(st.sampled_from(["fcfs", "shortest_prefill"])), prefix_cache="on",
+    )  # fmt: skip
+    told: dict[str, list[int]] = {}
+    for number in range(12):
+        length, output = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 20))
+        asks = SamplingParams(num_prompt_logprobs=0) if data.draw(st.booleans()) else SamplingParams()
+        s.add(Request.of_tokens(str(number), range(length), output, 0.0, asks))
+        told |= {str(number): [] for _ in range(asks.num_prompt_logprobs is not None)}
+    expected = {
+        request.id: list(range(request.prompt_tokens - 1)) for request in s.waiting if request.id in told
+    }
+    while s.has_requests:
+        batch = s.schedule(100.0)
+        assert (
+            batch is not None and len(s.pack(batch).last_tokens) <= batch.sampled.sum() + SCORED_PIECE_TOKENS
+        )
+        if batch.scored is not None:
+            row, start, end = batch.scored
+            assert batch.starts[row] <= start < end <= batch.contexts[row]
+            told[batch.requests[row].id] += range(start, end)
+        s.finish_step(batch, [0] * int(batch.sampled.sum()), 100.0)
+    assert told == expected
 
 
 CONFIGS = st.fixed_dictionaries(

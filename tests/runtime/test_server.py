@@ -142,6 +142,42 @@ def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI, server: 
     server.wait_idle()
 
 
+def test_an_echoed_prompt_stands_in_front_of_each_answer(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "demo_model", "prompt": ["abc def", "ghi "], "n": 2, "max_tokens": 4, "echo": True}
+    alone = client.completions.create(**{**asked, "echo": False})
+    told = client.completions.create(**asked)
+    expected = [
+        prompt + alone.choices[index].text for index, prompt in enumerate(["abc def"] * 2 + ["ghi "] * 2)
+    ]
+    assert [choice.text for choice in told.choices] == expected and told.usage == alone.usage
+    texts, firsts = dict.fromkeys(range(4), ""), {}
+    for chunk in client.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            firsts.setdefault(choice.index, choice.text)
+    assert list(texts.values()) == expected
+    assert all(firsts[index].startswith(["abc def", "ghi "][index // 2]) for index in range(4))
+
+
+def test_an_echo_alone_has_no_tokens_of_its_own(client: openai.OpenAI, http: httpx.Client) -> None:
+    ids = [2, 300, 301, 1]  # with special tokens, the last of which would end an answer
+    text = http.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+    asked: Any = {"model": "demo_model", "prompt": ids, "max_tokens": 0, "echo": True, "stop": ["e"]}
+    told = client.completions.create(**asked)
+    assert (told.choices[0].text, told.choices[0].finish_reason) == (text, "length")
+    assert told.usage is not None and (told.usage.completion_tokens, told.usage.total_tokens) == (0, 4)
+    chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert [choice.text for chunk in chunks for choice in chunk.choices] == [text]
+    assert chunks[-1].usage == told.usage
+
+
+def test_a_stop_string_is_not_looked_for_in_an_echo(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="demo_model", prompt="one two three", max_tokens=20, stop="two", echo=True
+    )
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("one two threeone ", "stop")
+
+
 def test_an_end_token_ends_the_answer_unless_it_is_ignored(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="demo_model", prompt=[300, 301, 1], max_tokens=9)
     assert answer.choices[0].finish_reason == "stop"
@@ -255,7 +291,18 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI, http: httpx.Client
         ({"prompt": ""}, "prompt"),
         ({"prompt": "a\u0000b"}, "prompt"),
         ({"prompt": "half \ud800 pair"}, "prompt"),
-        ({"echo": True}, "echo"),
+        ({"echo": 1}, "echo"),
+        ({"echo": True, "max_tokens": -1}, "max_tokens"),
+        ({"echo": False, "max_tokens": 0}, "max_tokens"),
+        ({"echo": True, "max_tokens": 0, "min_tokens": 1}, "min_tokens"),
+        ({"echo": True, "logprobs": 21}, "logprobs"),
+        ({"prompt": [[300] * 1000] * 64, "echo": True, "logprobs": 4}, "logprobs"),
+        ({"prompt": [300] * 1000, "n": 64, "prompt_logprobs": 4}, "prompt_logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": True}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1.0}, "prompt_logprobs"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
         ({"best_of": 1000}, "best_of"),
         ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
     ],
@@ -285,6 +332,10 @@ def test_the_message_says_what_was_got_but_never_repeats_text(http: httpx.Client
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"echo": True}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )  # fmt: skip
