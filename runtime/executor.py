@@ -14,8 +14,8 @@ import transformers
 from transformers import PreTrainedModel
 
 import runtime
-from runtime.errors import ModelError
 from runtime.decoder import DecoderModel
+from runtime.errors import ModelError
 from runtime.hf_model import HFModel
 from runtime.host import cpu_model, free_memory_bytes, num_cores
 from runtime.knobs import EngineConfig
@@ -79,8 +79,9 @@ class Executor:
         self._loaded = loaded
         self._model = servable(loaded.model, tiers)
         self._device = self._model.device
-        pack_linears(self._model.model, int(PACKED_WEIGHTS_SHARE * free_memory_bytes()))
         self._threads = 0
+        self._use_threads(config.threads_decode)
+        pack_linears(self._model.model, int(PACKED_WEIGHTS_SHARE * free_memory_bytes()))
         activation_bytes = self._warm_up(config)
         fitted, max_blocks = self._pool_blocks(kv_tokens, activation_bytes)
         num_blocks = fitted

@@ -1,16 +1,19 @@
-"""Linear layers of a CPU model with weights laid out for small batches.
+"""Linear layers of a CPU model with weights laid out for batches.
 
-oneDNN multiplies a few rows much faster when the weights are stored in its own blocked layout. Measured on one
-Zen core in float32, plain against packed, µs a layer:
+oneDNN multiplies several rows faster when the weights are stored in its own blocked layout; how many rows it takes
+depends on the CPU and on the shape, so it is timed. Measured in float32, plain against packed, µs a layer:
 
-    weight        1 row      4 rows     16 rows    256 rows
-    704 x 256     111 / 68   166 / 65   215 / 103  1144 / 907
-    4096 x 256    533 / 298  761 / 241  1022 / 482 6522 / 5141
+    two cores of     weight       1 row        4 rows       16 rows      32 rows
+    Zen 4            1408 x 256     42 / 77     220 / 113*    350 / 215    367 / 255      * 8 rows
+    Sapphire Rapids  1408 x 256     23 / 30      32 / 41      155 / 109    148 / 102
+                      896 x 4864   503 / 543   1047 / 589    1601 / 1058  2375 / 1803
 
 The packed copy stands beside the original, so it is made only where memory is plentiful.
 """
 
 import logging
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +23,23 @@ log = logging.getLogger(__name__)
 
 PACKED_FOR_ROWS = 16  # the layout chosen for 16 rows was best or equal at every other number too
 MAX_RELATIVE_ERROR = 1e-4  # float32, another order of summation
+TIMED_ROWS = (1, 2, 4, 8, 16, 32)
+NUM_TURNS = 5  # each form is timed so often, in turns; the fastest counts
+MAX_TIMED_S = 0.25  # a shape; later turns are left out when they are passed
+
+Multiply = Callable[[Tensor], Tensor]
+# From how many rows on the packed form of (the plain one, the packed one) is used; None if never.
+Judge = Callable[[Multiply, Multiply, int], int | None]
 
 
-def pack_linears(model: nn.Module, memory_bytes: int) -> int:
-    """Replaces the forward of float32 linear layers on a CPU by the packed one, while the copies fit in
-    `memory_bytes`. Returns how many were replaced. A layer whose packed result differs is left as it is.
+def pack_linears(model: nn.Module, memory_bytes: int, judge: Judge | None = None) -> int:
+    """Replaces the forward of float32 linear layers on a CPU by one that takes the packed weights for as many rows as
+    make it faster, while the copies fit in `memory_bytes`. Returns how many were replaced. A layer whose packed
+    result differs is left as it is. Set the number of threads that decode before.
     """
+    judge = judge or packed_from
     num_packed = 0
+    judged: dict[tuple[int, ...], int | None] = {}
     for module in model.modules():
         if (
             type(module) is not nn.Linear
@@ -34,37 +47,82 @@ def pack_linears(model: nn.Module, memory_bytes: int) -> int:
             or module.weight.dtype != torch.float32
         ):
             continue
-        memory_bytes -= module.weight.nbytes
-        if memory_bytes < 0:
+        shape = tuple(module.weight.shape)
+        if shape in judged and judged[shape] is None:
+            continue
+        if memory_bytes < module.weight.nbytes:
             break
         packed = _packed(module)
         if packed is None:
             break
         if not _agrees(module, packed):
-            log.warning(
-                "a %s layer gave other results when packed; it stays plain", tuple(module.weight.shape)
-            )
+            log.warning("a %s layer gave other results when packed; it stays plain", shape)
             continue
-        object.__setattr__(module, "forward", packed.forward)
-        num_packed += 1
+        if shape not in judged:
+            judged[shape] = judge(packed.plain, packed.packed, module.in_features)
+            log.info("%s layers are packed from %s rows on", shape, judged[shape])
+        num_rows = judged[shape]
+        if num_rows is not None:
+            packed.from_rows = num_rows
+            memory_bytes -= module.weight.nbytes
+            object.__setattr__(module, "forward", packed.forward)
+            num_packed += 1
     return num_packed
 
 
 class PackedLinear:
-    """The forward of one linear layer over packed weights."""
+    """The forward of one linear layer: packed weights from `from_rows` rows on, plain ones below."""
 
     def __init__(self, module: nn.Linear) -> None:
+        self.from_rows = 1
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), PACKED_FOR_ROWS)
+        self._weight = module.weight.detach()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACKED_FOR_ROWS)
         self._bias = module.bias.detach() if module.bias is not None else None
-        self._out_features = module.out_features
+        self._in_features = module.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]. Returns [..., out_features]."""
-        if x.numel() == 0:
-            return x.new_empty((*x.shape[:-1], self._out_features))
-        out: Tensor = self._multiply(x, self._weight, self._bias, "none", [], "")
+        num_rows = x.numel() // self._in_features
+        return self.plain(x) if num_rows < max(1, self.from_rows) else self.packed(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return linear(x, self._weight, self._bias)
+
+    def packed(self, x: Tensor) -> Tensor:
+        out: Tensor = self._multiply(x, self._packed, self._bias, "none", [], "")
         return out
+
+
+@torch.inference_mode()
+def packed_from(plain: Multiply, packed: Multiply, in_features: int) -> int | None:
+    """Times both forms here and now."""
+    best = {(form, rows): float("inf") for form in (plain, packed) for rows in TIMED_ROWS}
+    inputs = {rows: torch.randn(rows, in_features) for rows in TIMED_ROWS}
+    began = time.perf_counter()
+    for _ in range(NUM_TURNS):
+        for form, rows in best:
+            started = time.perf_counter()
+            form(inputs[rows])
+            best[form, rows] = min(best[form, rows], time.perf_counter() - started)
+        if time.perf_counter() - began > MAX_TIMED_S:
+            break
+    return turning_point(
+        [best[plain, rows] for rows in TIMED_ROWS], [best[packed, rows] for rows in TIMED_ROWS]
+    )
+
+
+def turning_point(plain_s: Sequence[float], packed_s: Sequence[float]) -> int | None:
+    """The number of rows from which on the packed form loses least against the faster of both, over all that were
+    timed. `plain_s`, `packed_s`: seconds by TIMED_ROWS. None where that is never."""
+    ratios = [packed / plain for plain, packed in zip(plain_s, packed_s, strict=True)]
+
+    def lost(turn: int) -> float:
+        below = sum(max(0.0, 1.0 / ratio - 1.0) for ratio in ratios[:turn])
+        return below + sum(max(0.0, ratio - 1.0) for ratio in ratios[turn:])
+
+    turn = min(range(len(ratios) + 1), key=lambda at: (lost(at), -at))
+    return TIMED_ROWS[turn] if turn < len(ratios) else None
 
 
 def _packed(module: nn.Linear) -> PackedLinear | None:
@@ -83,7 +141,7 @@ def _agrees(module: nn.Linear, packed: PackedLinear) -> bool:
     for num_rows in (1, 5):
         x = torch.randn(1, num_rows, module.in_features, generator=torch.Generator().manual_seed(0))
         expected = linear(x, module.weight, module.bias)
-        error = (packed.forward(x) - expected).abs().max()
+        error = (packed.packed(x) - expected).abs().max()
         if not error <= MAX_RELATIVE_ERROR * expected.abs().max().clamp(min=1e-6):
             return False
     return True

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from runtime.errors import InvalidKnob, PrepareFailed
-from runtime.paged_model import KVPools, PagedModel, copy_blocks
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
+from runtime.paged_model import KVPools, PagedModel, copy_blocks
 from runtime.scheduler import Scheduler
 from runtime.weights import WeightSet, formats_from, prepared, wanted_bytes
 
