@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import runtime
 from runtime.errors import ModelError
@@ -21,6 +22,7 @@ from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.linear import pack_linears
 from runtime.loader import LoadedModel
 from runtime.logprobs import TokenLogprobs, logprobs_of
+from runtime.plain_model import PlainModel
 from runtime.request import Request, SamplingParams
 from runtime.sampling import sample
 from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler
@@ -47,6 +49,23 @@ class Executed(NamedTuple):
     threads: int
 
 
+def servable(model: PreTrainedModel) -> HFModel | PlainModel:
+    """The model in the highest tier that it passes the probe of.
+
+    Raises:
+        ModelError: in none, with the reason of each.
+    """
+    try:
+        return HFModel(model)
+    except ModelError as refused:
+        try:
+            plain = PlainModel(model)
+        except ModelError as error:
+            raise ModelError(f"{refused} {error}") from error
+        log.warning("it is served one request at a time instead, by `generate` (tier C): %s", refused)
+        return plain
+
+
 class Executor:
     """A model with its KV pool, ready to compute."""
 
@@ -68,7 +87,7 @@ class Executor:
             ModelError: the model cannot be served, or there is no memory for even one sequence.
         """
         self._loaded = loaded
-        self._model = HFModel(loaded.model)
+        self._model = servable(loaded.model)
         self._device = self._model.device
         pack_linears(loaded.model, int(PACKED_WEIGHTS_SHARE * free_memory_bytes()))
         self._threads = 0
@@ -96,6 +115,10 @@ class Executor:
         tokens = sample(logits, requests) if requests else []
         logprobs = logprobs_of(logits, tokens, requests) if requests else {}
         return Executed(tokens, logprobs, time.perf_counter() - started, threads)
+
+    def rest(self) -> None:
+        """Nothing is left to compute for now: what was held for the last requests is given back."""
+        self._model.rest()
 
     def score_area(self, num_blocks: int) -> KVPools:
         """Room for one sequence that is scored beside serving. Raises RuntimeError where there is no memory."""
@@ -152,7 +175,11 @@ class Executor:
                 "runtime": runtime.__version__,
             },
             "tier": self._model.tier,
-            "fitted_knobs": {"weight_format": self.warm.loaded_format, "kv_tokens": self.fitted_kv_tokens},
+            "fitted_knobs": {
+                "weight_format": self.warm.loaded_format,
+                "kv_tokens": self.fitted_kv_tokens,
+                **self._model.fixed_knobs,
+            },
             "kv_total_tokens": self.pool.num_tokens,
             "kv_block_tokens": self.pool.block_tokens,
             "kv_bytes_per_token": self._model.kv_bytes_per_token,
@@ -174,7 +201,9 @@ class Executor:
         pool = BlockPool(-(-(prompt_tokens + 2 * max(WARM_UP_ROWS)) // BLOCK_TOKENS) + 3 * max(WARM_UP_ROWS))
         self._model.allocate(pool.num_blocks)
         before = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
-        for threads, rows in product({config.threads_prefill, config.threads_decode}, WARM_UP_ROWS):
+        most_rows = int(self._model.fixed_knobs.get("max_num_seqs", max(WARM_UP_ROWS)))
+        tried_rows = [rows for rows in WARM_UP_ROWS if rows <= most_rows]
+        for threads, rows in product({config.threads_prefill, config.threads_decode}, tried_rows):
             tried = config.patched(
                 {"threads_prefill": threads, "threads_decode": threads, "max_num_seqs": rows}
             )
@@ -193,15 +222,18 @@ class Executor:
 
     def _pool_blocks(self, kv_tokens: int | None, activation_bytes: int) -> tuple[int, int]:
         """Blocks of the pool, and the most that would fit."""
-        per_token, length = self._model.kv_bytes_per_token, self._loaded.max_model_len
+        per_token = self._model.kv_bytes_per_token
+        num_seqs = CUDA_KV_SEQUENCES if self._device.type == "cuda" else CPU_KV_SEQUENCES
+        num_seqs = min(num_seqs, int(self._model.fixed_knobs.get("max_num_seqs", num_seqs)))
+        most = num_seqs * -(-self._loaded.max_model_len // BLOCK_TOKENS) * BLOCK_TOKENS
         if self._device.type == "cuda":
             free_bytes = torch.cuda.mem_get_info(self._device)[0]
             limit = int((CUDA_KV_SHARE * free_bytes - activation_bytes) / per_token)
-            default = min(limit, CUDA_KV_SEQUENCES * length)
+            default = min(limit, most)
         else:
             free_bytes = free_memory_bytes()
             limit = int(CPU_KV_LIMIT * free_bytes / per_token)
-            default = min(int(CPU_KV_SHARE * free_bytes / per_token), CPU_KV_SEQUENCES * length)
+            default = min(int(CPU_KV_SHARE * free_bytes / per_token), most)
         wished = default if kv_tokens is None else kv_tokens
         if wished > limit:
             log.warning("a KV pool of %d tokens was asked for, %d fit in memory: using those", wished, limit)

@@ -5,7 +5,8 @@ is built. The cache is ours, so `use_cache` is off. Whether a model can be serve
 """
 
 import inspect
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,13 +21,15 @@ from runtime.attention import (
     registered_attention,
 )
 from runtime.errors import ModelError
-from runtime.knobs import EngineConfig
+from runtime.knobs import EngineConfig, KnobValue
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.request import Request
 from runtime.scheduler import BlockMove, PackedBatch, Scheduler
 
 ATTENTION_NAME = "tuner_paged"
+PAGED_LAYERS = {"full_attention", "sliding_attention", "attention"}
 PROBE_TOKENS = 24
+PROBE_DECODED = 2
 
 KVPools = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values: [kv_heads, slots, D]
 
@@ -107,6 +110,7 @@ class HFModel:
     """A causal LM ready for packed steps. `allocate` must come before the first `forward`."""
 
     tier = "B"
+    fixed_knobs: Mapping[str, KnobValue] = {}  # that this way of computing leaves one value
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises ModelError if the architecture cannot be served this way."""
@@ -114,7 +118,14 @@ class HFModel:
         self.device = model.device
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._attention = PagedAttention()
-        self.kv_shapes = self._probe()
+        try:
+            self.kv_shapes = self._probe()
+        except Exception as error:  # foreign code: whatever a model raises that was not made for this
+            self.release()
+            raise ModelError(
+                f"{architecture(model)} cannot be served with a paged cache: {told(error)}. Models can whose attention "
+                "goes through transformers' AttentionInterface (Llama, Qwen, Mistral, DeepSeek and most others)."
+            ) from error
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -152,6 +163,9 @@ class HFModel:
         """Gives the pools' memory back, unless somebody else holds them too."""
         self._attention.pools = {}
 
+    def rest(self) -> None:
+        """Nobody runs. Nothing is held beside the pools."""
+
     @torch.inference_mode()
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
         """Computes the step and caches its keys and values, in `pools` where given. Returns logits [sampled rows,
@@ -180,22 +194,20 @@ class HFModel:
     @torch.inference_mode()
     def _probe(self) -> dict[int, KVShape]:
         """Runs a short prompt as transformers would and as we do; returns what each layer caches."""
+        check_layers(self.model)
+        token_ids = probe_tokens(self.model)
         positions = torch.arange(PROBE_TOKENS, device=self.device)[None]
-        token_ids = positions % self.model.config.get_text_config().vocab_size
         self.model.set_attn_implementation("eager")  # complete; "sdpa" leaves out soft caps and sinks
         expected = self.model(input_ids=token_ids, use_cache=False).logits[0]
         probe = ShapeProbe()
-        try:
-            self.model.set_attn_implementation(ATTENTION_NAME)
-            self._attach(probe)
-            self._call(token_ids, positions, positions[0, -1:])
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise self._unsupported(f"{type(error).__name__}: {error}") from error
+        self.model.set_attn_implementation(ATTENTION_NAME)
+        self._attach(probe)
+        self._call(token_ids, positions, positions[0, -1:])
         if not probe.shapes:
-            raise self._unsupported("no layer calls the registered attention function")
+            raise ModelError("no layer calls the registered attention function")
         self.kv_shapes = probe.shapes
         self._attach(self._attention)
-        self._check_against(expected, token_ids[0].tolist())
+        check_logits(self, expected, token_ids[0].tolist())
         return probe.shapes
 
     def _attach(self, attention: PagedAttention | ShapeProbe) -> None:
@@ -203,36 +215,68 @@ class HFModel:
             if hasattr(module, "layer_idx"):
                 object.__setattr__(module, "paged_attention", attention)
 
-    def _check_against(self, expected: Tensor, token_ids: list[int]) -> None:
-        """Computes the probe prompt in two chunks beside another prompt; the logits must be those expected.
 
-        expected: [PROBE_TOKENS, vocab].
-        """
-        pool = BlockPool(2 * PROBE_TOKENS // BLOCK_TOKENS + 2)
-        self.allocate(pool.num_blocks)
-        scheduler = Scheduler(pool, EngineConfig.of({"prefill_chunk": 16}), PROBE_TOKENS + 2)
-        for name, prompt in (("whole", token_ids), ("half", token_ids[: PROBE_TOKENS // 2])):
-            scheduler.add(Request.of_tokens(name, prompt, 1, arrived_at=0.0))
-        logits: dict[str, Tensor] = {}
-        while (batch := scheduler.schedule(0.0)) is not None:
-            out = self.forward(scheduler.pack(batch))
-            logits |= {request.id: row for request, row in zip(batch.sampled_requests(), out, strict=True)}
-            scheduler.finish_step(batch, [0] * len(out), 0.0)
-        self.release()
-        limit = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.15
-        for name, at in (("whole", -1), ("half", PROBE_TOKENS // 2 - 1)):
-            error = relative_error(logits[name], expected[at])
+class Probed(Protocol):
+    """A model that shows in which tier it can be served."""
+
+    fixed_knobs: Mapping[str, KnobValue]
+
+    def allocate(self, num_blocks: int) -> None: ...
+
+    def forward(self, packed: PackedBatch) -> Tensor: ...
+
+    def release(self) -> None: ...
+
+
+def architecture(model: PreTrainedModel) -> str:
+    return str((model.config.architectures or [type(model).__name__])[0])
+
+
+def told(error: Exception) -> str:
+    """A reason of ours as it stands; what foreign code raised in one line."""
+    if isinstance(error, ModelError):
+        return str(error)
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def probe_tokens(model: PreTrainedModel) -> Tensor:
+    """[1, PROBE_TOKENS] token ids that differ as far as the vocabulary allows."""
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None]
+    return ids % model.config.get_text_config().vocab_size
+
+
+def check_layers(model: PreTrainedModel) -> None:
+    """Raises ModelError where a layer needs more than the keys and values of a window, as far as the model tells.
+
+    A short probe may miss it: a state that has hardly begun, chunks and indices longer than the prompt.
+    """
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if others := sorted(set(layer_types) - PAGED_LAYERS):
+        raise ModelError(f"it has layers of {', '.join(others)}")
+    if getattr(model, "_is_stateful", False):
+        raise ModelError("it keeps a state beside keys and values")
+
+
+def check_logits(served: Probed, expected: Tensor, token_ids: list[int]) -> None:
+    """Computes the probe prompt in two chunks, and beside it half of it with the next tokens decoded one by one.
+
+    expected: [PROBE_TOKENS, vocab]. Raises ModelError where the logits are others.
+    """
+    half, pool = PROBE_TOKENS // 2, BlockPool(2 * PROBE_TOKENS // BLOCK_TOKENS + 2)
+    served.allocate(pool.num_blocks)
+    config = EngineConfig.of({"prefill_chunk": 16, **served.fixed_knobs})
+    scheduler = Scheduler(pool, config, PROBE_TOKENS + 2)
+    scheduler.add(Request.of_tokens("whole", token_ids, 1, arrived_at=0.0))
+    scheduler.add(Request.of_tokens("half", token_ids[:half], 1 + PROBE_DECODED, arrived_at=0.0))
+    limit = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.15
+    while (batch := scheduler.schedule(0.0)) is not None:
+        logits, ends = served.forward(scheduler.pack(batch)), batch.contexts[batch.sampled]
+        for row, end in zip(logits, ends, strict=True):
+            error = relative_error(row, expected[end - 1])
             if not error <= limit:
-                raise self._unsupported(
-                    f"its logits differ from those of transformers by {error:.2g} > {limit:g}"
-                )
-
-    def _unsupported(self, reason: str) -> ModelError:
-        name = (self.model.config.architectures or [type(self.model).__name__])[0]
-        return ModelError(
-            f"{name} cannot be served with a paged cache: {reason}. Use a causal language model whose attention "
-            "goes through transformers' AttentionInterface (Llama, Qwen, Mistral, DeepSeek and most others)."
-        )
+                raise ModelError(f"its logits differ from those of transformers by {error:.2g} > {limit:g}")
+        scheduler.finish_step(batch, [token_ids[end % PROBE_TOKENS] for end in ends], 0.0)
+    served.release()
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
