@@ -1,12 +1,12 @@
-"""Attention of packed rows over the paged pool, for any Hugging Face model that takes a registered function.
+"""Attention of packed rows over the paged pool, for our decoder and for any Hugging Face model.
 
-Each call writes the new keys and values of all rows to their slots and then attends row by row, or over
-padded decode rows at once. What is equal for all layers (slots, masks, indices) is prepared once a step.
+New keys and values of all rows are written to their slots; then rows are attended to one by one, or decode rows
+padded, all at once. What is equal for all layers (slots, masks, indices) is prepared once a step.
 `attend_plain` says what is meant; the faster forms are tested against it.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -78,12 +78,6 @@ class Row:
             self.masks[window] = allowed_positions(self.num_new, self.context, window, device)
         return self.masks[window]
 
-    def gather(self, pool: Tensor) -> Tensor:
-        """pool: [kv_heads, slots, D]. Returns [kv_heads, context, D]: a view where possible."""
-        if isinstance(self.place, slice):
-            return pool.narrow(1, self.place.start, self.context)
-        return pool.index_select(1, self.place)
-
 
 @dataclass(slots=True)
 class PaddedRows:
@@ -122,6 +116,7 @@ class StepTensors:
     padded: list[PaddedRows]
     rows: list[Row]  # those that are not padded, in order
     has_single_rows: bool  # whether `rows` has any of a single token
+    longest: int  # context of any row
 
     @classmethod
     def of(cls, packed: PackedBatch, device: torch.device) -> "StepTensors":
@@ -145,7 +140,10 @@ class StepTensors:
         ]
         rows = _rows(packed, num_padded, blocks)
         has_single_rows = bool(rows) and rows[0].num_new == 1  # they come first
-        return cls(token_ids[None], positions[None], slots, last_tokens, padded, rows, has_single_rows)
+        longest = int(packed.contexts.max())
+        return cls(
+            token_ids[None], positions[None], slots, last_tokens, padded, rows, has_single_rows, longest
+        )
 
 
 def _num_padded(packed: PackedBatch, device: torch.device) -> int:
@@ -200,8 +198,78 @@ def _rows(packed: PackedBatch, start: int, blocks: Tensor) -> list[Row]:
     return rows
 
 
+class LayerCache(Protocol):
+    """One layer's keys and values, wherever they lie."""
+
+    def of_row(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Keys and values of one row, [1, kv_heads, context, D] each: views where possible."""
+        ...
+
+    def of_padded(self, rows: PaddedRows) -> tuple[Tensor, Tensor]:
+        """Keys and values of several rows, [rows, kv_heads, longest, D] each."""
+        ...
+
+
+class SplitCache(NamedTuple):
+    """Keys and values in a tensor each, [kv_heads, slots, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+    def of_row(self, row: Row) -> tuple[Tensor, Tensor]:
+        return _gather(self.keys, row)[None], _gather(self.values, row)[None]
+
+    def of_padded(self, rows: PaddedRows) -> tuple[Tensor, Tensor]:
+        return self._padded(self.keys, rows), self._padded(self.values, rows)
+
+    @staticmethod
+    def _padded(pool: Tensor, rows: PaddedRows) -> Tensor:
+        return pool.index_select(1, rows.index).unflatten(1, (rows.last - rows.first, -1)).transpose(0, 1)
+
+
+def _gather(pool: Tensor, row: Row) -> Tensor:
+    """pool: [kv_heads, slots, D]. Returns [kv_heads, context, D]: a view where possible."""
+    if isinstance(row.place, slice):
+        return pool.narrow(1, row.place.start, row.context)
+    return pool.index_select(1, row.place)
+
+
+def attend(
+    query: Tensor,
+    cache: LayerCache,
+    step: StepTensors,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of all rows of a step, whose keys and values are in the cache already.
+
+    query: [T, kv_heads, group, D]. Returns [T, heads * Dv].
+    """
+    special = softcap is not None or sinks is not None
+    outputs = [
+        _attend_padded(query, *cache.of_padded(rows), rows, scaling, window, softcap, sinks)
+        for rows in step.padded
+    ]
+    by_token = query.split(1) if step.has_single_rows else ()
+    for row in step.rows:
+        key, value = cache.of_row(row)
+        if special:
+            q, allowed = query[row.first : row.last].permute(1, 2, 0, 3), row.allowed(window, query.device)
+            out = attend_plain(q, key[0], value[0], allowed, scaling, softcap, sinks)
+            outputs.append(out.permute(2, 0, 1, 3))
+        elif row.num_new == 1:
+            outputs.append(_attend_one(by_token[row.first], key, value, scaling, window))
+        else:
+            q = query[row.first : row.last].permute(1, 2, 0, 3)
+            outputs.append(_attend_chunk(q, key, value, row, scaling, window))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [T, kv_heads, group, Dv]
+    return out.flatten(1)
+
+
 class PagedAttention:
-    """The attention of one model: its pools, and the step that is being computed."""
+    """The attention of one Hugging Face model: its pools, and the step that is being computed."""
 
     def __init__(self) -> None:
         self.pools: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values: [kv_heads, slots, D]
@@ -225,27 +293,9 @@ class PagedAttention:
         keys.index_copy_(1, step.slots, key[0])
         values.index_copy_(1, step.slots, value[0])
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        grouped = query[0].unflatten(0, (keys.shape[0], -1))  # [kv_heads, group, T, D]
-        special = softcap is not None or s_aux is not None
-        outputs = []
-        for rows in step.padded:
-            outputs.append(
-                _attend_padded(grouped, keys, values, rows, scaling, sliding_window, softcap, s_aux)
-            )
-        by_token = grouped.permute(2, 0, 1, 3).split(1) if step.has_single_rows else ()
-        for row in step.rows:
-            k, v = row.gather(keys), row.gather(values)
-            if special:
-                q, allowed = grouped[:, :, row.first : row.last], row.allowed(sliding_window, query.device)
-                out = attend_plain(q, k, v, allowed, scaling, softcap, s_aux)
-                outputs.append(out.permute(2, 0, 1, 3))
-            elif row.num_new == 1:
-                outputs.append(_attend_one(by_token[row.first], k, v, scaling, sliding_window))
-            else:
-                q = grouped[:, :, row.first : row.last]
-                outputs.append(_attend_chunk(q, k, v, row, scaling, sliding_window))
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [T, kv_heads, group, Dv]
-        return out.flatten(1, 2)[None]
+        grouped = query[0].unflatten(0, (keys.shape[0], -1)).permute(2, 0, 1, 3)  # [T, kv_heads, group, D]
+        out = attend(grouped, SplitCache(keys, values), step, scaling, sliding_window, softcap, s_aux)
+        return out.view(1, len(out), -1, values.shape[-1])
 
 
 def _attend_one(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -253,22 +303,22 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, scaling: float, windo
 
     query: [1, kv_heads, group, D]. Returns [1, kv_heads, group, Dv].
     """
-    if window is not None and key.shape[1] > window:
-        key, value = key[:, -window:], value[:, -window:]
-    return scaled_dot_product_attention(query, key.unsqueeze(0), value.unsqueeze(0), scale=scaling)
+    if window is not None and key.shape[2] > window:
+        key, value = key[:, :, -window:], value[:, :, -window:]
+    return scaled_dot_product_attention(query, key, value, scale=scaling)
 
 
 def _attend_chunk(
     query: Tensor, key: Tensor, value: Tensor, row: Row, scaling: float, window: int | None
 ) -> Tensor:
-    """A piece of a prompt. Returns [T, kv_heads, group, Dv]."""
+    """A piece of a prompt. query: [kv_heads, group, T, D]. Returns [T, kv_heads, group, Dv]."""
     num_new, context = row.num_new, row.context
     plain = window is None or context <= window
     if plain and _has_fused_gqa(query, value):
         out = scaled_dot_product_attention(
             query.flatten(0, 1)[None],
-            key[None],
-            value[None],
+            key,
+            value,
             scale=scaling,
             enable_gqa=True,
             **(
@@ -282,8 +332,8 @@ def _attend_chunk(
         causal = plain and num_new == context
         out = scaled_dot_product_attention(
             query,
-            key[:, None].expand(shape),
-            value[:, None].expand(shape),
+            key.transpose(0, 1).expand(shape),
+            value.transpose(0, 1).expand(shape),
             scale=scaling,
             is_causal=causal,
             attn_mask=None if causal else row.allowed(window if not plain else None, query.device),
@@ -298,27 +348,23 @@ def _has_fused_gqa(query: Tensor, value: Tensor) -> bool:
 
 
 def _attend_padded(
-    grouped: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     rows: PaddedRows,
     scaling: float,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Decode rows in one call. Returns [rows, kv_heads, group, Dv]."""
-    count = rows.last - rows.first
-    query = grouped[:, :, rows.first : rows.last].permute(2, 0, 1, 3)  # [rows, kv_heads, group, D]
-    k, v = (
-        pool.index_select(1, rows.index).unflatten(1, (count, -1)).transpose(0, 1) for pool in (keys, values)
-    )
+    """Decode rows in one call. query: [T, kv_heads, group, D]. Returns [rows, kv_heads, group, Dv]."""
+    query = query.narrow(0, rows.first, rows.last - rows.first)
     bias = rows.bias(window, query.dtype)
     if softcap is None and sinks is None:
-        return scaled_dot_product_attention(query, k, v, attn_mask=bias, scale=scaling)
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
     outputs = [
-        attend_plain(query[i].unsqueeze(2), k[i], v[i], bias[i, 0] == 0, scaling, softcap, sinks)[:, :, 0]
-        for i in range(count)
+        attend_plain(q.unsqueeze(2), k, v, allowed[0] == 0, scaling, softcap, sinks)[:, :, 0]
+        for q, k, v, allowed in zip(query, key, value, bias, strict=True)
     ]
     return torch.stack(outputs)
 

@@ -14,14 +14,16 @@ import transformers
 from transformers import PreTrainedModel
 
 import runtime
+from runtime.decoder import DecoderModel
 from runtime.errors import ModelError
-from runtime.hf_model import HFModel, KVPools
+from runtime.hf_model import HFModel
 from runtime.host import cpu_model, free_memory_bytes, num_cores
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.linear import pack_linears
 from runtime.loader import LoadedModel
 from runtime.logprobs import TokenLogprobs, logprobs_of
+from runtime.paged_model import KVPools, PagedModel
 from runtime.plain_model import PlainModel
 from runtime.request import Request, SamplingParams
 from runtime.sampling import sample
@@ -49,23 +51,6 @@ class Executed(NamedTuple):
     threads: int
 
 
-def servable(model: PreTrainedModel) -> HFModel | PlainModel:
-    """The model in the highest tier that it passes the probe of.
-
-    Raises:
-        ModelError: in none, with the reason of each.
-    """
-    try:
-        return HFModel(model)
-    except ModelError as refused:
-        try:
-            plain = PlainModel(model)
-        except ModelError as error:
-            raise ModelError(f"{refused} {error}") from error
-        log.warning("it is served one request at a time instead, by `generate` (tier C): %s", refused)
-        return plain
-
-
 class Executor:
     """A model with its KV pool, ready to compute."""
 
@@ -75,6 +60,7 @@ class Executor:
         kv_tokens: int | None,
         config: EngineConfig,
         asked_kv_tokens: int | None = None,
+        tiers: str = "ABC",
     ) -> None:
         """Sizes the pool last, after a warm-up has shown what the steps need. Too large a wish is answered
         by a smaller pool and a warning.
@@ -82,14 +68,15 @@ class Executor:
         Args:
             kv_tokens: the size by default; by free memory if not given.
             asked_kv_tokens: the size to start with, where the knob was named.
+            tiers: those that may serve; the first that can does.
 
         Raises:
             ModelError: the model cannot be served, or there is no memory for even one sequence.
         """
         self._loaded = loaded
-        self._model = servable(loaded.model)
+        self._model = servable(loaded.model, tiers)
         self._device = self._model.device
-        pack_linears(loaded.model, int(PACKED_WEIGHTS_SHARE * free_memory_bytes()))
+        pack_linears(self._model.model, int(PACKED_WEIGHTS_SHARE * free_memory_bytes()))
         self._threads = 0
         activation_bytes = self._warm_up(config)
         fitted, max_blocks = self._pool_blocks(kv_tokens, activation_bytes)
@@ -257,6 +244,34 @@ class Executor:
                     "a KV pool of %d tokens did not fit, trying half: %s", num_blocks * BLOCK_TOKENS, error
                 )
                 num_blocks //= 2
+
+
+def servable(model: PreTrainedModel, tiers: str = "ABC") -> PagedModel:
+    """The model in the first tier that can serve it: A, our own decoder, B, its own code over our cache, or C,
+    one request at a time by `generate`.
+
+    Raises:
+        ModelError: it cannot be served, with the reason of each tier.
+    """
+    try:
+        plain = HFModel(model)
+    except ModelError as refused:
+        if "C" not in tiers:
+            raise
+        try:
+            one_at_a_time = PlainModel(model)
+        except ModelError as error:
+            raise ModelError(f"{refused} {error}") from error
+        log.warning("it is served one request at a time instead, by `generate` (tier C): %s", refused)
+        return one_at_a_time
+    try:
+        if "A" in tiers:
+            return DecoderModel(plain)
+    except ModelError as error:
+        log.info("tier B serves %s: %s", type(model).__name__, error)
+    finally:
+        plain.forget_probe()
+    return plain
 
 
 def _warm_up_requests(rows: int, prompt_tokens: int) -> Iterator[Request]:

@@ -24,25 +24,17 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from runtime.errors import ModelError
-from runtime.hf_model import (
-    KVPools,
-    KVShape,
-    architecture,
-    check_logits,
-    copy_blocks,
-    probe_tokens,
-    told,
-)
 from runtime.knobs import KnobValue
-from runtime.kv_cache import BLOCK_TOKENS
+from runtime.paged_model import KVPools, KVShape, PagedModel, architecture, copy_blocks, probe_tokens, told
 from runtime.scheduler import IntArray, PackedBatch
 
 THREAD_NAME = "generate"
 
 
-class PlainModel:
-    """A causal LM over `model.generate`. `allocate` must come before the first `forward`."""
+class PlainModel(PagedModel):
+    """Tier C: `model.generate`, one request at a time."""
 
+    model: PreTrainedModel
     tier = "C"
     # A prompt is computed whole, by `generate`, and no request finds what another one has computed.
     fixed_knobs: Mapping[str, KnobValue] = {
@@ -51,10 +43,8 @@ class PlainModel:
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises ModelError if `generate` cannot continue texts with this model."""
-        self.model = model.eval().requires_grad_(False)
-        self.device = model.device
-        self.kv_shapes = {0: KVShape(1, 1, 0, torch.int64)}  # token ids
-        self.pools: KVPools = {}
+        token_shape = KVShape(1, 1, 0, torch.int64)
+        super().__init__(model.eval().requires_grad_(False), model.device, {0: token_shape})
         self._generation: Generation | None = None
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         # What a model folder suggests (penalties, beams, an end token) is for those who let transformers sample.
@@ -68,18 +58,6 @@ class PlainModel:
                 "transformers' `generate` continues token by token with the logits of the whole text."
             ) from error
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return sum(shape.bytes_per_token for shape in self.kv_shapes.values())
-
-    def allocate(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
-        self.release()
-        self.pools = self.new_pools(num_blocks, block_tokens)
-
-    def new_pools(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS) -> KVPools:
-        slots = num_blocks * block_tokens
-        return {layer: self.new_pool(shape, slots) for layer, shape in self.kv_shapes.items()}
-
     def new_pool(self, shape: KVShape, slots: int) -> tuple[Tensor, Tensor]:
         """In host memory: tokens are compared there."""
         return (
@@ -89,7 +67,7 @@ class PlainModel:
 
     def release(self) -> None:
         self.rest()
-        self.pools = {}
+        super().release()
 
     def rest(self) -> None:
         """Ends what is being generated, with its thread and its cache."""
@@ -142,9 +120,10 @@ class PlainModel:
 
     def _probe(self) -> None:
         self.model.set_attn_implementation("eager")  # complete; "sdpa" leaves out soft caps and sinks
-        token_ids = probe_tokens(self.model)[0].tolist()
+        vocab_size = self.model.config.get_text_config().vocab_size
+        token_ids = probe_tokens(vocab_size, self.device)[0].tolist()
         expected = self._last(np.array(token_ids), len(token_ids))
-        check_logits(self, expected, token_ids)
+        self.check_against(expected, token_ids)
 
 
 class Order(NamedTuple):

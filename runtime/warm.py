@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from runtime.errors import InvalidKnob, PrepareFailed
-from runtime.hf_model import HFModel, KVPools, copy_blocks
 from runtime.knobs import EngineConfig, KnobValue
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
-from runtime.plain_model import PlainModel
+from runtime.paged_model import KVPools, PagedModel, copy_blocks
 from runtime.scheduler import Scheduler
 from runtime.weights import WeightSet, formats_from, prepared, wanted_bytes
 
@@ -44,7 +43,7 @@ class WarmStates:
 
     def __init__(
         self,
-        model: HFModel | PlainModel,
+        model: PagedModel,
         pool_blocks: int,
         free_bytes: Callable[[], int],
         max_model_len: int,

@@ -28,6 +28,7 @@ from runtime.loader import load_model, resolve_device, resolve_dtype
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "runtime" / "demo_model"
+TIER_B = "tier B"
 TRACE = ROOT / "configs" / "traces" / "azure_code_cut.csv"
 
 # Source: config.json of Qwen/Qwen2-0.5B.
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--without",
         nargs="+",
         default=[],
-        choices=[ContinuousBatching.name],
+        choices=[ContinuousBatching.name, TIER_B],
         help="engines that are left out",
     )
     add("--openvino-python", type=Path, help="Python of an environment that holds openvino-genai")
@@ -146,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with model_folder(options.model, options.shape, options.keep) as folder:
         plain = load_model(folder, device, dtype)
         engines: list[Engine] = [Ours(load_model(folder, device, dtype), config), Generate(plain.model)]
+        if TIER_B not in options.without:
+            engines.append(Ours(load_model(folder, device, dtype), config, tiers="B"))
         if ContinuousBatching.name not in options.without:
             engines.append(ContinuousBatching(load_model(folder, device, dtype).model, config))
         if options.openvino_python is not None:

@@ -45,9 +45,13 @@ class Ours:
 
     name = "tuner"
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, kv_tokens: int | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, config: EngineConfig, kv_tokens: int | None = None, tiers: str = "AB"
+    ) -> None:
         self.config = config
-        self.executor = Executor(loaded, kv_tokens, config)
+        self.executor = Executor(loaded, kv_tokens, config, tiers=tiers)
+        if tiers == "B":
+            self.name = "tuner, tier B"
 
     def serve(self, load: Load) -> Served:
         executor, config = self.executor, self.config.patched({"max_num_seqs": load.num_at_once})

@@ -7,9 +7,10 @@ import runtime.attention
 import runtime.hf_model
 from runtime.attention import PagedAttention, StepTensors, allowed_positions, attend_plain
 from runtime.errors import ModelError
-from runtime.hf_model import HFModel, relative_error
+from runtime.hf_model import HFModel
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BlockPool
+from runtime.paged_model import relative_error
 from runtime.request import Request
 from runtime.sampling import sample
 from runtime.scheduler import PackedBatch, Scheduler

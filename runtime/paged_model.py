@@ -1,0 +1,171 @@
+"""What every model over the paged pool has in common: its pools, what a step does to them, and the proof of its logits.
+
+A layer's pool is a pair of tensors `[heads, slots, values]`, keys and values where the model keeps them apart. Which
+heads and values those are is the model's own affair; the pools are made, moved and copied by slots.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from runtime.attention import StepTensors
+from runtime.errors import ModelError
+from runtime.knobs import EngineConfig, KnobValue
+from runtime.kv_cache import BLOCK_TOKENS, BlockPool
+from runtime.request import Request
+from runtime.scheduler import BlockMove, PackedBatch, Scheduler
+
+PROBE_TOKENS = 24
+PROBE_DECODED = 2
+
+KVPools = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values: [kv_heads, slots, D]
+
+
+class KVShape(NamedTuple):
+    """What one layer caches for one token."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class PagedModel:
+    """A causal LM ready for packed steps. `allocate` must come before the first `forward`."""
+
+    tier: str
+    fixed_knobs: Mapping[str, KnobValue] = {}  # that this way of computing leaves one value
+
+    def __init__(self, model: nn.Module, device: torch.device, kv_shapes: dict[int, KVShape]) -> None:
+        self.model, self.device, self.kv_shapes = model, device, kv_shapes
+        self.pools: KVPools = {}  # in force; others that are assigned serve from the next step on
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return sum(shape.bytes_per_token for shape in self.kv_shapes.values())
+
+    def allocate(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
+        """Makes the pools of all layers, `[kv_heads, slots, D]` each, in place of earlier ones.
+
+        They start uninitialised, so that memory is taken as it is used: no slot is read before it is written.
+        """
+        self.release()
+        self.pools = self.new_pools(num_blocks, block_tokens)
+
+    def new_pools(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS) -> KVPools:
+        """Pools beside those of `allocate`, for a forward pass that must not touch them."""
+        slots = num_blocks * block_tokens
+        return {layer: self.new_pool(shape, slots) for layer, shape in self.kv_shapes.items()}
+
+    def new_pool(self, shape: KVShape, slots: int) -> tuple[Tensor, Tensor]:
+        return (
+            torch.empty(shape.kv_heads, slots, shape.key_dim, dtype=shape.dtype, device=self.device),
+            torch.empty(shape.kv_heads, slots, shape.value_dim, dtype=shape.dtype, device=self.device),
+        )
+
+    def release(self) -> None:
+        """Gives the pools' memory back, unless somebody else holds them too."""
+        self.pools = {}
+
+    def rest(self) -> None:
+        """Nobody runs: what is held beside the pools for those who ran is given back. Nothing, in most tiers."""
+
+    @torch.inference_mode()
+    def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
+        """Computes the step and caches its keys and values, in `pools` where given. Returns logits [sampled rows,
+        vocab]."""
+        if packed.copies is not None:
+            for pool in self.pools.values():
+                copy_blocks(pool, pool, packed.copies, packed.block_tokens)
+        return self.compute(StepTensors.of(packed, self.device), self.pools if pools is None else pools)
+
+    def compute(self, step: StepTensors, pools: KVPools) -> Tensor:
+        """Returns logits [sampled rows, vocab]."""
+        raise NotImplementedError
+
+    def check_against(self, expected: Tensor, token_ids: list[int]) -> None:
+        """Computes a probe prompt in two chunks, and beside it half of it with the next tokens decoded one by one; the
+        logits must be those expected.
+
+        expected: [PROBE_TOKENS, vocab]. Raises ModelError where they are not.
+        """
+        half, pool = PROBE_TOKENS // 2, BlockPool(2 * PROBE_TOKENS // BLOCK_TOKENS + 2)
+        self.allocate(pool.num_blocks)
+        config = EngineConfig.of({"prefill_chunk": 16, **self.fixed_knobs})
+        scheduler = Scheduler(pool, config, PROBE_TOKENS + 2)
+        scheduler.add(Request.of_tokens("whole", token_ids, 1, arrived_at=0.0))
+        scheduler.add(Request.of_tokens("half", token_ids[:half], 1 + PROBE_DECODED, arrived_at=0.0))
+        limit = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.15
+        while (batch := scheduler.schedule(0.0)) is not None:
+            logits, ends = self.forward(scheduler.pack(batch)), batch.contexts[batch.sampled]
+            for row, end in zip(logits, ends, strict=True):
+                error = relative_error(row, expected[end - 1])
+                if not error <= limit:
+                    raise ModelError(
+                        f"its logits differ from those of transformers by {error:.2g} > {limit:g}"
+                    )
+            scheduler.finish_step(batch, [token_ids[end % PROBE_TOKENS] for end in ends], 0.0)
+        self.release()
+
+
+def architecture(model: PreTrainedModel) -> str:
+    return str((model.config.architectures or [type(model).__name__])[0])
+
+
+def told(error: Exception) -> str:
+    """A reason of ours as it stands; what foreign code raised in one line."""
+    if isinstance(error, ModelError):
+        return str(error)
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def probe_tokens(vocab_size: int, device: torch.device) -> Tensor:
+    """[1, PROBE_TOKENS] token ids that differ as far as the vocabulary allows."""
+    return torch.arange(PROBE_TOKENS, device=device)[None] % vocab_size
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of `expected` about its mean."""
+    actual, expected = actual.double(), expected.double()
+    spread = (expected - expected.mean()).square().mean()
+    return float(((actual - expected).square().mean() / spread).sqrt())
+
+
+def copy_blocks(
+    source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], move: BlockMove, block_tokens: int
+) -> None:
+    """Copies one layer's keys and values, from one pool to another or within one, in the order of the move.
+
+    On a CPU a run of blocks is one copy: three times faster than gathering and scattering.
+    """
+    device = source[0].device
+    if device.type == "cpu":
+        for taken, given, count in runs_of(move):
+            for old, new in zip(source, target, strict=True):
+                size = count * block_tokens
+                new.narrow(1, given * block_tokens, size).copy_(old.narrow(1, taken * block_tokens, size))
+        return
+    taken_blocks, given_blocks = (torch.from_numpy(blocks.astype(np.int64)).to(device) for blocks in move)
+    for old, new in zip(source, target, strict=True):
+        blocks = old.unflatten(1, (-1, block_tokens)).index_select(1, taken_blocks)
+        new.unflatten(1, (-1, block_tokens)).index_copy_(1, given_blocks, blocks)
+
+
+def runs_of(move: BlockMove) -> list[tuple[int, int, int]]:
+    """(first source, first target, number) of each run of blocks that follow one another on both sides."""
+    if not len(move.sources):
+        return []
+    breaks = np.flatnonzero((np.diff(move.sources) != 1) | (np.diff(move.targets) != 1)) + 1
+    starts, ends = [0, *breaks.tolist()], [*breaks.tolist(), len(move.sources)]
+    return [
+        (int(move.sources[start]), int(move.targets[start]), end - start)
+        for start, end in zip(starts, ends, strict=True)
+    ]
