@@ -89,6 +89,7 @@ class Engine:
         self._apply_plan()
         batch = self.scheduler.schedule(self._clock.now())
         if batch is None:
+            self._executor.rest()
             return False
         executed = self._executor.execute(batch, self.scheduler.pack(batch), self.tick.config)
         self._finish(batch, executed)
@@ -406,9 +407,10 @@ def _prepare(
     warm = executor.warm
     reports = knob_reports(
         cores, min(1024, executor.pool.num_blocks), executor.identity()["fitted_knobs"],
-        warm.max_blocks * executor.pool.block_tokens, warm.formats,
+        warm.max_blocks * executor.pool.block_tokens, warm.formats, warm.fixed_knobs,
     )  # fmt: skip
     limits = {report["name"]: report["high"] for report in reports if report["kind"] != "choice"}
+    limits = {name: high for name, high in limits.items() if name not in warm.fixed_knobs}
     if too_high := {name: int(high) for name, high in limits.items() if config.values()[name] > high}:
         log.warning("lowered to what this machine can do: %s", too_high)
         config = config.patched(too_high)

@@ -24,6 +24,7 @@ from runtime.linear import pack_linears
 from runtime.loader import LoadedModel
 from runtime.logprobs import PromptLogprob, TokenLogprobs, logprobs_of, prompt_logprobs_of
 from runtime.paged_model import KVPools, PagedModel
+from runtime.plain_model import PlainModel
 from runtime.request import Request, SamplingParams
 from runtime.sampling import sample
 from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler, ScoredPiece
@@ -63,7 +64,7 @@ class Executor:
         kv_tokens: int | None,
         config: EngineConfig,
         asked_kv_tokens: int | None = None,
-        tiers: str = "AB",
+        tiers: str = "ABC",
     ) -> None:
         """Sizes the pool last, after a warm-up has shown what the steps need. Too large a wish is answered
         by a smaller pool and a warning.
@@ -110,6 +111,10 @@ class Executor:
         tokens = sample(logits, requests) if requests else []
         logprobs = logprobs_of(logits, tokens, requests) if requests else {}
         return Executed(tokens, logprobs, time.perf_counter() - started, threads, scores)
+
+    def rest(self) -> None:
+        """Nothing is left to compute for now: what was held for the last requests is given back."""
+        self._model.rest()
 
     def score_area(self, num_blocks: int) -> KVPools:
         """Room for one sequence that is scored beside serving. Raises RuntimeError where there is no memory."""
@@ -166,7 +171,11 @@ class Executor:
                 "runtime": runtime.__version__,
             },
             "tier": self._model.tier,
-            "fitted_knobs": {"weight_format": self.warm.loaded_format, "kv_tokens": self.fitted_kv_tokens},
+            "fitted_knobs": {
+                "weight_format": self.warm.loaded_format,
+                "kv_tokens": self.fitted_kv_tokens,
+                **self._model.fixed_knobs,
+            },
             "kv_total_tokens": self.pool.num_tokens,
             "kv_block_tokens": self.pool.block_tokens,
             "kv_bytes_per_token": self._model.kv_bytes_per_token,
@@ -188,7 +197,9 @@ class Executor:
         pool = BlockPool(-(-(prompt_tokens + 2 * max(WARM_UP_ROWS)) // BLOCK_TOKENS) + 3 * max(WARM_UP_ROWS))
         self._model.allocate(pool.num_blocks)
         before = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
-        for threads, rows in product({config.threads_prefill, config.threads_decode}, WARM_UP_ROWS):
+        most_rows = int(self._model.fixed_knobs.get("max_num_seqs", max(WARM_UP_ROWS)))
+        tried_rows = [rows for rows in WARM_UP_ROWS if rows <= most_rows]
+        for threads, rows in product({config.threads_prefill, config.threads_decode}, tried_rows):
             tried = config.patched(
                 {"threads_prefill": threads, "threads_decode": threads, "max_num_seqs": rows}
             )
@@ -207,15 +218,18 @@ class Executor:
 
     def _pool_blocks(self, kv_tokens: int | None, activation_bytes: int) -> tuple[int, int]:
         """Blocks of the pool, and the most that would fit."""
-        per_token, length = self._model.kv_bytes_per_token, self._loaded.max_model_len
+        per_token = self._model.kv_bytes_per_token
+        num_seqs = CUDA_KV_SEQUENCES if self._device.type == "cuda" else CPU_KV_SEQUENCES
+        num_seqs = min(num_seqs, int(self._model.fixed_knobs.get("max_num_seqs", num_seqs)))
+        most = num_seqs * -(-self._loaded.max_model_len // BLOCK_TOKENS) * BLOCK_TOKENS
         if self._device.type == "cuda":
             free_bytes = torch.cuda.mem_get_info(self._device)[0]
             limit = int((CUDA_KV_SHARE * free_bytes - activation_bytes) / per_token)
-            default = min(limit, CUDA_KV_SEQUENCES * length)
+            default = min(limit, most)
         else:
             free_bytes = free_memory_bytes()
             limit = int(CPU_KV_LIMIT * free_bytes / per_token)
-            default = min(int(CPU_KV_SHARE * free_bytes / per_token), CPU_KV_SEQUENCES * length)
+            default = min(int(CPU_KV_SHARE * free_bytes / per_token), most)
         wished = default if kv_tokens is None else kv_tokens
         if wished > limit:
             log.warning("a KV pool of %d tokens was asked for, %d fit in memory: using those", wished, limit)
@@ -241,13 +255,24 @@ class Executor:
                 num_blocks //= 2
 
 
-def servable(model: PreTrainedModel, tiers: str = "AB") -> PagedModel:
-    """The model in the first tier that can serve it: A, our own decoder, or B, its own code over our cache.
+def servable(model: PreTrainedModel, tiers: str = "ABC") -> PagedModel:
+    """The model in the first tier that can serve it: A, our own decoder, B, its own code over our cache, or C,
+    one request at a time by `generate`.
 
     Raises:
-        ModelError: it cannot be served.
+        ModelError: it cannot be served, with the reason of each tier.
     """
-    plain = HFModel(model)
+    try:
+        plain = HFModel(model)
+    except ModelError as refused:
+        if "C" not in tiers:
+            raise
+        try:
+            one_at_a_time = PlainModel(model)
+        except ModelError as error:
+            raise ModelError(f"{refused} {error}") from error
+        log.warning("it is served one request at a time instead, by `generate` (tier C): %s", refused)
+        return one_at_a_time
     try:
         if "A" in tiers:
             return DecoderModel(plain)

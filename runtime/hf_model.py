@@ -19,9 +19,10 @@ from runtime.attention import (
     registered_attention,
 )
 from runtime.errors import ModelError
-from runtime.paged_model import KVPools, KVShape, PagedModel, probe_tokens
+from runtime.paged_model import KVPools, KVShape, PagedModel, architecture, probe_tokens, told
 
 ATTENTION_NAME = "tuner_paged"
+PAGED_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 AttentionInterface.register(ATTENTION_NAME, registered_attention)
 
@@ -80,7 +81,14 @@ class HFModel(PagedModel):
         self.expected = torch.empty(
             0
         )  # logits of the probe prompt, [PROBE_TOKENS, vocab], until they are forgotten
-        self.attention_calls = self._probe(model)
+        try:
+            self.attention_calls = self._probe(model)
+        except Exception as error:  # foreign code: whatever a model raises that was not made for this
+            self.release()
+            raise ModelError(
+                f"{architecture(model)} cannot be served with a paged cache: {told(error)}. Models can whose attention "
+                "goes through transformers' AttentionInterface (Llama, Qwen, Mistral, DeepSeek and most others)."
+            ) from error
 
     def forget_probe(self) -> None:
         """Gives the memory of the probe's logits back."""
@@ -108,24 +116,19 @@ class HFModel(PagedModel):
     @torch.inference_mode()
     def _probe(self, model: PreTrainedModel) -> dict[int, AttentionCall]:
         """Runs a short prompt as transformers would and as we do; returns how each layer calls attention."""
+        check_layers(model)
         token_ids = probe_tokens(model.config.get_text_config().vocab_size, self.device)
         positions = torch.arange(token_ids.shape[1], device=self.device)[None]
         self.expected = expected_logits(model, token_ids)
         probe = ShapeProbe()
-        try:
-            model.set_attn_implementation(ATTENTION_NAME)
-            self._attach(probe)
-            self._call(token_ids, positions, positions[0, -1:])
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise self._unsupported(model, f"{type(error).__name__}: {error}") from error
+        model.set_attn_implementation(ATTENTION_NAME)
+        self._attach(probe)
+        self._call(token_ids, positions, positions[0, -1:])
         if not probe.calls:
-            raise self._unsupported(model, "no layer calls the registered attention function")
+            raise ModelError("no layer calls the registered attention function")
         self.kv_shapes = probe.shapes
         self._attach(self._attention)
-        try:
-            self.check_against(self.expected, token_ids[0].tolist())
-        except ModelError as error:
-            raise self._unsupported(model, str(error)) from error
+        self.check_against(self.expected, token_ids[0].tolist())
         return probe.calls
 
     def _attach(self, attention: PagedAttention | ShapeProbe) -> None:
@@ -133,12 +136,17 @@ class HFModel(PagedModel):
             if hasattr(module, "layer_idx"):
                 object.__setattr__(module, "paged_attention", attention)
 
-    def _unsupported(self, model: PreTrainedModel, reason: str) -> ModelError:
-        name = (model.config.architectures or [type(model).__name__])[0]
-        return ModelError(
-            f"{name} cannot be served with a paged cache: {reason}. Use a causal language model whose attention "
-            "goes through transformers' AttentionInterface (Llama, Qwen, Mistral, DeepSeek and most others)."
-        )
+
+def check_layers(model: PreTrainedModel) -> None:
+    """Raises ModelError where a layer needs more than the keys and values of a window, as far as the model tells.
+
+    A short probe may miss it: a state that has hardly begun, chunks and indices longer than the prompt.
+    """
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if others := sorted(set(layer_types) - PAGED_LAYERS):
+        raise ModelError(f"it has layers of {', '.join(others)}")
+    if getattr(model, "_is_stateful", False):
+        raise ModelError("it keeps a state beside keys and values")
 
 
 @torch.inference_mode()

@@ -268,9 +268,10 @@ def knob_reports(
     fitted: Mapping[str, KnobValue] | None = None,
     max_kv_tokens: int | None = None,
     weight_formats: Sequence[str] | None = None,
+    fixed: Mapping[str, KnobValue] | None = None,
 ) -> list[dict[str, Any]]:
     """What the engine tells of its knobs: the declaration, with `high`, `choices` and `default` narrowed to this
-    machine and model. `fitted` as in `default_config`."""
+    machine and model. `fitted` as in `default_config`; `fixed`: knobs that the model leaves one value."""
     ceilings = {"threads_decode": num_cores, "threads_prefill": num_cores, "max_num_seqs": max_num_seqs}
     if max_kv_tokens is not None:
         ceilings["kv_tokens"] = max_kv_tokens
@@ -281,6 +282,9 @@ def knob_reports(
             report["high"] = min(declared.high, ceilings[declared.name])
         if declared.name == "weight_format" and weight_formats is not None:
             report["choices"] = tuple(weight_formats)
+        if fixed is not None and declared.name in fixed:
+            value = fixed[declared.name]
+            report |= {"choices": (value,)} if declared.choices else {"low": value, "high": value}
         if fitted is not None and declared.name in fitted:
             report["default"] = fitted[declared.name]
         reports.append(report)

@@ -4,20 +4,23 @@ A layer's pool is a pair of tensors `[heads, slots, values]`, keys and values wh
 heads and values those are is the model's own affair; the pools are made, moved and copied by slots.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from runtime.attention import StepTensors
 from runtime.errors import ModelError
-from runtime.knobs import EngineConfig
+from runtime.knobs import EngineConfig, KnobValue
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.request import Request
 from runtime.scheduler import BlockMove, PackedBatch, Scheduler
 
 PROBE_TOKENS = 24
+PROBE_DECODED = 2
 
 KVPools = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values: [kv_heads, slots, D]
 
@@ -39,6 +42,7 @@ class PagedModel:
     """A causal LM ready for packed steps. `allocate` must come before the first `forward`."""
 
     tier: str
+    fixed_knobs: Mapping[str, KnobValue] = {}  # that this way of computing leaves one value
 
     def __init__(self, model: nn.Module, device: torch.device, kv_shapes: dict[int, KVShape]) -> None:
         self.model, self.device, self.kv_shapes = model, device, kv_shapes
@@ -71,6 +75,9 @@ class PagedModel:
         """Gives the pools' memory back, unless somebody else holds them too."""
         self.pools = {}
 
+    def rest(self) -> None:
+        """Nobody runs: what is held beside the pools for those who ran is given back. Nothing, in most tiers."""
+
     @torch.inference_mode()
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
         """Computes the step and caches its keys and values, in `pools` where given. Returns logits [last_tokens,
@@ -85,26 +92,39 @@ class PagedModel:
         raise NotImplementedError
 
     def check_against(self, expected: Tensor, token_ids: list[int]) -> None:
-        """Computes a probe prompt in two chunks beside another prompt; the logits must be those expected.
+        """Computes a probe prompt in two chunks, and beside it half of it with the next tokens decoded one by one; the
+        logits must be those expected.
 
         expected: [PROBE_TOKENS, vocab]. Raises ModelError where they are not.
         """
-        pool = BlockPool(2 * PROBE_TOKENS // BLOCK_TOKENS + 2)
+        half, pool = PROBE_TOKENS // 2, BlockPool(2 * PROBE_TOKENS // BLOCK_TOKENS + 2)
         self.allocate(pool.num_blocks)
-        scheduler = Scheduler(pool, EngineConfig.of({"prefill_chunk": 16}), PROBE_TOKENS + 2)
-        for name, prompt in (("whole", token_ids), ("half", token_ids[: PROBE_TOKENS // 2])):
-            scheduler.add(Request.of_tokens(name, prompt, 1, arrived_at=0.0))
-        logits: dict[str, Tensor] = {}
-        while (batch := scheduler.schedule(0.0)) is not None:
-            out = self.forward(scheduler.pack(batch))
-            logits |= {request.id: row for request, row in zip(batch.sampled_requests(), out, strict=True)}
-            scheduler.finish_step(batch, [0] * len(out), 0.0)
-        self.release()
+        config = EngineConfig.of({"prefill_chunk": 16, **self.fixed_knobs})
+        scheduler = Scheduler(pool, config, PROBE_TOKENS + 2)
+        scheduler.add(Request.of_tokens("whole", token_ids, 1, arrived_at=0.0))
+        scheduler.add(Request.of_tokens("half", token_ids[:half], 1 + PROBE_DECODED, arrived_at=0.0))
         limit = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.15
-        for name, at in (("whole", -1), ("half", PROBE_TOKENS // 2 - 1)):
-            error = relative_error(logits[name], expected[at])
-            if not error <= limit:
-                raise ModelError(f"its logits differ from those of transformers by {error:.2g} > {limit:g}")
+        while (batch := scheduler.schedule(0.0)) is not None:
+            logits, ends = self.forward(scheduler.pack(batch)), batch.contexts[batch.sampled]
+            for row, end in zip(logits, ends, strict=True):
+                error = relative_error(row, expected[end - 1])
+                if not error <= limit:
+                    raise ModelError(
+                        f"its logits differ from those of transformers by {error:.2g} > {limit:g}"
+                    )
+            scheduler.finish_step(batch, [token_ids[end % PROBE_TOKENS] for end in ends], 0.0)
+        self.release()
+
+
+def architecture(model: PreTrainedModel) -> str:
+    return str((model.config.architectures or [type(model).__name__])[0])
+
+
+def told(error: Exception) -> str:
+    """A reason of ours as it stands; what foreign code raised in one line."""
+    if isinstance(error, ModelError):
+        return str(error)
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def probe_tokens(vocab_size: int, device: torch.device) -> Tensor:

@@ -10,13 +10,13 @@ lacks memory. The loaded weights stay always: every format is made from them.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from runtime.errors import InvalidKnob, PrepareFailed
-from runtime.knobs import EngineConfig
+from runtime.knobs import EngineConfig, KnobValue
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.paged_model import KVPools, PagedModel, copy_blocks
 from runtime.scheduler import Scheduler
@@ -60,6 +60,10 @@ class WarmStates:
         self._pools: dict[int, KVPools] = {pool_blocks: model.pools}
 
     @property
+    def fixed_knobs(self) -> Mapping[str, KnobValue]:
+        return self._model.fixed_knobs
+
+    @property
     def loaded_format(self) -> str:
         return self.formats[0]
 
@@ -67,6 +71,12 @@ class WarmStates:
 
     def check(self, config: EngineConfig) -> None:
         """Raises InvalidKnob where this model or machine can never run the configuration."""
+        for name, value in self._model.fixed_knobs.items():
+            if (got := config.values()[name]) != value:
+                raise InvalidKnob(
+                    f"`{name}` must be {value} for this model, which is computed one request at a time, but got {got}. "
+                    "Leave it out."
+                )
         if config.weight_format not in self.formats:
             raise InvalidKnob(
                 f"`weight_format` must be one of {', '.join(self.formats)} for weights loaded as "
@@ -80,8 +90,8 @@ class WarmStates:
             )
 
     def in_force(self, config: EngineConfig) -> EngineConfig:
-        """The configuration with the weights and the pool that really serve."""
-        found: dict[str, object] = {"weight_format": self.weight_format}
+        """The configuration with the weights and the pool that really serve, and what the model leaves no choice."""
+        found: dict[str, object] = {**self._model.fixed_knobs, "weight_format": self.weight_format}
         if blocks_of(config) != self.pool_blocks:
             found["kv_tokens"] = self.pool_blocks * BLOCK_TOKENS
         return config.patched(found)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 import runtime.attention
+import runtime.hf_model
 from runtime.attention import PagedAttention, StepTensors, allowed_positions, attend_plain
 from runtime.errors import ModelError
 from runtime.hf_model import HFModel
@@ -17,8 +18,8 @@ from tests.runtime.tiny_models import VOCAB, generate, tiny_model
 
 BLOCK_TOKENS = 4
 FAMILIES = (
-    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "phi3", "gemma", "gemma2", "gemma3", "gpt_oss",
-    "deepseek_v2", "deepseek_v3",
+    "llama", "qwen2", "qwen2_window", "qwen3", "qwen3_moe", "mistral", "mixtral", "phi3", "gemma", "gemma2", "gemma3",
+    "gpt_oss", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3",
 )  # fmt: skip
 
 
@@ -142,6 +143,27 @@ def test_refuses_a_model_whose_attention_cannot_be_replaced() -> None:
     config = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(ModelError, match="MambaForCausalLM cannot be served with a paged cache"):
         HFModel(MambaForCausalLM(config))
+
+
+@pytest.mark.parametrize("family", ["jamba", "lfm2"])
+def test_refuses_layers_that_keep_more_than_keys_and_values_although_the_logits_of_a_probe_agree(
+    family: str,
+) -> None:
+    model = tiny_model(family)
+    for name, parameter in model.named_parameters():
+        if "mamba" in name or "conv" in name:
+            parameter.detach().mul_(1e-4)  # what these layers add is too little to be seen
+    with pytest.raises(ModelError, match=r"it has layers of (linear_attention|conv)"):
+        HFModel(model)
+
+
+@pytest.mark.parametrize("family", ["jamba", "lfm2"])
+def test_refuses_a_state_that_the_model_does_not_tell_of(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime.hf_model, "check_layers", lambda model: None)
+    with pytest.raises(ModelError, match="logits differ from those of transformers"):
+        HFModel(tiny_model(family))
 
 
 def test_refuses_a_model_whose_logits_differ_when_served(monkeypatch: pytest.MonkeyPatch) -> None:

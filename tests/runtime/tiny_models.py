@@ -5,13 +5,18 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.bert import BertConfig
+from transformers.models.bloom import BloomConfig
 from transformers.models.deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v3 import DeepseekV3Config
 from transformers.models.gemma import GemmaConfig
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.gpt_oss import GptOssConfig
+from transformers.models.jamba import JambaConfig
+from transformers.models.lfm2 import Lfm2Config
 from transformers.models.llama import LlamaConfig
+from transformers.models.mamba import MambaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.mixtral import MixtralConfig
 from transformers.models.phi3 import Phi3Config
@@ -29,12 +34,19 @@ _SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3, "eos_token_id": EOS,
     "bos_token_id": 0, "pad_token_id": EOS, "tie_word_embeddings": False,
 }  # fmt: skip
+_DEEPSEEK: dict[str, Any] = {
+    **_SHAPE, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "first_k_dense_replace": 1, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "qk_nope_head_dim": 16, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
 
 
 def tiny_config(family: str) -> PretrainedConfig:
     match family:
         case "qwen2":
             return Qwen2Config(**_SHAPE)
+        case "qwen2_window":
+            return Qwen2Config(**_SHAPE, use_sliding_window=True, sliding_window=20, max_window_layers=1)
         case "qwen3":
             return Qwen3Config(**_SHAPE, head_dim=16)
         case "llama":
@@ -64,17 +76,29 @@ def tiny_config(family: str) -> PretrainedConfig:
                 layer_types=["sliding_attention", "full_attention"],
             )  # fmt: skip
         case "deepseek_v2":
-            return DeepseekV2Config(
-                **{**_SHAPE, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4,
-                n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24,
-                qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=16, n_group=1, topk_group=1,
-            )  # fmt: skip
+            return DeepseekV2Config(**_DEEPSEEK, q_lora_rank=24, topk_method="group_limited_greedy")
+        case "deepseek_v2_lite":
+            return DeepseekV2Config(**{**_DEEPSEEK, "n_group": 1, "topk_group": 1}, q_lora_rank=None)
         case "deepseek_v3":
-            return DeepseekV3Config(
-                **{**_SHAPE, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4,
-                n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24,
-                qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=16, n_group=1, topk_group=1,
-            )  # fmt: skip
+            return DeepseekV3Config(**_DEEPSEEK, q_lora_rank=24)
+        # Those whose texts are no matter of keys and values, or whose attention cannot be replaced.
+        case "mamba":
+            return MambaConfig(**_SHAPE, state_size=4)
+        case "bloom":
+            return BloomConfig(**_SHAPE, n_head=4)
+        case "lfm2":  # short convolutions beside attention
+            return Lfm2Config(**_SHAPE, layer_types=["conv", "full_attention"])
+        case "jamba":  # Mamba beside attention
+            return JambaConfig(
+                **_SHAPE,
+                attn_layer_period=2,
+                attn_layer_offset=1,
+                num_experts=1,
+                mamba_d_state=4,
+                mamba_dt_rank=4,
+            )
+        case "bert":  # every token sees those after it, so no text can be continued
+            return BertConfig(**_SHAPE)
     raise ValueError(f"no tiny {family}")
 
 
