@@ -1,6 +1,6 @@
 """Our own forward pass of dense decoders (Llama, Mistral, Qwen2, Qwen3): tier A.
 
-    embed ▶ [ norm ▶ q, k, v at once ▶ rope ▶ cache ▶ attend ▶ out, added ▶ norm ▶ gate, up at once ▶ down, added ] ▶ head
+    embed ▶ [ norm ▶ q, k, v at once ▶ rope ▶ cache ▶ attend ▶ out, added ▶ norm ▶ gate, up ▶ down, added ] ▶ head
 
 On small batches a step is as long as the number of its calls, not as its arithmetic: a layer takes 20 calls here and
 about 100 in the model's own code. Weights that share an input lie in one tensor, of which the original ones become

@@ -105,11 +105,8 @@ def test_tokens_are_those_of_generate(folder: Path) -> None:
 def test_a_text_ends_at_a_stop_token_and_at_the_end_token_unless_ignored(folder: Path) -> None:
     def always_end(model: torch.nn.Module) -> None:
         model.lm_head.weight.zero_()
-        model.lm_head.weight[EOS] = 1e-3
-        model.model.norm.weight.abs_()
-        model.lm_head.register_forward_hook(
-            lambda module, args, out: out.index_fill(-1, torch.tensor([EOS]), 1.0)
-        )
+        bias = model.lm_head.weight[:, 0].index_fill(0, torch.tensor([EOS]), 1.0)
+        model.lm_head.bias = torch.nn.Parameter(bias)
 
     here = InProcess(folder, always_end)
     here.engine.submit(submission("ends", ignore_eos=False))
@@ -264,7 +261,7 @@ def plan_of(config: EngineConfig, now: float, lease_s: float, slice_s: float) ->
 
 def test_serves_streams_cancels_reconfigures_and_reverts_when_the_lease_lapses(child: EngineChild) -> None:
     ready = child.hello(max_num_seqs=4, threads_decode=1, threads_prefill=1)
-    assert ready["version"] == 3 and ready["config"]["max_num_seqs"] == 4 and ready["identity"]["tier"] == "B"
+    assert ready["version"] == 3 and ready["config"]["max_num_seqs"] == 4 and ready["identity"]["tier"] == "A"
     assert ready["identity"]["model"]["max_model_len"] == 256 and ready["identity"]["kv_total_tokens"] == 2048
     assert {knob["name"] for knob in ready["knobs"]} == set(EngineConfig().values())
 
