@@ -288,6 +288,7 @@ def _sampling(asked: AnyRequest, prompts: Prompts, prompt_tokens: int, context: 
         stop_token_ids=(*ends, *(asked.stop_token_ids or ())),
         ignore_eos=bool(asked.ignore_eos),
         priority=asked.priority or 0,
+        cache_salt=asked.cache_salt,
     )
 
 

@@ -149,6 +149,7 @@ class Engine:
                     sampling,
                     stops,
                     int(frame.get("priority", 0)),
+                    frame.get("cache_salt"),
                 )
             )
         except InvalidRequest as error:
@@ -391,9 +392,13 @@ def _prepare(
     warm = executor.warm
     reports = knob_reports(
         cores, min(1024, executor.pool.num_blocks), executor.identity()["fitted_knobs"],
-        warm.max_blocks * executor.pool.block_tokens, warm.formats,
+        warm.max_blocks * executor.pool.block_tokens, warm.formats, executor.max_model_len,
     )  # fmt: skip
-    limits = {report["name"]: report["high"] for report in reports if report["kind"] != "choice"}
+    limits = {
+        report["name"]: report["high"]
+        for report in reports
+        if report["kind"] != "choice" and not report["is_off_at_high"]
+    }
     if too_high := {name: int(high) for name, high in limits.items() if config.values()[name] > high}:
         log.warning("lowered to what this machine can do: %s", too_high)
         config = config.patched(too_high)

@@ -1,14 +1,16 @@
 """Which full blocks hold which beginnings of texts, so that a request that begins alike need not compute them.
 
 A block is known by a chain: SHA-256 of its parent's key and its own token ids. The chain's root is a random
-salt of this boot and a namespace, so that nobody outside can aim at a key, and what other weights computed is
-never found. Blocks that nobody holds stay here, least recently used first, until their memory is wanted.
+salt of this boot, a namespace, and the salt that a request may bring: nobody outside can aim at a key, and what
+other weights or requests of another salt computed is never found. Blocks that nobody holds stay here, least
+recently used first, until their memory is wanted.
 """
 
 import hashlib
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +37,11 @@ class PrefixIndex:
     def num_idle(self) -> int:
         return len(self._idle)
 
-    def root(self, namespace: str) -> bytes:
-        return hashlib.sha256(self.salt + namespace.encode()).digest()
+    def root(self, namespace: str, tenant: str | None = None) -> bytes:
+        """Where a chain begins. `tenant`: the salt of its requests; those without one share theirs."""
+        # Behind our secret, never behind a key: a tenant could else name the bytes of somebody's first block.
+        own = "" if tenant is None else f"\0{tenant}"
+        return hashlib.sha256(self.salt + (namespace + own).encode()).digest()
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The blocks of the longest known beginning of this chain."""
@@ -98,6 +103,20 @@ class PrefixIndex:
         key = self._key_of.pop(block, None)
         if key is not None:
             del self._block_of[key]
+
+
+@dataclass(slots=True)
+class KnownPrefix:
+    """The keys of a request's full blocks as far as they were needed, and the weights under which it began."""
+
+    root: bytes
+    epoch: int
+    keys: list[bytes] = field(default_factory=list)
+
+    def walk(self, token_ids: NDArray[np.int32], block_tokens: int, num_blocks: int) -> Iterator[bytes]:
+        """The first `num_blocks` keys. A walk that stops early has not hashed what comes after."""
+        for number in range(num_blocks):
+            yield extended(self.root, self.keys, token_ids, block_tokens, number + 1)[number]
 
 
 def chain(root: bytes, token_ids: NDArray[np.int32], block_tokens: int, num_blocks: int) -> list[bytes]:

@@ -14,6 +14,7 @@ MAX_MESSAGES = 256
 MAX_N = 64  # answers to one prompt
 MAX_CHOICES = 256  # answers of one call
 MAX_BIASES = 1024
+MAX_SALT_CHARS = 1024
 MAX_LOGPROBS = 20  # as OpenAI and vLLM
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
 INT64 = 2**63
@@ -96,6 +97,15 @@ def _top_k(value: int | None) -> int | None:
     return 0 if value == -1 else value
 
 
+def _salt(value: str | None) -> str | None:
+    """An empty one, which somebody may take for a secret, is refused as by vLLM. Half a pair of UTF-16 has no bytes."""
+    if value is None or (
+        0 < len(value) <= MAX_SALT_CHARS and not any("\ud800" <= c <= "\udfff" for c in value)
+    ):
+        return value
+    raise _rule(f"must be text of 1 to {MAX_SALT_CHARS} characters")
+
+
 class _Fields(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, hide_input_in_errors=True)
 
@@ -134,6 +144,7 @@ class _Generation(_Fields):
     logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = {}
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     priority: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    cache_salt: Annotated[str | None, AfterValidator(_salt)] = None
     user: str | None = None
 
     @property
