@@ -245,12 +245,7 @@ class EngineConfig:
 
     @cached_property
     def config_id(self) -> str:
-        values = self.values()
-        named = {
-            one.name: values[one.name] for one in KNOBS if not one.is_later or values[one.name] != one.default
-        }
-        text = json.dumps([KNOB_SCHEMA_VERSION, named], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return config_id_of(self.values())
 
     def changes_from(self, other: "EngineConfig") -> dict[str, tuple[KnobValue, KnobValue]]:
         """Knobs that differ, as name -> (value in `other`, value here)."""
@@ -269,6 +264,15 @@ def knob_named(name: str) -> Knob:
     near = difflib.get_close_matches(name, _BY_NAME, n=1)
     hint = f" Did you mean `{near[0]}`?" if near else ""
     raise InvalidKnob(f"Unknown knob `{name}`.{hint} The knobs are: {', '.join(_BY_NAME)}.")
+
+
+def config_id_of(values: Mapping[str, KnobValue], schema_version: int = KNOB_SCHEMA_VERSION) -> str:
+    """A hash of the content. Knobs that were declared later are no part of it while at their defaults, so that ids
+    from before them, and rows that lack them, stay what they are."""
+    later = {one.name: one.default for one in KNOBS if one.is_later}
+    named = {name: value for name, value in values.items() if name not in later or value != later[name]}
+    text = json.dumps([schema_version, named], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def unmet_needs(config: EngineConfig) -> dict[str, Need]:

@@ -9,6 +9,7 @@ from runtime.knobs import (
     KNOBS,
     EngineConfig,
     Need,
+    config_id_of,
     default_config,
     knob_named,
     knob_reports,
@@ -79,7 +80,7 @@ def test_what_was_stored_before_a_knob_was_declared_is_the_configuration_with_it
     stored = {name: value for name, value in values.items() if name not in {knob.name for knob in later}}
     assert len(later) == len(values) - len(stored) > 0
     assert EngineConfig.of(stored).values() == values
-    assert EngineConfig.of(stored).config_id == EngineConfig.of(values).config_id
+    assert EngineConfig.of(stored).config_id == config_id_of(stored) == config_id_of(values)
     assert {knob.name for knob in later}.isdisjoint(NAMES[:12])  # those that the first ids were made of
 
 
