@@ -9,13 +9,14 @@ recently used first, until their memory is wanted.
 import hashlib
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 SALT_BYTES = 32
+HASHED_AHEAD = 16  # blocks: a look that misses at once costs as many hashes, some 10 us
 
 
 class PrefixIndex:
@@ -113,10 +114,18 @@ class KnownPrefix:
     epoch: int
     keys: list[bytes] = field(default_factory=list)
 
-    def walk(self, token_ids: NDArray[np.int32], block_tokens: int, num_blocks: int) -> Iterator[bytes]:
-        """The first `num_blocks` keys. A walk that stops early has not hashed what comes after."""
-        for number in range(num_blocks):
-            yield extended(self.root, self.keys, token_ids, block_tokens, number + 1)[number]
+    def find(
+        self, index: PrefixIndex, token_ids: NDArray[np.int32], block_tokens: int, num_blocks: int
+    ) -> list[int]:
+        """The known blocks among the first `num_blocks`. Keys are kept for the next look, and hashed a few ahead:
+        far fewer than all of a prompt that is not known."""
+        found = index.find(self.keys[:num_blocks])
+        while len(found) == len(self.keys) < num_blocks:
+            extended(
+                self.root, self.keys, token_ids, block_tokens, min(num_blocks, len(found) + HASHED_AHEAD)
+            )
+            found += index.find(self.keys[len(found) :])
+        return found
 
 
 def chain(root: bytes, token_ids: NDArray[np.int32], block_tokens: int, num_blocks: int) -> list[bytes]:
@@ -128,8 +137,11 @@ def extended(
     root: bytes, keys: list[bytes], token_ids: NDArray[np.int32], block_tokens: int, num_blocks: int
 ) -> list[bytes]:
     """`keys`, made as long as `num_blocks` (in place)."""
-    for index in range(len(keys), num_blocks):
+    first, size = len(keys), 4 * block_tokens
+    tokens = np.ascontiguousarray(
+        token_ids[first * block_tokens : num_blocks * block_tokens], np.int32
+    ).tobytes()
+    for start in range(0, (num_blocks - first) * size, size):
         parent = keys[-1] if keys else root
-        tokens = np.ascontiguousarray(token_ids[index * block_tokens : (index + 1) * block_tokens], np.int32)
-        keys.append(hashlib.sha256(parent + tokens.tobytes()).digest())
+        keys.append(hashlib.sha256(parent + tokens[start : start + size]).digest())
     return keys

@@ -508,7 +508,7 @@ class Scheduler:
         prefix = request.prefix
         if prefix is None or (prefix.root, prefix.epoch) != (root, self._epoch):
             prefix = request.prefix = KnownPrefix(root, self._epoch)
-        return index.find(prefix.walk(request.token_ids, size, (request.num_tokens - 1) // size))
+        return prefix.find(index, request.token_ids, size, (request.num_tokens - 1) // size)
 
     def _register(self, seats: IntArray) -> None:
         """Tells the prefix cache of the blocks that these rows have filled. Rows whose token was drawn only:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from runtime.knobs import EngineConfig, knob_named
 from runtime.kv_cache import BlockPool
-from runtime.prefix_cache import PrefixIndex, chain
+from runtime.prefix_cache import HASHED_AHEAD, KnownPrefix, PrefixIndex, chain
 from runtime.request import Request
 from runtime.scheduler import Batch, Scheduler
 
@@ -163,15 +163,21 @@ def test_a_waiting_request_is_looked_up_under_the_weights_and_in_the_pool_of_the
     assert s.num_hit_tokens == 0
 
 
-def test_a_prefix_that_is_not_cached_is_hashed_no_further_than_its_first_block() -> None:
-    s = scheduler(num_blocks=64, max_model_len=128, policy="longest_prefix", max_num_seqs=1)
-    s.add(Request.of_tokens("runs", list(range(8)), 9, arrived_at=0.0))
-    s.finish_step(s.schedule(0.0), [1], 0.0)
-    for number in range(3):
-        s.add(Request.of_tokens(str(number), [number, *range(100)], 1, arrived_at=0.0))
-    s.config = s.config.patched({"max_num_seqs": 2})
-    s.schedule(0.0)
-    assert [len(one.prefix.keys) for one in s.waiting if one.prefix is not None] == [1, 1]
+def test_a_prefix_is_found_as_by_the_whole_chain_and_hashed_little_further() -> None:
+    index = PrefixIndex()
+    tokens = np.arange(100 * SIZE, dtype=np.int32)
+    root = index.root("")
+    keys = chain(root, tokens, SIZE, 100)
+    for num_cached in (0, 1, HASHED_AHEAD, HASHED_AHEAD + 1, 100):
+        for block in range(num_cached):
+            index.add(block, keys[block])
+        prefix = KnownPrefix(root, 0)
+        for num_blocks in (100, 100, 5):
+            assert prefix.find(index, tokens, SIZE, num_blocks) == index.find(keys[:num_blocks])
+        assert prefix.keys == keys[: len(prefix.keys)]
+        assert len(prefix.keys) <= num_cached + HASHED_AHEAD
+    index.forget(3)
+    assert prefix.find(index, tokens, SIZE, 100) == [0, 1, 2]
 
 
 def test_a_request_that_lived_through_a_swap_of_weights_leaves_nothing_behind() -> None:
