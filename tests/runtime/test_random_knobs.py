@@ -142,7 +142,7 @@ class Changes:
     def perhaps(self, served: Served) -> None:
         if self.rng.random() > 0.1:
             return
-        chosen = self.rng.choice(len(self.knobs), self.rng.integers(1, 4), replace=False)
+        chosen = self.rng.choice(len(self.knobs), self.rng.integers(2, 6), replace=False)
         patch = {self.knobs[index].name: self._value(self.knobs[index]) for index in chosen}
         is_plan = self.rng.random() < 0.5 and served.runner.plan is None
         call = self._plan(served, patch) if is_plan else served.control("reconfigure", patch=patch)
