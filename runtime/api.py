@@ -322,6 +322,7 @@ def _sampling(asked: AnyRequest, prompts: Prompts, prompt_tokens: int, context: 
         stop_token_ids=() if is_drawn_in_vain else (*ends, *(asked.stop_token_ids or ())),
         ignore_eos=ignore_eos,
         priority=asked.priority or 0,
+        cache_salt=asked.cache_salt,
     )
 
 

@@ -177,7 +177,7 @@ class Decoder(nn.Module):
             Layer(layer, calls[index], qk_norm_of(layer.self_attn))
             for index, layer in enumerate(inner.layers)
         ]
-        self.layers: Sequence[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
+        self.layers: Sequence[Layer] = nn.ModuleList(layers)
         self.head = model.lm_head
         self.embedding = inner.embed_tokens.weight
         self.norm = norm_of(inner.norm)

@@ -151,6 +151,7 @@ class Engine:
                     sampling,
                     stops,
                     int(frame.get("priority", 0)),
+                    frame.get("cache_salt"),
                 )
             )
         except InvalidRequest as error:
@@ -407,10 +408,15 @@ def _prepare(
     warm = executor.warm
     reports = knob_reports(
         cores, min(1024, executor.pool.num_blocks), executor.identity()["fitted_knobs"],
-        warm.max_blocks * executor.pool.block_tokens, warm.formats, warm.fixed_knobs,
+        warm.max_blocks * executor.pool.block_tokens, warm.formats, warm.fixed_knobs, executor.max_model_len,
     )  # fmt: skip
-    limits = {report["name"]: report["high"] for report in reports if report["kind"] != "choice"}
-    limits = {name: high for name, high in limits.items() if name not in warm.fixed_knobs}
+    limits = {
+        report["name"]: report["high"]
+        for report in reports
+        if report["kind"] != "choice"
+        and not report["is_off_at_high"]
+        and report["name"] not in warm.fixed_knobs
+    }
     if too_high := {name: int(high) for name, high in limits.items() if config.values()[name] > high}:
         log.warning("lowered to what this machine can do: %s", too_high)
         config = config.patched(too_high)

@@ -20,6 +20,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     priority: int = 0
+    cache_salt: str | None = None
 
 
 class Finish(NamedTuple):
@@ -80,7 +81,7 @@ class Exchange:
             "op": "submit", "id": self.id, "token_ids": self.prompt_ids, "arrived_at": self.arrived_at,
             "max_tokens": self.sampling.max_tokens, "sampling": self.sampling.params.told(),
             "stop_token_ids": list(self.sampling.stop_token_ids), "ignore_eos": self.sampling.ignore_eos,
-            "priority": self.sampling.priority,
+            "priority": self.sampling.priority, "cache_salt": self.sampling.cache_salt,
         }  # fmt: skip
 
     @property

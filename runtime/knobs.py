@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from runtime.errors import InvalidKnob
 
@@ -25,6 +25,14 @@ class ApplyMode(StrEnum):
     LIVE = "live"  # at the next step
     WARM = "warm"  # prepared beside, then swapped at a step
     COLD = "cold"  # a new worker, overlapped
+
+
+class Need(NamedTuple):
+    """A choice that means nothing unless another knob has this value."""
+
+    choice: str
+    knob: str
+    value: KnobValue
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,14 @@ class Knob:
     promises: tuple[
         str, ...
     ] = ()  # choices that keep a promise to clients: never searched, and never left by a search
+    needs: tuple[Need, ...] = ()  # a search proposes such a choice only together with what it needs
     searched: bool = True  # False: never moved by the search unless the settings allow it by name
+    is_off_at_high: bool = (
+        False  # the highest value is "off", and so is whatever an engine reports as its ceiling
+    )
+    is_later: bool = (
+        False  # declared after configurations were stored: no part of their ids while at its default
+    )
 
     def check(self, value: Any) -> KnobValue:
         """Returns the value in the knob's own type.
@@ -108,10 +123,12 @@ class EngineConfig:
     policy: str = knob(
         "fcfs",
         kind="choice",
-        choices=("fcfs", "shortest_prefill", "priority"),
+        choices=("fcfs", "shortest_prefill", "longest_prefix", "priority"),
         promises=("priority",),
+        needs=(Need("longest_prefix", "prefix_cache", "on"),),
         unit="",
-        help="Which waiting request is admitted first; `priority` keeps to what requests ask for and is not searched.",
+        help="Which waiting request is admitted first; `longest_prefix`: the one with the most tokens in the prefix "
+        "cache; `priority` keeps to what requests ask for and is not searched.",
     )
     batch_wait_ms: float = knob(
         0.0,
@@ -188,6 +205,27 @@ class EngineConfig:
         searched=False,  # each takes the memory of a whole model
         help="Engine processes behind one front end; this many times the threads should not exceed the cores.",
     )
+    long_prompt_threshold: int = knob(
+        1_048_576,
+        kind="int",
+        low=16,
+        high=1_048_576,
+        log=True,
+        unit="tokens",
+        is_off_at_high=True,
+        is_later=True,
+        help="Prompts with more tokens left than this get together at most this many in one step, so that short ones "
+        "pass; the highest value is off.",
+    )
+    kv_watermark: float = knob(
+        0.0,
+        kind="float",
+        low=0.0,
+        high=0.5,
+        unit="of the pool",
+        is_later=True,
+        help="Share of the KV pool that must stay free when another request is admitted beside running ones.",
+    )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "EngineConfig":
@@ -207,8 +245,7 @@ class EngineConfig:
 
     @cached_property
     def config_id(self) -> str:
-        text = json.dumps([KNOB_SCHEMA_VERSION, self.values()], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return config_id_of(self.values())
 
     def changes_from(self, other: "EngineConfig") -> dict[str, tuple[KnobValue, KnobValue]]:
         """Knobs that differ, as name -> (value in `other`, value here)."""
@@ -227,6 +264,26 @@ def knob_named(name: str) -> Knob:
     near = difflib.get_close_matches(name, _BY_NAME, n=1)
     hint = f" Did you mean `{near[0]}`?" if near else ""
     raise InvalidKnob(f"Unknown knob `{name}`.{hint} The knobs are: {', '.join(_BY_NAME)}.")
+
+
+def config_id_of(values: Mapping[str, KnobValue], schema_version: int = KNOB_SCHEMA_VERSION) -> str:
+    """A hash of the content. Knobs that were declared later are no part of it while at their defaults, so that ids
+    from before them, and rows that lack them, stay what they are."""
+    later = {one.name: one.default for one in KNOBS if one.is_later}
+    named = {name: value for name, value in values.items() if name not in later or value != later[name]}
+    text = json.dumps([schema_version, named], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def unmet_needs(config: EngineConfig) -> dict[str, Need]:
+    """By knob, what its choice needs and this configuration does not have."""
+    values = config.values()
+    return {
+        one.name: need
+        for one in KNOBS
+        for need in one.needs
+        if values[one.name] == need.choice and values[need.knob] != need.value
+    }
 
 
 def default_config(
@@ -269,12 +326,15 @@ def knob_reports(
     max_kv_tokens: int | None = None,
     weight_formats: Sequence[str] | None = None,
     fixed: Mapping[str, KnobValue] | None = None,
+    max_model_len: int | None = None,
 ) -> list[dict[str, Any]]:
     """What the engine tells of its knobs: the declaration, with `high`, `choices` and `default` narrowed to this
     machine and model. `fitted` as in `default_config`; `fixed`: knobs that the model leaves one value."""
     ceilings = {"threads_decode": num_cores, "threads_prefill": num_cores, "max_num_seqs": max_num_seqs}
     if max_kv_tokens is not None:
         ceilings["kv_tokens"] = max_kv_tokens
+    if max_model_len is not None:  # no prompt is longer
+        ceilings["long_prompt_threshold"] = max_model_len
     reports = []
     for declared in KNOBS:
         report = asdict(declared)

@@ -1,19 +1,22 @@
 """Which full blocks hold which beginnings of texts, so that a request that begins alike need not compute them.
 
 A block is known by a chain: SHA-256 of its parent's key and its own token ids. The chain's root is a random
-salt of this boot and a namespace, so that nobody outside can aim at a key, and what other weights computed is
-never found. Blocks that nobody holds stay here, least recently used first, until their memory is wanted.
+salt of this boot, a namespace, and the salt that a request may bring: nobody outside can aim at a key, and what
+other weights or requests of another salt computed is never found. Blocks that nobody holds stay here, least
+recently used first, until their memory is wanted.
 """
 
 import hashlib
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 SALT_BYTES = 32
+HASHED_AHEAD = 16  # blocks: a look that misses at once costs as many hashes, some 10 us
 
 
 class PrefixIndex:
@@ -35,8 +38,11 @@ class PrefixIndex:
     def num_idle(self) -> int:
         return len(self._idle)
 
-    def root(self, namespace: str) -> bytes:
-        return hashlib.sha256(self.salt + namespace.encode()).digest()
+    def root(self, namespace: str, tenant: str | None = None) -> bytes:
+        """Where a chain begins. `tenant`: the salt of its requests; those without one share theirs."""
+        # Behind our secret, never behind a key: a tenant could else name the bytes of somebody's first block.
+        own = "" if tenant is None else f"\0{tenant}"
+        return hashlib.sha256(self.salt + (namespace + own).encode()).digest()
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The blocks of the longest known beginning of this chain."""
@@ -100,6 +106,28 @@ class PrefixIndex:
             del self._block_of[key]
 
 
+@dataclass(slots=True)
+class KnownPrefix:
+    """The keys of a request's full blocks as far as they were needed, and the weights under which it began."""
+
+    root: bytes
+    epoch: int
+    keys: list[bytes] = field(default_factory=list)
+
+    def find(
+        self, index: PrefixIndex, token_ids: NDArray[np.int32], block_tokens: int, num_blocks: int
+    ) -> list[int]:
+        """The known blocks among the first `num_blocks`. Keys are kept for the next look, and hashed a few ahead:
+        far fewer than all of a prompt that is not known."""
+        found = index.find(self.keys[:num_blocks])
+        while len(found) == len(self.keys) < num_blocks:
+            extended(
+                self.root, self.keys, token_ids, block_tokens, min(num_blocks, len(found) + HASHED_AHEAD)
+            )
+            found += index.find(self.keys[len(found) :])
+        return found
+
+
 def chain(root: bytes, token_ids: NDArray[np.int32], block_tokens: int, num_blocks: int) -> list[bytes]:
     """Keys of the first `num_blocks` full blocks of `token_ids`, each of which must be known."""
     return extended(root, [], token_ids, block_tokens, num_blocks)
@@ -109,8 +137,11 @@ def extended(
     root: bytes, keys: list[bytes], token_ids: NDArray[np.int32], block_tokens: int, num_blocks: int
 ) -> list[bytes]:
     """`keys`, made as long as `num_blocks` (in place)."""
-    for index in range(len(keys), num_blocks):
+    first, size = len(keys), 4 * block_tokens
+    tokens = np.ascontiguousarray(
+        token_ids[first * block_tokens : num_blocks * block_tokens], np.int32
+    ).tobytes()
+    for start in range(0, (num_blocks - first) * size, size):
         parent = keys[-1] if keys else root
-        tokens = np.ascontiguousarray(token_ids[index * block_tokens : (index + 1) * block_tokens], np.int32)
-        keys.append(hashlib.sha256(parent + tokens.tobytes()).digest())
+        keys.append(hashlib.sha256(parent + tokens[start : start + size]).digest())
     return keys

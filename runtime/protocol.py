@@ -14,6 +14,7 @@ MAX_MESSAGES = 256
 MAX_N = 64  # answers to one prompt
 MAX_CHOICES = 256  # answers of one call
 MAX_BIASES = 1024
+MAX_SALT_CHARS = 1024
 MAX_LOGPROBS = 20  # as OpenAI and vLLM
 MAX_PROMPT_LOGPROBS = 2**17  # of all prompts of a call: some 10 MB of an answer
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
@@ -102,6 +103,15 @@ def _top_k(value: int | None) -> int | None:
     return 0 if value == -1 else value
 
 
+def _salt(value: str | None) -> str | None:
+    """An empty one, which somebody may take for a secret, is refused as by vLLM. Half a pair of UTF-16 has no bytes."""
+    if value is None or (
+        0 < len(value) <= MAX_SALT_CHARS and not any("\ud800" <= c <= "\udfff" for c in value)
+    ):
+        return value
+    raise _rule(f"must be text of 1 to {MAX_SALT_CHARS} characters")
+
+
 class _Fields(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, hide_input_in_errors=True)
 
@@ -143,6 +153,7 @@ class _Generation(_Fields):
     prompt_logprobs: Annotated[
         Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, BeforeValidator(_no_false)
     ] = None
+    cache_salt: Annotated[str | None, AfterValidator(_salt)] = None
     user: str | None = None
 
     @property

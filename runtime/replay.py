@@ -82,6 +82,8 @@ class Replay:
             "max_batched_tokens": 32768,
             "prefill_chunk": 16384,
             "batch_wait_ms": 0.0,
+            "long_prompt_threshold": 1_048_576,
+            "kv_watermark": 0.0,
         }
         config, self.scheduler.config = self.scheduler.config, self.scheduler.config.patched(admit_all)
         for arrival, num_done in decoding:

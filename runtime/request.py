@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.prefix_cache import KnownPrefix
+
 FinishReason = Literal["stop", "length"]
 Int32Array = NDArray[np.int32]
 
@@ -74,6 +76,7 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     stop_token_ids: frozenset[int] = frozenset()
     priority: int = 0  # the lowest comes first, where the policy asks for it
+    cache_salt: str | None = None  # cached prefixes are shared between requests of the same one only
 
     num_tokens: int = field(init=False)
     num_scored: int = 0
@@ -83,6 +86,7 @@ class Request:
     finished_at: float | None = None
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
+    prefix: KnownPrefix | None = None  # since it was first looked up in the prefix cache
 
     def __post_init__(self) -> None:
         self.num_tokens = self.prompt_tokens
@@ -97,6 +101,7 @@ class Request:
         sampling: SamplingParams | None = None,
         stop_token_ids: Iterable[int] = (),
         priority: int = 0,
+        cache_salt: str | None = None,
     ) -> "Request":
         prompt = np.asarray(prompt_ids, dtype=np.int32)
         token_ids = np.zeros(len(prompt) + max(0, max_tokens), dtype=np.int32)
@@ -110,6 +115,7 @@ class Request:
             sampling or SamplingParams(),
             frozenset(stop_token_ids),
             priority,
+            cache_salt,
         )
 
     @classmethod

@@ -8,6 +8,9 @@ A step holds decode rows first (one token each), then pieces of prompts, under `
 knobs are read from `config` at every step; swapping it between steps never ends a request. What is needed
 per running request and step lies in arrays indexed by the request's seat. No torch, no clock, no I/O.
 
+Which waiting request comes next is said in runtime/policy.py. Prompts with more than `long_prompt_threshold` tokens
+left share that many a step; where they are used up, shorter requests pass.
+
 With `prefix_cache` on, a request that begins like an earlier one starts behind the blocks that are known: it
 holds them too, or on a CPU gets a copy in blocks of its own, which stay consecutive. At least its last token is
 computed. Requests without token ids (a replay) are never looked up.
@@ -18,8 +21,9 @@ others wait, and whoever asks for nothing overtakes them.
 """
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -28,13 +32,12 @@ from numpy.typing import NDArray
 from runtime.errors import InvalidRequest
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BlockIds, BlockPool
-from runtime.prefix_cache import chain, extended
+from runtime.policy import held_until, least_urgent, next_waiting
+from runtime.prefix_cache import KnownPrefix, extended
 from runtime.request import Request
 
 IntArray = NDArray[np.int64]
 
-# Under `shortest_prefill` a request that has waited this long is no longer overtaken.
-MAX_OVERTAKEN_S = 10.0
 # Rows of logits that a step makes of a scored prompt: times the vocabulary, they are the memory that scoring takes.
 SCORED_PIECE_TOKENS = 256
 
@@ -127,12 +130,17 @@ class PackedBatch:
     copies: BlockMove | None = None
 
 
-class KnownPrefix(NamedTuple):
-    """The keys of a seated request's full blocks so far, and the weights under which it was admitted."""
+class Picked(NamedTuple):
+    """Seats and how many tokens each gets; `long_left`: what long prompts may still have in this step."""
 
-    root: bytes
-    epoch: int
-    keys: list[bytes]
+    seats: IntArray
+    new_tokens: IntArray
+    long_left: int
+
+
+def shared_out(wanted: IntArray, budget: int) -> IntArray:
+    """What each gets of the budget: all that it wants as long as there is any, in order."""
+    return np.clip(budget - (np.cumsum(wanted) - wanted), 0, wanted)
 
 
 class Seats:
@@ -182,7 +190,6 @@ class Scheduler:
         self.num_looked_up_tokens = 0  # of admitted requests, while the prefix cache was on
         self.num_hit_tokens = 0
         self._namespace, self._epoch = "", 0
-        self._prefixes: dict[int, KnownPrefix] = {}  # by seat
         self._copies: list[tuple[BlockIds, BlockIds]] = []
         self._requests: dict[str, Request] = {}
         self._seats = Seats(pool.blocks_for(self.max_model_len))
@@ -242,7 +249,7 @@ class Scheduler:
             return now
         if not self.waiting:
             return None
-        return self._held_until() if self._is_held(now) else now
+        return held_until(self.waiting, self.config.batch_wait_ms) if self._is_held(now) else now
 
     @property
     def cached_tokens(self) -> int:
@@ -259,7 +266,8 @@ class Scheduler:
     def forget_prefixes(self) -> None:
         """The prefix cache is switched off for good: its blocks return."""
         self.pool.forget_prefixes()
-        self._prefixes.clear()
+        for request in self.running:
+            request.prefix = None
 
     def move_to(self, pool: BlockPool) -> BlockMove:
         """Continues with another pool, larger or smaller. Returns which blocks must be copied before the next step.
@@ -297,12 +305,12 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch | None:
         """The next step's rows, with blocks for every token; None if there is nothing to compute now."""
-        seats, new_tokens = self._pick_running()
+        seats, new_tokens, long_left = self._pick_running()
         if self._grow(seats):
             still_here = np.isin(seats, self._running_seats)
             seats, new_tokens = seats[still_here], new_tokens[still_here]
         else:
-            admitted = self._admit(self.config.max_batched_tokens - int(new_tokens.sum()), now)
+            admitted = self._admit(self.config.max_batched_tokens - int(new_tokens.sum()), long_left, now)
             if admitted:
                 seats = np.concatenate((seats, [seat for seat, _ in admitted]))
                 new_tokens = np.concatenate((new_tokens, [tokens for _, tokens in admitted]))
@@ -332,7 +340,7 @@ class Scheduler:
             if request.finish_reason is not None:
                 finished.append(request)
                 del self._requests[request.id]
-        if self._prefixes:
+        if self.config.prefix_cache == "on":
             self._register(batch.seats[batch.sampled])
         if finished:
             self._stand_up(finished)
@@ -387,8 +395,8 @@ class Scheduler:
 
     # -- who gets tokens -----------------------------------------------------------------------------------
 
-    def _pick_running(self) -> tuple[IntArray, IntArray]:
-        """Seats of the running requests that get tokens in this step, and how many each."""
+    def _pick_running(self) -> Picked:
+        """The running requests that get tokens in this step."""
         running, here = self._running_seats, self._seats
         left = here.known[running] - here.computed[running]
         is_decode = left == 1
@@ -401,8 +409,11 @@ class Scheduler:
         if self._scoring is not None:
             mine = running[order] == self._scoring.seat
             wanted[mine] = np.minimum(wanted[mine], self._scored_chunk(self._scoring))
-        granted = np.clip(budget - (np.cumsum(wanted) - wanted), 0, wanted)
-        return running[order][granted > 0], granted[granted > 0]
+        is_long = left[order] > self.config.long_prompt_threshold
+        wanted[is_long] = shared_out(wanted[is_long], self.config.long_prompt_threshold)
+        granted = shared_out(wanted, budget)
+        long_left = self.config.long_prompt_threshold - int(granted[is_long].sum())
+        return Picked(running[order][granted > 0], granted[granted > 0], long_left)
 
     def _grow(self, seats: IntArray) -> bool:
         """Gives a block to each row that has filled its last one, oldest request first; when there is none,
@@ -419,19 +430,13 @@ class Scheduler:
         before = self.num_preemptions
         for seat in full.tolist():
             while self.pool.num_free == 0:
-                self._preempt(self._least_urgent())
+                self._preempt(least_urgent(self.running, self.config.policy))
             if before != self.num_preemptions and seat not in self._running_seats:
                 continue
             count = here.num_blocks[seat]
             here.blocks[seat, count] = self.pool.extend(int(here.blocks[seat, count - 1]))
             here.num_blocks[seat] += 1
         return self.num_preemptions > before
-
-    def _least_urgent(self) -> Request:
-        """Who gives way when the pool is full: the newest, under `priority` the newest of the lowest urgency."""
-        if self.config.policy != "priority":
-            return self.running[-1]
-        return max(enumerate(self.running), key=lambda seated: (seated[1].priority, seated[0]))[1]
 
     def _preempt(self, request: Request) -> None:
         """Frees the request's blocks; what it has generated so far becomes part of the prompt to recompute."""
@@ -445,7 +450,6 @@ class Scheduler:
             assert request.seat is not None, "only a running request has a seat to leave"
             self.pool.free(self._seats.blocks_of(request.seat))
             self._seats.leave(request.seat)
-            self._prefixes.pop(request.seat, None)
             del self._in_seat[request.seat]
             request.seat = None
             if request is self._scoring:
@@ -455,27 +459,33 @@ class Scheduler:
 
     # -- admission -----------------------------------------------------------------------------------------
 
-    def _admit(self, budget: int, now: float) -> list[tuple[int, int]]:
+    def _admit(self, budget: int, long_left: int, now: float) -> list[tuple[int, int]]:
         """Moves waiting requests to running while seats, blocks and budget last; their (seat, tokens)."""
         admitted: list[tuple[int, int]] = []
         if not self.waiting or self._is_held(now):
             return admitted
-        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            request = self._next_waiting(now)
+        knobs, cached_tokens = self.config, cache(self._cached_tokens)  # looked up once a step
+        kept_free = int(knobs.kv_watermark * self.pool.num_blocks)
+        while budget > 0 and len(self.running) < knobs.max_num_seqs:
+            max_tokens = None if long_left > 0 else knobs.long_prompt_threshold
+            request = next_waiting(self._eligible(), knobs.policy, now, cached_tokens, max_tokens)
+            if request is None:
+                break
             if request is None:
                 break
             # One more block stays free for each running request, or the next steps would preempt again.
-            if (
-                self.pool.blocks_for(request.num_tokens) + len(self.running) > self.pool.num_free
-                and self.running
-            ):
+            kept_free = max(kept_free, len(self.running))
+            if self.running and self.pool.blocks_for(request.num_tokens) + kept_free > self.pool.num_free:
                 break
             self.waiting.remove(request)
             seat = self._seat(request, now)
             left = request.num_tokens - int(self._seats.computed[seat])
-            tokens = min(left, self.config.prefill_chunk, budget)
+            tokens = min(left, knobs.prefill_chunk, budget)
             if request is self._scoring:
                 tokens = min(tokens, self._scored_chunk(request))
+            if left > knobs.long_prompt_threshold:
+                tokens = min(tokens, long_left)
+                long_left -= tokens
             admitted.append((seat, tokens))
             budget -= tokens
         if admitted:
@@ -485,7 +495,7 @@ class Scheduler:
     def _seat(self, request: Request, now: float) -> int:
         here = self._seats
         seat = here.take()
-        blocks, num_hits = self._blocks_for(request, seat)
+        blocks, num_hits = self._blocks_for(request)
         here.blocks[seat, : len(blocks)] = blocks
         here.num_blocks[seat] = len(blocks)
         here.registered[seat] = (
@@ -517,81 +527,69 @@ class Scheduler:
 
     # -- the prefix cache ----------------------------------------------------------------------------------
 
-    def _blocks_for(self, request: Request, seat: int) -> tuple[BlockIds, int]:
+    def _blocks_for(self, request: Request) -> tuple[BlockIds, int]:
         """Blocks for all known tokens of a request, and how many of the first are computed already."""
-        num_blocks = self.pool.blocks_for(request.num_tokens)
-        if self.config.prefix_cache != "on" or request.token_ids is None:
-            return self.pool.allocate(num_blocks), 0
-        hits = self._find_prefix(request, seat)
-        self.num_looked_up_tokens += request.num_reusable_tokens
-        self.num_hit_tokens += len(hits) * self.pool.block_tokens
+        pool, num_blocks = self.pool, self.pool.blocks_for(request.num_tokens)
+        hits = self._find_prefix(request)
+        if self.config.prefix_cache == "on" and request.token_ids is not None:
+            self.num_looked_up_tokens += request.num_reusable_tokens
+        # A copy needs blocks of its own beside those it is made from.
+        while pool.wants_runs and hits and num_blocks > pool.num_free - sum(map(pool.index.is_idle, hits)):
+            hits.pop()
+        self.num_hit_tokens += len(hits) * pool.block_tokens
         if not hits:
-            return self.pool.allocate(num_blocks), 0
-        if not self.pool.wants_runs:
-            self.pool.share(hits)
-            rest = self.pool.allocate(num_blocks - len(hits))
+            return pool.allocate(num_blocks), 0
+        if not pool.wants_runs:
+            pool.share(hits)
+            rest = pool.allocate(num_blocks - len(hits))
             return np.concatenate((np.array(hits, np.int32), rest)), len(hits)
-        blocks = self.pool.allocate(num_blocks, avoid=frozenset(hits))
-        self.pool.index.touch(hits)
+        blocks = pool.allocate(num_blocks, avoid=frozenset(hits))
+        pool.index.touch(hits)
         self._copies.append((np.array(hits, np.int32), blocks[: len(hits)]))
         return blocks, len(hits)
 
-    def _find_prefix(self, request: Request, seat: int) -> list[int]:
-        """Known blocks of the request's beginning. Its last token, and what is to be scored, is left to compute."""
-        assert request.token_ids is not None
-        pool = self.pool
-        num_full = (request.num_tokens - 1) // pool.block_tokens
-        root = pool.index.root(self._namespace)
-        keys = chain(root, request.token_ids, pool.block_tokens, num_full)
-        self._prefixes[seat] = KnownPrefix(root, self._epoch, keys)
-        hits = pool.index.find(keys)[: request.num_reusable_tokens // pool.block_tokens]
-        if not pool.wants_runs:
-            return hits
-        # The copy needs blocks of its own beside those it is made from.
-        num_blocks = pool.blocks_for(request.num_tokens)
-        while hits and num_blocks > pool.num_free - sum(pool.index.is_idle(block) for block in hits):
-            hits.pop()
-        return hits
+    def _cached_tokens(self, request: Request) -> int:
+        return len(self._find_prefix(request)) * self.pool.block_tokens
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Known blocks of the request's beginning, of its own salt only. Its last token, and what is to be scored, is
+        left to compute."""
+        if self.config.prefix_cache != "on" or request.token_ids is None:
+            return []
+        index, size = self.pool.index, self.pool.block_tokens
+        root = index.root(self._namespace, request.cache_salt)
+        prefix = request.prefix
+        if prefix is None or (prefix.root, prefix.epoch) != (root, self._epoch):
+            prefix = request.prefix = KnownPrefix(root, self._epoch)
+        num_tokens = min(request.num_tokens - 1, request.num_reusable_tokens)
+        return prefix.find(index, request.token_ids, size, num_tokens // size)
 
     def _register(self, seats: IntArray) -> None:
         """Tells the prefix cache of the blocks that these rows have filled. Rows whose token was drawn only:
         one whose logits were not numbers has left its seat, and its blocks are not worth keeping."""
         here, size = self._seats, self.pool.block_tokens
         for seat in seats[here.computed[seats] // size > here.registered[seats]].tolist():
-            request, prefix = self._in_seat.get(seat), self._prefixes.get(seat)
-            if request is None or prefix is None or request.token_ids is None:
+            request = self._in_seat.get(seat)
+            if request is None or request.token_ids is None:
                 continue
-            num_full = int(here.computed[seat]) // size
-            if prefix.epoch == self._epoch and self.config.prefix_cache == "on":
+            num_full, prefix = int(here.computed[seat]) // size, request.prefix
+            if prefix is not None and prefix.epoch == self._epoch:
                 extended(prefix.root, prefix.keys, request.token_ids, size, num_full)
                 for index in range(int(here.registered[seat]), num_full):
                     self.pool.register(int(here.blocks[seat, index]), prefix.keys[index])
             here.registered[seat] = num_full
 
-    def _next_waiting(self, now: float) -> Request | None:
-        waiting: Collection[Request] = self.waiting
-        if self._scoring is not None:
-            waiting = [request for request in waiting if not request.is_scoring]
-        first = next(iter(waiting), None)
-        if first is None:
-            return None
-        if self.config.policy == "priority":  # strictly, as it was asked for; preempted ones stand in front
-            return min(waiting, key=lambda request: request.priority)
-        if self.config.policy == "fcfs" or first.num_preemptions or now - first.arrived_at >= MAX_OVERTAKEN_S:
-            return first
-        return min(waiting, key=lambda request: request.num_tokens)
+    def _eligible(self) -> Sequence[Request]:
+        """Who may be admitted now: one prompt is scored at a time."""
+        if self._scoring is None:
+            return self.waiting
+        return [request for request in self.waiting if not request.is_scoring]
 
     def _is_held(self, now: float) -> bool:
         """Whether `batch_wait_ms` keeps the waiting requests waiting, so that others join their batch."""
-        if now >= self._held_until():
+        if now >= held_until(self.waiting, self.config.batch_wait_ms):
             return False
         return len(self.waiting) < self.config.max_num_seqs - len(self.running)
-
-    def _held_until(self) -> float:
-        if self.waiting[0].num_preemptions:
-            return 0.0
-        oldest = min(request.arrived_at for request in self.waiting)
-        return oldest + self.config.batch_wait_ms / 1000
 
 
 def _scored_piece(

@@ -16,6 +16,8 @@ def export_sglang(proof: Proof, tuner_version: str) -> str:
 def _policy(value: Any, values: Values, model: Values) -> Told:
     if value == "fcfs":
         return flag("--schedule-policy", "fcfs")
+    if value == "longest_prefix":  # over 128 waiting requests SGLang goes back to the order of arrival
+        return flag("--schedule-policy", "lpm")
     return nothing(
         "SGLang orders by arrival, by shared prefix (lpm, dfs-weight), by longest output (lof) or priority"
     )
@@ -58,5 +60,11 @@ SGLANG = Target(
             Told(("--disable-radix-cache",)) if value == "off" else Told()
         ),
         "replicas": lambda value, values, model: flag("--data-parallel-size", value),
+        "long_prompt_threshold": lambda value, values, model: nothing(
+            "SGLang bounds the prompt tokens of a step (--chunked-prefill-size), not those of long prompts"
+        ),
+        "kv_watermark": lambda value, values, model: nothing(
+            "SGLang keeps free what it guesses that running requests will write (--schedule-conservativeness)"
+        ),
     },
 )

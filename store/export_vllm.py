@@ -20,6 +20,11 @@ def _policy(value: Any, values: Values, model: Values) -> Told:
     return nothing("vLLM admits by arrival or by a priority that the client gives")
 
 
+def _piece(value: Any, values: Values, model: Values) -> Told:
+    """The longest piece of one prompt in a step, here and there. Long prompts have a second bound here."""
+    return flag("--long-prefill-token-threshold", min(value, values.get("long_prompt_threshold", value)))
+
+
 def _weights(value: Any, values: Values, model: Values) -> Told:
     if value in ("float32", "bfloat16", "float16"):
         return flag("--dtype", value)
@@ -57,8 +62,7 @@ VLLM = Target(
     knobs={
         "max_num_seqs": lambda value, values, model: flag("--max-num-seqs", value),
         "max_batched_tokens": lambda value, values, model: flag("--max-num-batched-tokens", value),
-        # The longest piece of one prompt in a step, here and there.
-        "prefill_chunk": lambda value, values, model: flag("--long-prefill-token-threshold", value),
+        "prefill_chunk": _piece,
         "policy": _policy,
         "batch_wait_ms": lambda value, values, model: nothing("vLLM starts a request at the next step"),
         "threads_decode": lambda value, values, model: nothing(
@@ -74,6 +78,12 @@ VLLM = Target(
             ("--enable-prefix-caching",) if value == "on" else ("--no-enable-prefix-caching",)
         ),
         "replicas": lambda value, values, model: flag("--data-parallel-size", value),
+        "long_prompt_threshold": lambda value, values, model: nothing(
+            "vLLM bounds the piece of each prompt (--long-prefill-token-threshold, the smaller of this and "
+            "prefill_chunk), not those of all long prompts together"
+        ),
+        # What running requests hold is no obstacle to the first one, there as here.
+        "kv_watermark": lambda value, values, model: flag("--watermark", value),
     },
     notes=_notes,
 )

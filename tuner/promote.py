@@ -221,6 +221,11 @@ def rollback_target(history: list[str], to: str) -> str | None:
 
 
 def describe(values: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """The knobs in which two configurations differ, as `name before -> after`."""
-    parts = [f"{name} {other[name]} -> {values[name]}" for name in values if values[name] != other[name]]
+    """The knobs in which two configurations differ, as `name before -> after`. What a row of an earlier version does
+    not name was at its default."""
+    default = EngineConfig().values()
+    before, after = {**default, **other}, {**default, **values}
+    parts = [
+        f"{name} {before.get(name)} -> {after[name]}" for name in after if after[name] != before.get(name)
+    ]
     return ", ".join(parts) or "no difference"

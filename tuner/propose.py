@@ -165,7 +165,7 @@ def past_trials(region: SearchSpace, rows: Sequence[Mapping[str, Any]]) -> list[
     names = sorted({name for row in inside for name in row["constraints"]})
     return [
         PastTrial(
-            {dimension.name: row["values"][dimension.name] for dimension in region.dimensions},
+            {one.name: one.known(row["values"][one.name]) for one in region.dimensions},
             float(row["value"]),
             {name: float(row["constraints"].get(name, 0.0)) for name in names},
         )
@@ -176,7 +176,7 @@ def past_trials(region: SearchSpace, rows: Sequence[Mapping[str, Any]]) -> list[
 def contains(dimension: Dimension, value: Any) -> bool:
     if dimension.choices is not None:
         return value in dimension.choices
-    return dimension.low <= value <= dimension.high
+    return bool(dimension.low <= dimension.known(value) <= dimension.high)
 
 
 def main() -> None:

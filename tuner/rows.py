@@ -15,9 +15,15 @@ class Session(Protocol):
 
 
 def ensure_config(session: Session, config: EngineConfig, now: float) -> None:
-    """A configuration's row stands before anything refers to it."""
-    if session.get(Config, config.config_id) is None:
-        session.add(Config(config.config_id, now, KNOB_SCHEMA_VERSION, config.values()))
+    """A configuration's row stands before anything refers to it, and names every knob.
+
+    One that an earlier version wrote lacks the later knobs. Its id says that they are at their defaults.
+    """
+    row, values = session.get(Config, config.config_id), config.values()
+    if row is None:
+        session.add(Config(config.config_id, now, KNOB_SCHEMA_VERSION, values))
+    elif row.values.keys() < values.keys():
+        row.values = values
 
 
 def tell(session: Session, now: float, stage: str, text: str, details: dict[str, Any] | None = None) -> None:

@@ -3,7 +3,8 @@
 The space is made from what the engine reports, narrowed by the settings (allow, deny, bounds) and then
 by the trust region around the champion: at most MAX_CHANGED_KNOBS knobs differ, each by at most
 `trust_steps` steps. One step is a factor of two on a logarithmic knob and an eighth of the range on a
-linear one; a choice is one step from any other choice.
+linear one; a choice is one step from any other choice. A choice that needs another knob's value is proposed only
+together with it.
 """
 
 import math
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from runtime.knobs import EngineConfig, KnobValue, knob_named
+from runtime.knobs import EngineConfig, KnobValue, knob_named, unmet_needs
 
 MAX_CHANGED_KNOBS = 2
 LINEAR_STEPS = 8
@@ -20,7 +21,10 @@ MAX_TRUST_STEPS = 4
 
 @dataclass(frozen=True)
 class Dimension:
-    """One knob that may move, with the bounds in force: inclusive, in the knob's unit; a choice knob has none."""
+    """One knob that may move, with the bounds in force: inclusive, in the knob's unit; a choice knob has none.
+
+    `off_at`: where a knob that can be off has no effect on this engine any more; all values from there on are one.
+    """
 
     name: str
     kind: str  # int, float, choice
@@ -28,6 +32,15 @@ class Dimension:
     high: float = 0.0
     choices: tuple[str, ...] | None = None
     log: bool = False
+    off_at: float | None = None
+
+    def known(self, value: Any) -> Any:
+        """The value, or for one that is off the lowest that is."""
+        return value if self.off_at is None else min(value, type(value)(self.off_at))
+
+    def proposed(self, value: Any) -> Any:
+        """The value, or for one that is off the one that says so on every engine."""
+        return value if self.off_at is None or value < self.off_at else knob_named(self.name).high
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,9 @@ def search_space(
             0.0 if report["high"] is None else report["high"],
             tuple(report["choices"]) if report["choices"] else None,
             report["log"],
+            report["high"]
+            if report.get("is_off_at_high")
+            else None,  # an earlier version does not tell of it
         )
         if dimension.choices is not None:  # a runtime of an earlier version does not tell of promises
             left = (choice for choice in dimension.choices if choice not in report.get("promises", ()))
@@ -104,6 +120,24 @@ def keeping_promises(space: SearchSpace, champion: EngineConfig) -> SearchSpace:
     return SearchSpace(tuple(movable))
 
 
+def meeting_needs(space: SearchSpace, champion: EngineConfig) -> SearchSpace:
+    """Without the choices that need what neither the champion has nor the space can give them."""
+    values = champion.values()
+    given = {(one.name, choice) for one in space.dimensions for choice in one.choices or ()}
+
+    def is_idle(name: str, choice: str) -> bool:
+        needs = [need for need in knob_named(name).needs if need.choice == choice != values[name]]
+        return any(values[need.knob] != need.value and (need.knob, need.value) not in given for need in needs)
+
+    dimensions = []
+    for one in space.dimensions:
+        if one.choices is not None:
+            one = replace(one, choices=tuple(c for c in one.choices if not is_idle(one.name, c)))
+        if one.choices is None or len(one.choices) > 1:
+            dimensions.append(one)
+    return SearchSpace(tuple(dimensions))
+
+
 def trust_region(space: SearchSpace, champion: EngineConfig, trust_steps: int) -> SearchSpace:
     """The space within `trust_steps` of the champion's value on every knob. Choices stay whole."""
     values = champion.values()
@@ -115,7 +149,7 @@ def trust_region(space: SearchSpace, champion: EngineConfig, trust_steps: int) -
 def around(dimension: Dimension, value: KnobValue, trust_steps: int) -> Dimension:
     if dimension.choices is not None:
         return dimension
-    center = float(value)
+    center = float(dimension.known(value))
     if dimension.log:
         low, high = center / 2**trust_steps, center * 2**trust_steps
     else:
@@ -131,13 +165,21 @@ def projected(asked: Mapping[str, KnobValue], champion: EngineConfig, space: Sea
     """The champion with the MAX_CHANGED_KNOBS largest of the asked moves; the others are taken back."""
     by_name = {dimension.name: dimension for dimension in space.dimensions}
     values = champion.values()
+    known = {name: by_name[name].known(values[name]) for name in asked}
     moves = {
-        name: distance(by_name[name], values[name], value)
+        name: distance(by_name[name], known[name], value)
         for name, value in asked.items()
-        if value != values[name]
+        if value != known[name]
     }
     kept = sorted(moves, key=lambda name: -moves[name])[:MAX_CHANGED_KNOBS]
-    return champion.patched({name: asked[name] for name in kept})
+    return _moved(champion, {name: by_name[name].proposed(asked[name]) for name in kept})
+
+
+def _moved(champion: EngineConfig, patch: Mapping[str, KnobValue]) -> EngineConfig:
+    """The champion with these moves, but without those that leave a choice without what it needs."""
+    for name, need in unmet_needs(champion.patched(patch)).items():
+        patch = {moved: value for moved, value in patch.items() if moved not in (name, need.knob)}
+    return champion.patched(patch)
 
 
 def distance(dimension: Dimension, before: KnobValue, after: KnobValue) -> float:
@@ -151,17 +193,23 @@ def distance(dimension: Dimension, before: KnobValue, after: KnobValue) -> float
 
 
 def is_allowed(config: EngineConfig, champion: EngineConfig, space: SearchSpace) -> str | None:
-    """None where every changed knob is in the space and inside its bounds, else the rule that forbids it."""
+    """None where every changed knob is in the space, inside its bounds, and has what it needs; else the rule that
+    forbids it."""
     by_name = {dimension.name: dimension for dimension in space.dimensions}
-    for name, (_, value) in config.changes_from(champion).items():
+    changes = config.changes_from(champion)
+    for name, (_, value) in changes.items():
         dimension = by_name.get(name)
         if dimension is None:
             return f"`{name}` may not move here: the engine or the settings exclude it."
         if dimension.choices is not None and value not in dimension.choices:
             return f"`{name}` must be one of {', '.join(dimension.choices)}, but got {value}."
-        if dimension.choices is None and not dimension.low <= float(value) <= dimension.high:
+        if dimension.choices is None and not dimension.low <= float(dimension.known(value)) <= dimension.high:
             bounds = f"[{dimension.low:g}, {dimension.high:g}] {knob_named(name).unit}"
             return f"`{name}` must be in {bounds}, but got {value}."
+    for name, need in unmet_needs(config).items():
+        if name in changes or need.knob in changes:
+            got = config.values()[need.knob]
+            return f"`{name}` {need.choice} needs `{need.knob}` to be {need.value}, but got {got}."
     return None
 
 
@@ -174,11 +222,11 @@ def clipped(config: EngineConfig, champion: EngineConfig, space: SearchSpace) ->
         if dimension is None or (dimension.choices is not None and value not in dimension.choices):
             continue
         if dimension.choices is None:
-            inside = min(max(float(value), dimension.low), dimension.high)
+            inside = dimension.proposed(min(max(float(value), dimension.low), dimension.high))
             patch[name] = int(inside) if dimension.kind == "int" else inside
         else:
             patch[name] = value
-    return champion.patched(patch)
+    return _moved(champion, patch)
 
 
 def trust_after(outcome: str, trust_steps: int) -> int:

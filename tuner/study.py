@@ -27,6 +27,7 @@ from tuner.space import (
     clipped,
     is_allowed,
     keeping_promises,
+    meeting_needs,
     projected,
     search_space,
     trust_after,
@@ -89,7 +90,7 @@ class StudyStage:
         space = search_space(state["knobs"], knobs.allow, knobs.deny, knobs.bounds, no_quality is None)
         movable = search_space(state["knobs"], knobs.allow, knobs.deny, knobs.bounds, True).names
         held = [name for name in movable if name not in space.names]
-        space = keeping_promises(space, champion)
+        space = meeting_needs(keeping_promises(space, champion), champion)
         with self._store.journal() as session:
             last = decisions.last_study(session, self._snapshot_id)
             outcomes = decisions.outcomes_of_study(session, last.study_id) if last is not None else []

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.knobs import config_id_of
 from store import seal
 from store.export_evidence import EVIDENCE_FORMAT, EVIDENCE_SCHEMA_VERSION
 from store.seal import Document
@@ -146,8 +147,7 @@ def check_configs(document: Document) -> str:
     ids = {}
     for arm in ("champion", "challenger"):
         config = document[arm]
-        text = json.dumps([config["knob_schema_version"], config["values"]], sort_keys=True)
-        ids[arm] = hashlib.sha256(text.encode()).hexdigest()[:12]
+        ids[arm] = config_id_of(config["values"], config["knob_schema_version"])
         _hold(_differing(f"{arm}.config_id", config["config_id"], ids[arm]))
         _hold(_differing(f"experiment.{arm}_config_id", document["experiment"][f"{arm}_config_id"], ids[arm]))
     return f"champion {ids['champion']}, challenger {ids['challenger']}"

@@ -144,6 +144,17 @@ def test_a_seeded_request_draws_the_same_tokens_in_any_company(folder: Path) -> 
     assert tokens_of(busy.frames, "other 5")[:20] != tokens_of(busy.frames, "seeded")
 
 
+def test_only_requests_of_one_salt_find_each_others_prompts(folder: Path) -> None:
+    here, prompt = InProcess(folder, prefix_cache="on"), PROMPT * 6
+    hits = []
+    for number, fields in enumerate([{}, {"cache_salt": "ada"}, {"cache_salt": "ada"}, {"cache_salt": None}]):
+        here.engine.submit(submission(str(number), prompt, **fields))
+        here.run()
+        hits.append(here.engine.scheduler.num_hit_tokens)
+    assert hits == [0, 0, 32, 64]
+    assert len({tuple(tokens_of(here.frames, str(number))) for number in range(4)}) == 1
+
+
 def test_a_request_that_does_not_fit_fails_with_the_reason(folder: Path) -> None:
     here = InProcess(folder)
     here.engine.submit(submission("big", max_tokens=1000))
@@ -263,7 +274,10 @@ def test_serves_streams_cancels_reconfigures_and_reverts_when_the_lease_lapses(c
     ready = child.hello(max_num_seqs=4, threads_decode=1, threads_prefill=1)
     assert ready["version"] == 3 and ready["config"]["max_num_seqs"] == 4 and ready["identity"]["tier"] == "A"
     assert ready["identity"]["model"]["max_model_len"] == 256 and ready["identity"]["kv_total_tokens"] == 2048
-    assert {knob["name"] for knob in ready["knobs"]} == set(EngineConfig().values())
+    reports = {knob["name"]: knob for knob in ready["knobs"]}
+    assert set(reports) == set(EngineConfig().values())
+    assert reports["long_prompt_threshold"]["high"] == 256, "no prompt is longer"
+    assert ready["config"]["long_prompt_threshold"] == 1_048_576, "off is off on every machine"
 
     # Serving, and cancelling while it streams.
     child.send(submission("cancelled", max_tokens=240))

@@ -62,6 +62,18 @@ def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 
 
 @in_loop
+async def test_a_submission_carries_its_priority_and_its_salt_however_often_it_is_sent() -> None:
+    desk = Desk()
+    desk.engine_ready()
+    (exchange,) = desk.front.open(1, desk.clock.now(), True, asyncio.Event())
+    desk.front.submit(exchange, [1, 2], Sampling(4, priority=-3, cache_salt="ada"))
+    desk.submit()
+    told = [(frame["priority"], frame["cache_salt"]) for frame in desk.sent if frame["op"] == "submit"]
+    assert told == [(-3, "ada"), (0, None)]
+    assert exchange.submission() == next(frame for frame in desk.sent if frame["op"] == "submit")
+
+
+@in_loop
 async def test_requests_wait_for_the_engine_and_are_submitted_in_order_of_arrival() -> None:
     desk = Desk()
     first, second = desk.submit(), desk.submit()

@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import InvalidKnob
-from runtime.knobs import KNOBS, EngineConfig, default_config, knob_named, knob_reports, presets
+from runtime.knobs import (
+    KNOBS,
+    EngineConfig,
+    Need,
+    config_id_of,
+    default_config,
+    knob_named,
+    knob_reports,
+    presets,
+    unmet_needs,
+)
 
 NAMES = (
     "max_num_seqs",
@@ -20,6 +30,8 @@ NAMES = (
     "kv_tokens",
     "prefix_cache",
     "replicas",
+    "long_prompt_threshold",
+    "kv_watermark",
 )
 
 
@@ -31,17 +43,55 @@ def test_every_default_passes_its_own_check():
     assert EngineConfig.of(EngineConfig().values()) == EngineConfig()
 
 
+def other_than_default(knob):
+    if knob.choices:
+        return knob.choices[1]
+    return knob.low if knob.default == knob.high else knob.high
+
+
 def test_config_id_depends_on_every_knob_and_on_nothing_else():
     base = EngineConfig()
-    others = {
-        base.patched({knob.name: knob.choices[1] if knob.choices else knob.high}).config_id for knob in KNOBS
-    }
+    others = {base.patched({knob.name: other_than_default(knob)}).config_id for knob in KNOBS}
     assert len(others | {base.config_id}) == len(KNOBS) + 1
     assert EngineConfig.of(dict(reversed(list(base.values().items())))).config_id == base.config_id
 
 
-def test_config_id_is_a_stable_name():
-    assert EngineConfig().config_id == "25596f452fe2"  # a change here orphans every stored configuration
+@pytest.mark.parametrize(
+    ("config", "config_id"),  # a change here orphans every stored configuration
+    [
+        (EngineConfig(), "25596f452fe2"),
+        (EngineConfig.of({"max_num_seqs": 2, "batch_wait_ms": 50, "max_batched_tokens": 64}), "c1468b266aa1"),
+        (
+            EngineConfig.of(
+                {"policy": "shortest_prefill", "prefix_cache": "on", "kv_tokens": 8192, "replicas": 2}
+            ),
+            "05d21cc88dd3",
+        ),
+        (default_config("cuda", 8), "d65fc422e5d5"),
+    ],
+)
+def test_config_id_is_a_stable_name(config, config_id):
+    assert config.config_id == config_id
+
+
+def test_what_was_stored_before_a_knob_was_declared_is_the_configuration_with_its_default():
+    later = [knob for knob in KNOBS if knob.is_later]
+    values = EngineConfig.of({"max_num_seqs": 2}).values()
+    stored = {name: value for name, value in values.items() if name not in {knob.name for knob in later}}
+    assert len(later) == len(values) - len(stored) > 0
+    assert EngineConfig.of(stored).values() == values
+    assert EngineConfig.of(stored).config_id == config_id_of(stored) == config_id_of(values)
+    assert {knob.name for knob in later}.isdisjoint(NAMES[:12])  # those that the first ids were made of
+
+
+def test_a_choice_says_what_it_needs():
+    assert unmet_needs(EngineConfig()) == {}
+    bare = EngineConfig.of({"policy": "longest_prefix"})
+    assert unmet_needs(bare) == {"policy": Need("longest_prefix", "prefix_cache", "on")}
+    assert unmet_needs(bare.patched({"prefix_cache": "on"})) == {}
+    for knob in KNOBS:
+        for need in knob.needs:
+            assert need.choice in knob.choices and knob_named(need.knob).check(need.value) == need.value
 
 
 @pytest.mark.parametrize("value", [0, 1025, 2.5, "8", True, math.nan, math.inf, None])
@@ -79,6 +129,13 @@ def test_reports_lower_ceilings_to_the_machine():
     reports = {report["name"]: report for report in knob_reports(num_cores=2, max_num_seqs=32)}
     assert (reports["threads_decode"]["high"], reports["max_num_seqs"]["high"]) == (2, 32)
     assert knob_named("threads_decode").high == 256
+    assert reports["long_prompt_threshold"]["high"] == 1_048_576
+
+
+def test_no_prompt_is_long_beyond_what_the_model_can_read():
+    reports = {report["name"]: report for report in knob_reports(2, 32, max_model_len=2048)}
+    told = reports["long_prompt_threshold"]
+    assert (told["high"], told["default"], told["is_off_at_high"]) == (2048, 1_048_576, True)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.knobs import EngineConfig
+from runtime.knobs import EngineConfig, knob_named
 from runtime.kv_cache import BlockPool
-from runtime.prefix_cache import PrefixIndex, chain
+from runtime.prefix_cache import HASHED_AHEAD, KnownPrefix, PrefixIndex, chain
 from runtime.request import Request
 from runtime.scheduler import Batch, Scheduler
 
@@ -21,8 +21,10 @@ def scheduler(
     return Scheduler(pool, EngineConfig.of({"prefix_cache": "on", **knobs}), max_model_len)
 
 
-def serve(s: Scheduler, id: str, prompt: list[int], output: int = 3) -> Request:
-    request = Request.of_tokens(id, prompt, output, arrived_at=0.0)
+def serve(
+    s: Scheduler, id: str, prompt: list[int], output: int = 3, cache_salt: str | None = None
+) -> Request:
+    request = Request.of_tokens(id, prompt, output, arrived_at=0.0, cache_salt=cache_salt)
     s.add(request)
     run(s)
     return request
@@ -91,6 +93,91 @@ def test_other_weights_find_nothing_of_these_and_find_their_own_again() -> None:
     s.use_namespace("float32")
     serve(s, "c", list(range(20)))
     assert s.num_hit_tokens == 16
+
+
+def test_requests_of_another_salt_find_nothing_and_those_of_the_same_do() -> None:
+    s = scheduler()
+    prompt = list(range(20))
+    for number, cache_salt in enumerate([None, "ada", "eve", "ada", None, "float32"]):
+        before = s.num_hit_tokens
+        serve(s, str(number), prompt, cache_salt=cache_salt)
+        assert s.num_hit_tokens - before == (16 if number in (3, 4) else 0), (number, cache_salt)
+    assert s.num_looked_up_tokens == 6 * 20
+
+
+def test_a_salt_cannot_name_the_beginning_of_others() -> None:
+    """The root of a salt that spells the bytes of a block is not the key of that block."""
+    index, tokens = PrefixIndex(), np.frombuffer(b"an eavesdropper!", np.int32)
+    for namespace in ("", "float32"):
+        key = chain(index.root(namespace), tokens, SIZE, 1)[0]
+        assert index.root(namespace, "an eavesdropper!") != key
+    assert index.root("a", "b") != index.root("a\0", "b") and index.root("a", "b") != index.root("ab")
+
+
+def test_longest_prefix_admits_what_is_cached_first_and_sees_own_salts_only() -> None:
+    def first_of(*waiting: tuple[str, list[int], str | None]) -> str:
+        s = scheduler(policy="longest_prefix", max_num_seqs=1)
+        serve(s, "half", list(range(10)), 1)
+        serve(s, "whole", list(range(20)), 1)
+        serve(s, "foreign", list(range(100, 130)), 1, cache_salt="ada")
+        hits = s.num_hit_tokens
+        for id, prompt, cache_salt in waiting:
+            s.add(Request.of_tokens(id, prompt, 1, arrived_at=0.0, cache_salt=cache_salt))
+        batch = s.schedule(0.0)
+        assert s.num_hit_tokens - hits == int(batch.starts[0]), "who is only compared is not counted"
+        return batch.requests[0].id
+
+    new = ("new", list(range(50, 70)), None)
+    half, whole = ("h", [*range(8), *range(60, 72)], None), ("w", [*range(20), 1], None)
+    foreign = list(range(100, 130))
+    assert first_of(new, half, whole) == "w"
+    assert first_of(new, half) == "h"
+    assert first_of(half, ("spy", foreign, None), ("eve", foreign, "eve")) == "h"
+    assert first_of(half, ("own", foreign, "ada")) == "own"
+
+
+def test_longest_prefix_without_a_cache_is_the_order_of_arrival() -> None:
+    s = scheduler(policy="longest_prefix", prefix_cache="off", max_num_seqs=1)
+    for id in "ab":
+        serve(s, id, list(range(20)), 1)
+    s.add(Request.of_tokens("new", list(range(50, 70)), 1, arrived_at=0.0))
+    s.add(Request.of_tokens("again", list(range(20)), 1, arrived_at=0.0))
+    assert s.schedule(0.0).requests[0].id == "new"
+
+
+def test_a_waiting_request_is_looked_up_under_the_weights_and_in_the_pool_of_the_moment() -> None:
+    s = scheduler(policy="longest_prefix", max_num_seqs=1)
+    s.use_namespace("float32")
+    serve(s, "float32", list(range(20)), 1)
+    s.add(Request.of_tokens("runs", list(range(70, 80)), 9, arrived_at=0.0))
+    s.finish_step(s.schedule(0.0), [1], 0.0)
+    s.add(Request.of_tokens("waits", list(range(20)), 1, arrived_at=0.0))
+    assert s._cached_tokens(s.waiting[0]) == 16
+    s.use_namespace("int8")
+    assert s._cached_tokens(s.waiting[0]) == 0
+    s.use_namespace("float32")
+    assert s._cached_tokens(s.waiting[0]) == 16
+    s.move_to(BlockPool(32, SIZE))
+    assert s._cached_tokens(s.waiting[0]) == 0
+    run(s)
+    assert s.num_hit_tokens == 0
+
+
+def test_a_prefix_is_found_as_by_the_whole_chain_and_hashed_little_further() -> None:
+    index = PrefixIndex()
+    tokens = np.arange(100 * SIZE, dtype=np.int32)
+    root = index.root("")
+    keys = chain(root, tokens, SIZE, 100)
+    for num_cached in (0, 1, HASHED_AHEAD, HASHED_AHEAD + 1, 100):
+        for block in range(num_cached):
+            index.add(block, keys[block])
+        prefix = KnownPrefix(root, 0)
+        for num_blocks in (100, 100, 5):
+            assert prefix.find(index, tokens, SIZE, num_blocks) == index.find(keys[:num_blocks])
+        assert prefix.keys == keys[: len(prefix.keys)]
+        assert len(prefix.keys) <= num_cached + HASHED_AHEAD
+    index.forget(3)
+    assert prefix.find(index, tokens, SIZE, 100) == [0, 1, 2]
 
 
 def test_a_request_that_lived_through_a_swap_of_weights_leaves_nothing_behind() -> None:
@@ -182,6 +269,11 @@ def test_blocks_are_conserved_when_they_are_shared_cached_and_evicted(
         pool.check_integrity(tables)
 
 
+def text_of(request: Request, end: int) -> tuple[str | None, bytes]:
+    """What the keys and values of the last of `end` tokens depend on, and whom they may be shown."""
+    return request.cache_salt, request.token_ids[:end].tobytes()
+
+
 class Contents:
     """What each slot of the pool really holds: the text up to its token. Stands in for keys and values."""
 
@@ -196,13 +288,11 @@ class Contents:
             start, new = int(batch.starts[row]), int(batch.new_tokens[row])
             slots = packed.slots[packed.row_starts[row] : packed.row_starts[row + 1]].tolist()
             for slot, end in zip(slots, range(start + 1, start + new + 1), strict=True):
-                self.text_at[slot] = request.token_ids[:end].tobytes()
+                self.text_at[slot] = text_of(request, end)
         for row, request in enumerate(batch.requests):
             for position in range(int(packed.contexts[row])):
                 slot = int(packed.block_tables[row, position // SIZE]) * SIZE + position % SIZE
-                assert self.text_at[slot] == request.token_ids[: position + 1].tobytes(), (
-                    "another text's keys"
-                )
+                assert self.text_at[slot] == text_of(request, position + 1), "another text's keys"
 
     def move(self, sources: list[int], targets: list[int], other: "Contents") -> None:
         taken = [self.text_at[block * SIZE : (block + 1) * SIZE] for block in sources]
@@ -221,11 +311,19 @@ def test_every_row_attends_to_its_own_text_whatever_is_shared_copied_preempted_o
     num_added = 0
     for step in range(3000):
         if step < 50:
-            s.config = s.config.patched({"prefix_cache": data.draw(st.sampled_from(["on", "on", "off"]))})
+            s.config = s.config.patched({
+                "prefix_cache": data.draw(st.sampled_from(["on", "on", "off"])),
+                "policy": data.draw(st.sampled_from(knob_named("policy").choices)),
+                "long_prompt_threshold": data.draw(st.sampled_from([16, 20, 1_048_576])),
+                "kv_watermark": data.draw(st.sampled_from([0.0, 0.2])),
+            })  # fmt: skip
+            s.use_namespace(data.draw(st.sampled_from(["", "", "", "", "other"])))
             for _ in range(data.draw(st.integers(0, 2))):
                 shared = data.draw(st.integers(0, 30))
                 prompt = [*range(shared), *data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=8))]
-                s.add(Request.of_tokens(str(num_added), prompt, data.draw(st.integers(1, 20)), 0.0))
+                salt = data.draw(st.sampled_from([None, "ada", "eve"]))
+                output = data.draw(st.integers(1, 20))
+                s.add(Request.of_tokens(str(num_added), prompt, output, 0.0, cache_salt=salt))
                 num_added += 1
             if data.draw(st.integers(0, 9)) == 0 and s.running:
                 finished.append(s.running[0])

@@ -19,7 +19,7 @@ import torch
 from runtime.clock import Clock
 from runtime.engine import Engine
 from runtime.executor import Executor
-from runtime.knobs import KNOBS, EngineConfig, Knob, KnobValue
+from runtime.knobs import KNOBS, EngineConfig, Knob, KnobValue, knob_named
 from runtime.link import Frame
 from runtime.loader import load_model
 from runtime.plan import PlannedSlice, PlanRunner, SlicePlan
@@ -32,7 +32,8 @@ MIN_GAP = 1e-4  # of the two likeliest tokens: what float32 may turn round
 CLOCK_STEP_S = 0.0005
 # What a run on two cores and a model of a few thousand parameters can tell apart.
 CEILINGS = {"max_num_seqs": 64, "max_batched_tokens": 512, "prefill_chunk": 128, "threads_decode": 2,
-            "threads_prefill": 2, "kv_tokens": 2048, "max_queued_requests": 64}  # fmt: skip
+            "threads_prefill": 2, "kv_tokens": 2048, "max_queued_requests": 64,
+            "long_prompt_threshold": CONTEXT}  # fmt: skip
 FLOORS = {"kv_tokens": CONTEXT}
 NOT_OF_ONE_ENGINE = {"replicas"}  # the front end's, tried where there is one
 
@@ -54,6 +55,7 @@ class Asked(NamedTuple):
     sampling: dict[str, Any]
     priority: int
     is_cancelled: bool
+    cache_salt: str | None
 
 
 class Got(NamedTuple):
@@ -116,7 +118,7 @@ class Served:
                 self.engine.submit({
                     "op": "submit", "id": asked.id, "token_ids": asked.prompt, "max_tokens": asked.max_tokens,
                     "sampling": asked.sampling, "ignore_eos": True, "arrived_at": self.clock.now(),
-                    "priority": asked.priority,
+                    "priority": asked.priority, "cache_salt": asked.cache_salt,
                 })  # fmt: skip
                 cancelled += [asked.id] * asked.is_cancelled
             if change is not None:
@@ -140,7 +142,7 @@ class Changes:
     def perhaps(self, served: Served) -> None:
         if self.rng.random() > 0.1:
             return
-        chosen = self.rng.choice(len(self.knobs), self.rng.integers(1, 4), replace=False)
+        chosen = self.rng.choice(len(self.knobs), self.rng.integers(2, 6), replace=False)
         patch = {self.knobs[index].name: self._value(self.knobs[index]) for index in chosen}
         is_plan = self.rng.random() < 0.5 and served.runner.plan is None
         call = self._plan(served, patch) if is_plan else served.control("reconfigure", patch=patch)
@@ -148,8 +150,13 @@ class Changes:
 
     def moved(self, served: Served) -> Counter[str]:
         """How often each knob was moved by a change that was taken, not refused."""
-        taken = (call for call in self.asked if "value" in served.replies.get(call, {}))
-        return Counter(name for call in taken for name in self.asked[call])
+        return Counter(name for patch in self._taken(served) for name in patch)
+
+    def chosen(self, served: Served, name: str) -> set[KnobValue]:
+        return {patch[name] for patch in self._taken(served) if name in patch}
+
+    def _taken(self, served: Served) -> list[dict[str, KnobValue]]:
+        return [patch for call, patch in self.asked.items() if "value" in served.replies.get(call, {})]
 
     def _plan(self, served: Served, patch: dict[str, KnobValue]) -> int:
         """The slice needs what it changes prepared; where it is not, the plan is refused, which is an answer too."""
@@ -187,7 +194,8 @@ def random_load(num: int, rng: np.random.Generator, wants_gaps: bool) -> list[As
             sampling = {"temperature": 0.8, "top_p": 0.9, "seed": int(rng.integers(2**40))}
         max_tokens = int(rng.integers(1, 16))
         is_cancelled = max_tokens > 4 and rng.random() < 0.03
-        load.append(Asked(str(index), prompt, max_tokens, sampling, int(rng.integers(3)), is_cancelled))
+        salt = (None, None, "ada", "eve")[rng.integers(4)]
+        load.append(Asked(str(index), prompt, max_tokens, sampling, int(rng.integers(3)), is_cancelled, salt))
     return load
 
 
@@ -214,6 +222,7 @@ def served_twice(
     assert refused <= {"invalid_plan", "invalid_knob"}
     moved, events = changes.moved(changed), changed.events
     assert set(moved) == {knob.name for knob in knobs}, "the test must reach what it claims"
+    assert changes.chosen(changed, "policy") == set(knob_named("policy").choices or ()) or num < 1000
     assert events["config_committed"] and events["slice_started"] and events["lease_lapsed"]
     assert changed.engine.scheduler.num_hit_tokens
     assert changed.engine.scheduler.num_preemptions or num < 1000

@@ -4,10 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import InvalidRequest
-from runtime.knobs import EngineConfig
+from runtime.knobs import EngineConfig, knob_named
 from runtime.kv_cache import BlockPool
+from runtime.policy import MAX_OVERTAKEN_S
 from runtime.request import Request, SamplingParams
-from runtime.scheduler import MAX_OVERTAKEN_S, SCORED_PIECE_TOKENS, Batch, Scheduler
+from runtime.scheduler import SCORED_PIECE_TOKENS, Batch, Scheduler
 
 
 def scheduler(
@@ -26,6 +27,11 @@ def ids(batch: Batch | None) -> list[str]:
 
 def held_tables(s: Scheduler) -> list[np.ndarray]:
     return [s._seats.blocks_of(request.seat) for request in s.running]
+
+
+def left_of(s: Scheduler, request: Request) -> int:
+    computed = 0 if request.seat is None else int(s._seats.computed[request.seat])
+    return request.num_tokens - computed
 
 
 def run(s: Scheduler, num_steps: int = 10_000, now: float = 100.0) -> list[Request]:
@@ -114,6 +120,73 @@ def test_shortest_prefill_overtakes_but_not_forever() -> None:
     s.add(request("long", 30, at=0.0))
     s.add(request("short", 5, at=1.0))
     assert ids(s.schedule(MAX_OVERTAKEN_S)) == ["long"]
+
+
+def test_short_prompts_pass_long_ones_that_share_their_tokens() -> None:
+    knobs = {"prefill_chunk": 64, "max_batched_tokens": 128, "max_num_seqs": 8}
+    load = (("long", 100), ("long too", 100), ("short", 20), ("short too", 20))
+    s = scheduler(num_blocks=128, long_prompt_threshold=32, **knobs)
+    for name, prompt in load:
+        s.add(request(name, prompt))
+    batch = s.schedule(0.0)
+    assert dict(zip(ids(batch), batch.new_tokens.tolist(), strict=True)) == {
+        "long": 32,
+        "short": 20,
+        "short too": 20,
+    }
+    s.finish_step(batch, None, 0.0)
+    assert s.schedule(0.0).num_prefill_tokens == 32, "the second long prompt waits for the first"
+    s = scheduler(num_blocks=128, **knobs)
+    for name, prompt in load:
+        s.add(request(name, prompt))
+    assert ids(s.schedule(0.0)) == ["long", "long too"], "without the knob they fill the step"
+
+
+def test_long_prompts_in_progress_share_their_tokens_in_order() -> None:
+    s = scheduler(num_blocks=128, prefill_chunk=20, max_batched_tokens=128)
+    for name in "abc":
+        s.add(request(name, 100))
+    s.finish_step(s.schedule(0.0), None, 0.0)
+    s.config = s.config.patched({"long_prompt_threshold": 30})
+    batch = s.schedule(0.0)
+    assert dict(zip(ids(batch), batch.new_tokens.tolist(), strict=True)) == {"a": 20, "b": 10}
+    finished = run(s)
+    assert [one.id for one in finished] == ["a", "b", "c"]
+
+
+def test_a_prompt_with_no_more_tokens_left_than_the_threshold_is_short() -> None:
+    s = scheduler(num_blocks=128, prefill_chunk=64, max_batched_tokens=128, long_prompt_threshold=40)
+    for name in "ab":
+        s.add(request(name, 70))
+    pieces = []
+    for _ in range(3):
+        batch = s.schedule(0.0)
+        pieces.append(dict(zip(ids(batch), batch.new_tokens.tolist(), strict=True)))
+        s.finish_step(batch, None, 0.0)
+    assert pieces == [{"a": 40}, {"a": 30, "b": 40}, {"a": 1, "b": 30}]
+
+
+def test_a_watermark_keeps_blocks_free_where_somebody_runs() -> None:
+    for watermark, admitted in ((0.0, ["a", "b", "c"]), (0.25, ["a", "b", "c"]), (0.4, ["a", "b"])):
+        s = scheduler(num_blocks=16, kv_watermark=watermark)  # of which each request takes 4
+        for name in "abc":
+            s.add(request(name, prompt=16, output=2))
+        assert ids(s.schedule(0.0)) == admitted
+    s = scheduler(num_blocks=16, kv_watermark=0.5)
+    s.add(request("a", prompt=60, output=2))
+    assert ids(s.schedule(0.0)) == ["a"], "who runs alone needs no room for others"
+    assert [one.id for one in run(s)] == ["a"]
+
+
+def test_a_watermark_saves_preemptions() -> None:
+    nums = []
+    for watermark in (0.0, 0.4):
+        s = scheduler(num_blocks=24, kv_watermark=watermark)
+        for number in range(12):
+            s.add(request(str(number), prompt=8, output=24))
+        assert len(run(s)) == 12
+        nums.append(s.num_preemptions)
+    assert nums[1] < nums[0]
 
 
 def test_priority_admits_the_most_urgent_and_preempts_the_least() -> None:
@@ -330,8 +403,10 @@ CONFIGS = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 12),
         "max_batched_tokens": st.integers(16, 64),
         "prefill_chunk": st.integers(16, 40),
-        "policy": st.sampled_from(["fcfs", "shortest_prefill", "priority"]),
+        "policy": st.sampled_from(knob_named("policy").choices),
         "batch_wait_ms": st.sampled_from([0.0, 50.0]),
+        "long_prompt_threshold": st.sampled_from([16, 24, 1_048_576]),
+        "kv_watermark": st.sampled_from([0.0, 0.1, 0.5]),
     }
 )
 LENGTHS = st.tuples(st.integers(1, 40), st.integers(1, 24))
@@ -358,6 +433,7 @@ def test_every_request_finishes_whatever_the_knobs_do(
                 arriving.arrived_at, arriving.priority = now, data.draw(st.integers(-1, 1))
                 s.add(arriving)
         num_running = len(s.running)
+        left_before = {one.id: left_of(s, one) for one in [*s.running, *s.waiting]}
         batch = s.schedule(now)
         s.pool.check_integrity(held_tables(s))
         assert len(s.running) <= max(num_running, s.config.max_num_seqs)
@@ -368,6 +444,10 @@ def test_every_request_finishes_whatever_the_knobs_do(
         assert 0 < batch.num_tokens <= s.config.max_batched_tokens
         assert batch.new_tokens.max() <= s.config.prefill_chunk
         assert len(set(ids(batch))) == len(batch.requests)
+        is_long = [left_before[id] > s.config.long_prompt_threshold for id in ids(batch)]
+        assert batch.new_tokens[is_long].sum() <= s.config.long_prompt_threshold
+        if num_running and len(s.running) > num_running:
+            assert s.pool.num_free >= int(s.config.kv_watermark * num_blocks)
         assert sorted(batch.new_tokens > 1) == list(batch.new_tokens > 1)
         capacities = s._seats.num_blocks[batch.seats] * s.pool.block_tokens
         assert (batch.contexts <= capacities).all()
@@ -378,7 +458,7 @@ def test_every_request_finishes_whatever_the_knobs_do(
     assert {one.id for one in finished} | {one.id for one in to_come} == {str(i) for i in range(len(lengths))}
     assert all(one.num_output_tokens == one.max_tokens and one.finish_reason == "length" for one in finished)
     assert s.pool.num_held == 0
-    if all(config["policy"] == "fcfs" for config in configs):
+    if all(config["policy"] == "fcfs" and config["long_prompt_threshold"] > 64 for config in configs):
         seen = [int(id) for id in first_admissions]
         admitted_at = {int(one.id): one.admitted_at for one in finished}
         assert all(

@@ -72,6 +72,19 @@ def test_completion_makes_16_tokens_unless_told_otherwise(client: openai.OpenAI)
     assert answer.usage is not None and answer.usage.completion_tokens == 16
 
 
+def test_a_cache_salt_is_known_to_both_routes_and_an_empty_one_to_neither(http: httpx.Client) -> None:
+    chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    for path, body in (
+        ("/v1/completions", {"prompt": "hello", "max_tokens": 2}),
+        ("/v1/chat/completions", chat),
+    ):
+        for cache_salt in ("ada", None):
+            assert post(http, {**body, "cache_salt": cache_salt}, path).status_code == 200
+        error = refused(post(http, {**body, "cache_salt": ""}, path))
+        assert error["param"] == "cache_salt" and "must be text of 1 to 1024 characters" in error["message"]
+    assert 'tuner_unknown_fields_total{field="cache_salt"' not in http.get("/metrics").text
+
+
 def test_prompts_may_be_token_ids_and_several(client: openai.OpenAI) -> None:
     ids = client.completions.create(model="demo_model", prompt=[[2, 300], [301, 302]], max_tokens=2)
     assert [choice.index for choice in ids.choices] == [0, 1]
@@ -274,6 +287,10 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI, http: httpx.Client
         ({"logit_bias": [1]}, "logit_bias"),
         ({"logit_bias": {"4096": 1}}, "logit_bias"),
         ({"min_tokens": -1}, "min_tokens"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"cache_salt": 5}, "cache_salt"),
+        ({"cache_salt": "half \ud800 pair"}, "cache_salt"),
+        ({"cache_salt": "x" * 1025}, "cache_salt"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),

@@ -132,10 +132,25 @@ def test_json_is_one_document(proof: Proof) -> None:
         ({"max_batched_tokens": 16}, "vLLM refuses fewer batched tokens than sequences"),
         ({"max_queued_requests": 100, "max_num_seqs": 10, "replicas": 3}, "--max-num-queued-reqs 130"),
         ({"kv_tokens": 100}, "--kv-cache-memory-bytes 409600"),
+        ({"kv_watermark": 0.05}, "--watermark 0.05"),
+        ({"prefill_chunk": 64, "long_prompt_threshold": 48}, "--long-prefill-token-threshold 48"),
+        ({"prefill_chunk": 64, "long_prompt_threshold": 4096}, "--long-prefill-token-threshold 64"),
+        ({"policy": "longest_prefix"}, "policy = longest_prefix: vLLM admits by arrival"),
     ],
 )
 def test_vllm_is_told_what_its_arguments_mean(proof: Proof, values: dict[str, Any], wanted: str) -> None:
     assert wanted in export_as("vllm", with_knobs(proof, **values), "0.1.0")
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({"policy": "longest_prefix", "prefix_cache": "on"}, "--schedule-policy lpm"),
+        ({"kv_watermark": 0.05}, "kv_watermark = 0.05: SGLang keeps free what it guesses"),
+    ],
+)
+def test_sglang_is_told_what_its_arguments_mean(proof: Proof, values: dict[str, Any], wanted: str) -> None:
+    assert wanted in export_as("sglang", with_knobs(proof, **values), "0.1.0")
 
 
 def test_bytes_that_are_not_recorded_are_not_guessed(proof: Proof) -> None:

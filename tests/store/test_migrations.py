@@ -14,13 +14,14 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 
 import store as store_package
+from runtime.knobs import EngineConfig
 from store import migrations
 from store.connection import sqlite_library
 from store.database import Store, StoreReader
 from store.errors import DamagedStore, NewerStore
 from store.export import proof_of_champion
 from store.migrations import draft, newest, upgrade
-from store.tables import SCHEMA_VERSIONS, JournalBase, MetricsBase, Note, Which
+from store.tables import SCHEMA_VERSIONS, Config, JournalBase, MetricsBase, Note, Which
 
 BASES: dict[Which, Any] = {"journal": JournalBase, "metrics": MetricsBase}
 RELEASED = Path(__file__).parent / "released"
@@ -239,3 +240,5 @@ def test_a_store_of_every_released_schema_opens_and_its_story_is_told(data_dir: 
     with reader.journal() as journal, reader.metrics() as measured:
         proof = proof_of_champion(journal, measured)
         assert proof.is_proven and proof.before is not None and proof.before.num == 35
+        for row in journal.query(Config):  # knobs of a later version are at their defaults
+            assert EngineConfig.of(row.values).values() == {**EngineConfig().values(), **row.values}

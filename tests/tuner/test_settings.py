@@ -174,7 +174,8 @@ def test_settings_cannot_be_changed() -> None:
         ),
         (
             "knobs: {bounds: {policy: [lifo]}}",
-            "x.yaml: `knobs.bounds`: `policy` must be one of fcfs, shortest_prefill, priority, but got 'lifo'.",
+            "x.yaml: `knobs.bounds`: `policy` must be one of fcfs, shortest_prefill, longest_prefix, priority, "
+            "but got 'lifo'.",
         ),
         (
             "knobs: {start: {max_num_seqs: 2}, bounds: {max_num_seqs: [4, 8]}}",

@@ -1,13 +1,15 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.knobs import EngineConfig, default_config, knob_reports, presets
+from runtime.knobs import EngineConfig, default_config, knob_reports, presets, unmet_needs
+from tuner.propose import past_trials
 from tuner.space import (
     MAX_CHANGED_KNOBS,
     SearchSpace,
     clipped,
     is_allowed,
     keeping_promises,
+    meeting_needs,
     projected,
     search_space,
     trust_after,
@@ -28,6 +30,8 @@ def test_space_holds_what_the_engine_reports_as_searched():
         "batch_wait_ms",
         "threads_decode",
         "threads_prefill",
+        "long_prompt_threshold",
+        "kv_watermark",
     )
     seqs = SPACE.dimensions[0]
     assert (seqs.low, seqs.high, seqs.log) == (1, 64, True)
@@ -71,7 +75,10 @@ knob_values = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 64),
         "max_batched_tokens": st.integers(16, 32768),
         "prefill_chunk": st.integers(16, 16384),
-        "policy": st.sampled_from(["fcfs", "shortest_prefill"]),
+        "policy": st.sampled_from(["fcfs", "shortest_prefill", "longest_prefix"]),
+        "prefix_cache": st.sampled_from(["off", "on"]),
+        "long_prompt_threshold": st.integers(16, 2048),
+        "kv_watermark": st.floats(0, 0.5),
         "batch_wait_ms": st.floats(0, 200),
         "threads_decode": st.integers(1, 4),
         "threads_prefill": st.integers(1, 4),
@@ -79,13 +86,66 @@ knob_values = st.fixed_dictionaries(
 )
 
 
-@given(knob_values)
-def test_projection_changes_at_most_two_knobs_and_stays_allowed(asked):
-    config = projected(asked, CHAMPION, SPACE)
-    changes = config.changes_from(CHAMPION)
+# As a real engine tells of its knobs, with the prefix cache to move.
+WIDE = search_space(knob_reports(4, 64, max_model_len=2048), [*SPACE.names, "prefix_cache"], (), {})
+CACHING = CHAMPION.patched({"policy": "longest_prefix", "prefix_cache": "on", "long_prompt_threshold": 64})
+
+
+@given(knob_values, st.sampled_from([CHAMPION, CACHING]))
+def test_projection_changes_at_most_two_knobs_and_stays_allowed(asked, champion):
+    config = projected(asked, champion, WIDE)
+    changes = config.changes_from(champion)
     assert len(changes) <= MAX_CHANGED_KNOBS
-    assert all(asked[name] == after for name, (_, after) in changes.items())
-    assert is_allowed(config, CHAMPION, SPACE) is None
+    by_name = {dimension.name: dimension for dimension in WIDE.dimensions}
+    assert all(asked[name] == by_name[name].known(after) for name, (_, after) in changes.items())
+    assert is_allowed(config, champion, WIDE) is None
+    assert unmet_needs(config) == {}
+
+
+def choices_of(space, name):
+    return next((one.choices for one in space.dimensions if one.name == name), None)
+
+
+def test_a_choice_is_searched_only_where_what_it_needs_is_there_or_may_come():
+    assert choices_of(meeting_needs(SPACE, CHAMPION), "policy") == ("fcfs", "shortest_prefill")
+    for space, champion in (
+        (SPACE, CACHING),
+        (SPACE, CHAMPION.patched({"prefix_cache": "on"})),
+        (WIDE, CHAMPION),
+    ):
+        assert "longest_prefix" in choices_of(meeting_needs(space, champion), "policy")
+    own = CHAMPION.patched({"policy": "longest_prefix"})  # somebody put it there: it is a value to come from
+    assert "longest_prefix" in choices_of(meeting_needs(SPACE, own), "policy")
+    narrow = search_space(REPORTS, None, (), {"policy": ["fcfs", "longest_prefix"]})
+    assert choices_of(meeting_needs(narrow, CHAMPION), "policy") is None  # one choice is no choice
+
+
+def test_a_choice_without_what_it_needs_is_never_proposed():
+    both = {"policy": "longest_prefix", "prefix_cache": "on"}
+    assert projected(both, CHAMPION, WIDE) == CHAMPION.patched(both)
+    assert projected({**both, "prefix_cache": "off"}, CHAMPION, WIDE) == CHAMPION
+    assert projected({**both, "prefix_cache": "off"}, CACHING, WIDE) == CACHING
+    alone = CHAMPION.patched({"policy": "longest_prefix"})
+    assert is_allowed(alone, CHAMPION, WIDE) == (
+        "`policy` longest_prefix needs `prefix_cache` to be on, but got off."
+    )
+    assert is_allowed(alone.patched({"max_num_seqs": 3}), alone, WIDE) is None  # it was so before
+    held = search_space(REPORTS, [*SPACE.names, "prefix_cache"], ("policy",), {})
+    assert clipped(EngineConfig(), CACHING, held).prefix_cache == "on"
+
+
+def test_off_is_where_no_prompt_is_long_and_the_search_starts_there():
+    region = trust_region(WIDE, CHAMPION, 2)
+    threshold = next(one for one in region.dimensions if one.name == "long_prompt_threshold")
+    assert (threshold.low, threshold.high) == (512, 2048)
+    assert SearchSpace.from_dict(region.to_dict()) == region
+    past = [{"values": CHAMPION.values(), "value": 0.0, "constraints": {}}]
+    assert past_trials(region, past)[0].params["long_prompt_threshold"] == 2048
+    assert projected({"long_prompt_threshold": 2048}, CHAMPION, WIDE) == CHAMPION
+    again = projected({"long_prompt_threshold": 2048}, CACHING, WIDE)
+    assert again.long_prompt_threshold == CHAMPION.long_prompt_threshold == 1_048_576
+    assert is_allowed(again, CACHING, WIDE) is None
+    assert clipped(CHAMPION, CACHING, WIDE).long_prompt_threshold == 1_048_576
 
 
 @given(st.sampled_from(sorted(presets("cpu", 4))), st.booleans())
