@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Path, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -82,7 +82,7 @@ class Service:
 def create_api(service: Service, api_key: str | None = None) -> ASGIApp:
     """With a key, every route but those of health asks for it."""
     app = FastAPI(title="Tuner runtime", version=__version__, redoc_url=None)
-    bodies = Bodies([CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest])
+    bodies = Bodies([CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest], service.served_name)
     bodies.describe_parts(app)
     front = service.front
 
@@ -99,7 +99,9 @@ def create_api(service: Service, api_key: str | None = None) -> ASGIApp:
         return {"object": "list", "data": [_model_card(service)]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(
+        name: Annotated[str, Path(json_schema_extra={"enum": [service.served_name]})],
+    ) -> dict[str, Any]:
         _check_model(service, name)
         return _model_card(service)
 

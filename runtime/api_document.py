@@ -13,14 +13,19 @@ JsonSchema = dict[str, Any]
 
 
 class Bodies:
-    """The bodies' schemas, with the parts that several of them share kept once, where the whole document finds them."""
+    """The bodies' schemas, with the parts that several of them share kept once, where the whole document finds them.
 
-    def __init__(self, forms: Sequence[type[BaseModel]]) -> None:
+    Each form has a field `model`, which takes one name here.
+    """
+
+    def __init__(self, forms: Sequence[type[BaseModel]], served_name: str) -> None:
         asked, described = models_json_schema([(form, "validation") for form in forms], ref_template=_PLACE)
         self._references: Mapping[type[BaseModel], JsonSchema] = {
             form: asked[form, "validation"] for form in forms
         }
         self._parts: Mapping[str, JsonSchema] = described["$defs"]
+        for form in forms:
+            self._parts[form.__name__]["properties"]["model"] = {"enum": [served_name, None], "default": None}
 
     def of(self, form: type[BaseModel]) -> dict[str, Any]:
         """What a route that reads this body says of itself, beside what FastAPI says of it."""

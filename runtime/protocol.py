@@ -18,6 +18,7 @@ MAX_MESSAGES = 256
 MAX_N = 64  # answers to one prompt
 MAX_CHOICES = 256  # answers of one call
 MAX_BIASES = 1024
+MIN_TEMPERATURE = 1e-5  # what is colder is greedy, as in vLLM: in float32 a draw would divide 0 by 0
 MAX_LOGPROBS = 20  # as OpenAI and vLLM
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
 INT64 = 2**63
@@ -97,11 +98,16 @@ def _is_bias(item: tuple[Any, Any]) -> bool:
     return token.isascii() and token.isdecimal() and len(token) < 10 and is_number and -100 <= bias <= 100
 
 
+def _temperature(value: float) -> float:
+    return 0.0 if value < MIN_TEMPERATURE else value
+
+
 def _top_k(value: int | None) -> int | None:
     """-1, as vLLM has it, is 0 and so "all"."""
     return 0 if value == -1 else value
 
 
+Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -110,8 +116,8 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 StopShapes = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None
 PromptShapes = (
-    str
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
     | TokenIds
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 )
@@ -150,22 +156,29 @@ class _Generation(_Fields):
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    temperature: (
+        Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), AfterValidator(_temperature)] | None
+    ) = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=StopShapes)] = []
     stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stream_options: Annotated[StreamOptions | None, Field(description="Needs `stream` to be true.")] = None
+    n: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_N)] | None,
+        Field(description=f"At most {MAX_CHOICES} times all prompts of a call."),
+    ] = None
     top_k: Annotated[int, Field(ge=-1, lt=INT64), AfterValidator(_top_k)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
     logit_bias: Annotated[dict[int, float], PlainValidator(_biases, json_schema_input_type=BiasShapes)] = {}
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[Annotated[int, Field(ge=0)] | None, Field(description="At most `max_tokens`.")] = (
+        None
+    )
     priority: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     user: str | None = None
 
@@ -191,7 +204,9 @@ class CompletionRequest(_Generation):
 class ChatRequest(_Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, Field(description="Needs `logprobs` to be true.")
+    ] = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -202,6 +217,15 @@ class ChatRequest(_Generation):
 class TokenizeRequest(_Fields):
     """Either a text or a conversation, as a completion or a chat would have it."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+                for name in ("prompt", "messages")
+            ]
+        }
+    )
+
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
@@ -210,7 +234,7 @@ class TokenizeRequest(_Fields):
 
 class DetokenizeRequest(_Fields):
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(json_schema_extra={"items": {"type": "integer", "minimum": 0}})]
 
 
 Kind = TypeVar("Kind", bound=_Fields)

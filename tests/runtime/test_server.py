@@ -280,6 +280,7 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI, http: httpx.Client
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias"),
