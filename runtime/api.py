@@ -6,17 +6,17 @@ import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Path, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from runtime import __version__
 from runtime.answers import ErrorAnswer, Kind, PromptLogprobs, error_answer, error_body
-from runtime.body import parse_object, read_parsed
+from runtime.api_document import Bodies
+from runtime.body import MAX_VALUES, parse_object, read_parsed
 from runtime.envelope import Envelope
 from runtime.errors import InvalidRequest, RequestFailed, RuntimeFault, UnknownModel
 from runtime.exchange import Exchange, Sampling, error_kind
@@ -83,13 +83,15 @@ class Service:
 def create_api(service: Service, api_key: str | None = None) -> ASGIApp:
     """With a key, every route but those of health asks for it."""
     app = FastAPI(title="Tuner runtime", version=__version__, redoc_url=None)
+    bodies = Bodies([CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest], service.served_name)
+    bodies.describe_parts(app)
     front = service.front
 
-    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=bodies.of(CompletionRequest))
     async def completions(request: Request) -> Response:
         return await _answer(service, request, "completion", CompletionRequest)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
+    @app.post("/v1/chat/completions", openapi_extra=bodies.of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         return await _answer(service, request, "chat", ChatRequest)
 
@@ -98,7 +100,9 @@ def create_api(service: Service, api_key: str | None = None) -> ASGIApp:
         return {"object": "list", "data": [_model_card(service)]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(
+        name: Annotated[str, Path(json_schema_extra={"enum": [service.served_name]})],
+    ) -> dict[str, Any]:
         _check_model(service, name)
         return _model_card(service)
 
@@ -121,11 +125,11 @@ def create_api(service: Service, api_key: str | None = None) -> ASGIApp:
     async def metrics() -> Response:
         return Response(render(_scrape(service)), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.post("/tokenize", openapi_extra=_body_schema(TokenizeRequest))
+    @app.post("/tokenize", openapi_extra=bodies.of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         return await _tokenize(service, request)
 
-    @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeRequest))
+    @app.post("/detokenize", openapi_extra=bodies.of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         asked = await _read(service, request, DetokenizeRequest)
         prompts, loop = await asyncio.shield(service.prompts), asyncio.get_running_loop()
@@ -198,7 +202,7 @@ async def _tokenize(service: Service, request: Request) -> Response:
 
 async def _read(service: Service, request: Request, form: type[Form]) -> Form:
     def parse(body: bytes) -> tuple[Form, list[str]]:
-        fields = parse_object(body)
+        fields = parse_object(body, MAX_VALUES + service.max_model_len)
         asked: Form = parse_request(form, fields)
         return asked, unknown_fields(asked, fields)
 
@@ -246,6 +250,7 @@ def _tokenise(prompts: Prompts, asked: AnyRequest, context: int) -> list[list[in
         if isinstance(prompt, str):
             prompt_ids.append(prompts.encode(prompt, context))
         else:
+            _check_context(asked, len(prompt), context)  # before each of them is looked at
             prompts.check_ids(prompt)
             prompt_ids.append(prompt)
     return prompt_ids
@@ -384,9 +389,3 @@ def _handle_errors(app: FastAPI) -> None:
 
 def _response(answer: ErrorAnswer) -> Response:
     return JSONResponse(answer.body, answer.status, answer.headers)
-
-
-def _body_schema(form: type[BaseModel]) -> dict[str, Any]:
-    """The body is read by hand (caps, depth); the documentation page still shows its fields."""
-    schema = form.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,8 +1,20 @@
-"""The requests of the OpenAI API that are understood here, field by field, and the rules they must keep."""
+"""The requests of the OpenAI API that are understood here, field by field, and the rules they must keep.
+
+Fields that take several shapes are checked by functions of our own. What they take is declared beside them, for the
+OpenAPI document: pydantic would try every item of a list once for each shape.
+"""
 
 from typing import Annotated, Any, Literal, LiteralString, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError
 
 from runtime.errors import InvalidRequest
@@ -15,6 +27,7 @@ MAX_N = 64  # answers to one prompt
 MAX_CHOICES = 256  # answers of one call
 MAX_BIASES = 1024
 MAX_SALT_CHARS = 1024
+MIN_TEMPERATURE = 1e-5  # what is colder is greedy, as in vLLM: in float32 a draw would divide 0 by 0
 MAX_LOGPROBS = 20  # as OpenAI and vLLM
 MAX_PROMPT_LOGPROBS = 2**17  # of all prompts of a call: some 10 MB of an answer
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
@@ -44,19 +57,21 @@ def _prompts(value: Any) -> list[str | list[int]]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
-        if all(type(item) is int for item in value):
+        if _are_ids(value):
             return [value]
         if len(value) > MAX_PROMPTS:
             raise _rule(f"must hold at most {MAX_PROMPTS} prompts")
         texts = all(isinstance(item, str) for item in value)
-        ids = all(
-            isinstance(item, list) and item and all(type(token) is int for token in item) for item in value
-        )
-        if texts or ids:
+        if texts or all(isinstance(item, list) and _are_ids(item) for item in value):
             return list(value)
     raise _rule(
         "must be a string, a list of strings, a list of token ids, or a list of lists of token ids; none empty"
     )
+
+
+def _are_ids(value: list[Any]) -> bool:
+    """Whole numbers, at least one. The set of types is there in a third of the time that a look at each one takes."""
+    return set(map(type, value)) == {int}
 
 
 def _content(value: Any) -> str:
@@ -90,7 +105,11 @@ def _biases(value: Any) -> dict[int, float]:
 def _is_bias(item: tuple[Any, Any]) -> bool:
     token, bias = item
     is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
-    return token.isdecimal() and len(token) < 10 and is_number and -100 <= bias <= 100
+    return token.isascii() and token.isdecimal() and len(token) < 10 and is_number and -100 <= bias <= 100
+
+
+def _temperature(value: float) -> float:
+    return 0.0 if value < MIN_TEMPERATURE else value
 
 
 def _no_false(value: Any) -> Any:
@@ -112,6 +131,29 @@ def _salt(value: str | None) -> str | None:
     raise _rule(f"must be text of 1 to {MAX_SALT_CHARS} characters")
 
 
+Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+StopShapes = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None
+PromptShapes = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+BiasShapes = (
+    Annotated[
+        dict[TokenName, Bias],
+        Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False}),
+    ]
+    | None
+)
+
+
 class _Fields(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, hide_input_in_errors=True)
 
@@ -120,9 +162,14 @@ class StreamOptions(_Fields):
     include_usage: bool | None = None
 
 
+class TextPart(_Fields):
+    type: Literal["text"]
+    text: str
+
+
 class Message(_Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_content)] = ""
+    content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[TextPart] | None)] = ""
 
     def for_template(self) -> dict[str, str]:
         """Templates know `system`, which `developer` replaced in OpenAI's API."""
@@ -133,25 +180,36 @@ class _Generation(_Fields):
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    temperature: (
+        Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), AfterValidator(_temperature)] | None
+    ) = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=StopShapes)] = []
     stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stream_options: Annotated[StreamOptions | None, Field(description="Needs `stream` to be true.")] = None
+    n: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_N)] | None,
+        Field(description=f"At most {MAX_CHOICES} times all prompts of a call."),
+    ] = None
     top_k: Annotated[int, Field(ge=-1, lt=INT64), AfterValidator(_top_k)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = {}
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
+    logit_bias: Annotated[dict[int, float], PlainValidator(_biases, json_schema_input_type=BiasShapes)] = {}
+    min_tokens: Annotated[Annotated[int, Field(ge=0)] | None, Field(description="At most `max_tokens`.")] = (
+        None
+    )
     priority: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     prompt_logprobs: Annotated[
-        Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, BeforeValidator(_no_false)
+        Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None,
+        BeforeValidator(
+            _no_false,
+            json_schema_input_type=Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | Literal[False] | None,
+        ),
     ] = None
     cache_salt: Annotated[str | None, AfterValidator(_salt)] = None
     user: str | None = None
@@ -166,7 +224,7 @@ class _Generation(_Fields):
 
 
 class CompletionRequest(_Generation):
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts, json_schema_input_type=PromptShapes)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0 only with `echo`
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -186,7 +244,9 @@ class CompletionRequest(_Generation):
 class ChatRequest(_Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, Field(description="Needs `logprobs` to be true.")
+    ] = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -201,6 +261,15 @@ class ChatRequest(_Generation):
 class TokenizeRequest(_Fields):
     """Either a text or a conversation, as a completion or a chat would have it."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+                for name in ("prompt", "messages")
+            ]
+        }
+    )
+
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
@@ -209,7 +278,7 @@ class TokenizeRequest(_Fields):
 
 class DetokenizeRequest(_Fields):
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(json_schema_extra={"items": {"type": "integer", "minimum": 0}})]
 
 
 Kind = TypeVar("Kind", bound=_Fields)

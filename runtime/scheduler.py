@@ -471,8 +471,6 @@ class Scheduler:
             request = next_waiting(self._eligible(), knobs.policy, now, cached_tokens, max_tokens)
             if request is None:
                 break
-            if request is None:
-                break
             # One more block stays free for each running request, or the next steps would preempt again.
             kept_free = max(kept_free, len(self.running))
             if self.running and self.pool.blocks_for(request.num_tokens) + kept_free > self.pool.num_free:

@@ -52,6 +52,13 @@ def bads() -> Iterator[Bad]:
     yield one("token id that is none", prompt=[5, 10**8])
     yield one("stop of a thousand", stop=["a"] * 1000)
     yield one("logit_bias of 100000", logit_bias={str(token): 1 for token in range(100_000)})
+    # As many as are parsed, so that only the fields' own rules refuse them.
+    yield one("130000 token ids", prompt=[4000] * 130_000)
+    yield one("16000 fractions", prompt=[1e-9] * 16_000)
+    yield one("130000 fractions", prompt=[1e-9] * 130_000)
+    yield one("130000 lists", prompt=[[]] * 130_000)
+    yield one("32000 names", logit_bias={f"{token:x}": 1 for token in range(32_000)})
+    yield Bad("500 numbers of 4000 digits", b'{"prompt": [' + b",".join([b"9" * 4000] * 500) + b"]}")
     yield Bad("number of 5000 digits", b'{"seed": 1' + b"0" * 5000 + b"}")
     yield Bad("depth of 10000", b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}")
     yield Bad("depth of a million", b"[" * 1_000_000)

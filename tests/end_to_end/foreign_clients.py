@@ -25,15 +25,16 @@ from tests.servers import DEMO_MODEL, LiveServer, live_server
 NUM_REQUESTS = 60
 PROMPT_TOKENS, OUTPUT_TOKENS = 32, 16
 LIMIT_S = 580.0
+SHORT_CONTEXT_TOKENS = 64  # chats are drawn without `max_tokens` and with 64 answers, which fill it
 
 
 def schemathesis(bin_dir: Path, server: LiveServer, folder: Path, examples: int) -> dict[str, Any]:
     words = [
         str(bin_dir / "schemathesis"), "run", f"{server.api_url}/openapi.json", "--checks", "not_a_server_error",
         "--max-examples", str(examples), "--generation-database", "none", "--continue-on-failure", "--request-timeout",
-        "30", "--report", "ndjson", "--report-dir", str(folder),
+        "60", "--report", "ndjson", "--report-dir", str(folder),
     ]  # fmt: skip
-    code = run(words, {})
+    code = run(words, folder, {})
     return {"exit_code": code, "errors_by_kind": counters(server)["errors_by_kind"]}
 
 
@@ -45,7 +46,9 @@ def guidellm(bin_dir: Path, server: LiveServer, folder: Path, examples: int) -> 
         "--data", f"kind=synthetic_text,prompt_tokens={PROMPT_TOKENS},output_tokens={OUTPUT_TOKENS}",
         "--output", f"kind=json,path={folder / 'guidellm.json'}",
     ]  # fmt: skip
-    return {"exit_code": run(words, {"HF_HUB_OFFLINE": "1"}), **counters(server)}
+    code = run(words, folder, {"HF_HUB_OFFLINE": "1"})
+    told = json.loads((folder / "guidellm.json").read_text())["benchmarks"][0]["metrics"]["request_totals"]
+    return {"exit_code": code, "num_answered": told["successful"], **counters(server)}
 
 
 def aiperf(bin_dir: Path, server: LiveServer, folder: Path, examples: int) -> dict[str, Any]:
@@ -55,7 +58,11 @@ def aiperf(bin_dir: Path, server: LiveServer, folder: Path, examples: int) -> di
         str(NUM_REQUESTS), "--isl", str(PROMPT_TOKENS), "--osl", str(OUTPUT_TOKENS), "--use-server-token-count",
         "--ui", "simple", "--output-artifact-dir", str(folder),
     ]  # fmt: skip
-    return {"exit_code": run(words, {}), **counters(server)}
+    code = run(words, folder, {})
+    told = json.loads((folder / "profile_export_aiperf.json").read_text())[
+        "request_count"
+    ]  # errors not among them
+    return {"exit_code": code, "num_answered": int(told["avg"]), **counters(server)}
 
 
 CLIENTS: Mapping[str, Callable[[Path, LiveServer, Path, int], dict[str, Any]]] = {
@@ -63,11 +70,12 @@ CLIENTS: Mapping[str, Callable[[Path, LiveServer, Path, int], dict[str, Any]]] =
 }  # fmt: skip
 
 
-def run(words: list[str], more: Mapping[str, str]) -> int:
+def run(words: list[str], folder: Path, more: Mapping[str, str]) -> int:
+    """Runs a client in `folder`, where what it leaves behind goes with it. Returns its exit code."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))
     }
-    return subprocess.run(words, env={**kept, **more}, timeout=LIMIT_S, check=False).returncode
+    return subprocess.run(words, cwd=folder, env={**kept, **more}, timeout=LIMIT_S, check=False).returncode
 
 
 def counters(server: LiveServer) -> dict[str, Any]:
@@ -87,14 +95,19 @@ def main() -> int:
     )
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ("--device", "cpu", "--kv-tokens", "16384")
+        arguments = ["--device", "cpu", "--kv-tokens", "16384"]
+        if asked.which == "schemathesis":
+            arguments += ["--max-model-len", str(SHORT_CONTEXT_TOKENS)]
         with live_server(Path(folder) / "run", *arguments, engine_module="runtime.engine") as server:
-            found = CLIENTS[asked.which](asked.environment / "bin", server, Path(folder), asked.examples)
+            found = CLIENTS[asked.which](
+                asked.environment.resolve() / "bin", server, Path(folder), asked.examples
+            )
             defects = Counter(
                 line.split(" ERROR ")[-1] for line in server.log().splitlines() if " ERROR " in line
             )
             alive = server.process.poll() is None
     failed = found["exit_code"] != 0 or bool(defects) or not alive
+    failed |= found.get("num_answered", NUM_REQUESTS) != NUM_REQUESTS
     print(json.dumps({"client": asked.which, **found, "logged_errors": dict(defects), "server_alive": alive}))
     return int(failed)
 

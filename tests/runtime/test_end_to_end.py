@@ -46,6 +46,12 @@ def test_greedy_answers_repeat_and_stream_alike(client: openai.OpenAI) -> None:
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == whole.choices[0].text
 
 
+def test_the_coldest_draw_is_greedy(client: openai.OpenAI) -> None:
+    greedy = complete(client, temperature=0).choices[0].text
+    assert complete(client, temperature=5e-324).choices[0].text == greedy  # 0 in float32
+    assert complete(client, temperature=1e-4).choices[0].text == greedy
+
+
 def test_equal_seeds_draw_equal_answers_in_any_batch(client: openai.OpenAI) -> None:
     alone = complete(client, temperature=0.9, seed=7).choices[0].text
     batched = complete(client, temperature=0.9, seed=7, prompt=[PROMPT, "class Store:\n", PROMPT])

@@ -12,6 +12,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.body import MAX_VALUES
+from runtime.protocol import MAX_PROMPTS
 from tests.servers import LiveServer, live_server, wait_until
 
 
@@ -235,7 +237,52 @@ def test_small_routes_answer(http: httpx.Client) -> None:
     assert set(http.get("/version").json()) == {"version"}
     assert http.get("/load").json() == {"server_load": 0, "num_queued": 0}
     assert http.get("/docs").status_code == 200
-    assert http.get("/openapi.json").json()["paths"]["/v1/completions"]["post"]["requestBody"]
+
+
+def test_every_reference_of_the_openapi_document_leads_somewhere(http: httpx.Client) -> None:
+    document = http.get("/openapi.json").json()
+
+    def references(part: Any) -> Iterator[str]:
+        if isinstance(part, dict):
+            if isinstance(part.get("$ref"), str):
+                yield part["$ref"]
+            yield from references(list(part.values()))
+        elif isinstance(part, list):
+            for item in part:
+                yield from references(item)
+
+    found = set(references(document))
+    assert {name.rpartition("/")[2] for name in found} >= {
+        "CompletionRequest", "ChatRequest", "TokenizeRequest", "DetokenizeRequest", "Message", "TextPart",
+        "StreamOptions",
+    }  # fmt: skip
+    for reference in found:
+        target = document
+        for word in reference.removeprefix("#/").split("/"):
+            target = target[word]
+        assert target["type"] == "object", reference
+
+
+def test_the_openapi_document_tells_every_shape_of_a_field(http: httpx.Client) -> None:
+    schemas = http.get("/openapi.json").json()["components"]["schemas"]
+
+    def shapes(form: str, field: str) -> list[str]:
+        told = schemas[form]["properties"][field]["anyOf"]
+        return [
+            shape["type"] + (f" of {inner(shape['items'])}" if "items" in shape else "") for shape in told
+        ]
+
+    def inner(item: dict[str, Any]) -> str:
+        if "items" in item:
+            return f"{item['type']} of {inner(item['items'])}"
+        return item["$ref"].rpartition("/")[2] if "$ref" in item else item["type"]
+
+    assert shapes("CompletionRequest", "prompt") == [
+        "string", "array of string", "array of integer", "array of array of integer",
+    ]  # fmt: skip
+    assert shapes("ChatRequest", "stop") == ["string", "array of string", "null"]
+    assert shapes("ChatRequest", "logit_bias") == ["object", "null"]
+    assert shapes("Message", "content") == ["string", "array of TextPart", "null"]
 
 
 def test_a_request_id_is_given_back_only_if_it_is_a_plain_word(http: httpx.Client) -> None:
@@ -282,6 +329,7 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI, http: httpx.Client
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias"),
@@ -412,6 +460,19 @@ def test_a_header_without_end_closes_the_connection(server: LiveServer) -> None:
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(http: httpx.Client) -> None:
     message = refused(post(http, {"prompt": "a" * 1_000_000}))["message"]
     assert "2048" in message and "1000000 bytes" in message
+
+
+def test_token_ids_are_counted_before_they_are_parsed(http: httpx.Client) -> None:
+    room = MAX_VALUES + 2048  # the demo model's context comes on top
+    message = refused(post(http, {"prompt": [5] * room}))["message"]
+    assert f"at most {room} values" in message
+    message = refused(post(http, {"prompt": [5] * (room - 10)}))["message"]
+    assert "context of this model is 2048 tokens" in message
+
+
+def test_as_many_prompts_as_a_call_may_hold_each_fill_the_context(http: httpx.Client) -> None:
+    answer = post(http, {"prompt": [[300] * 2047] * MAX_PROMPTS, "max_tokens": 1})
+    assert answer.json()["usage"]["prompt_tokens"] == 2047 * MAX_PROMPTS
 
 
 def test_context_limits_are_exact(http: httpx.Client) -> None:
