@@ -7,21 +7,18 @@ for all; what is compared are the medians of ratios within a turn. `--shape` tak
 import argparse
 import json
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.models.qwen2 import Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 from runtime.bench.loads import Load, equal_load, ragged_load, trace_lengths
 from runtime.bench.peers import ContinuousBatching, Engine, Generate, OpenVino, Ours, Served
+from runtime.bench.shapes import SHAPES, model_folder
 from runtime.executor import cpu_model, num_cores
 from runtime.knobs import default_config
 from runtime.loader import load_model, resolve_device, resolve_dtype
@@ -30,15 +27,6 @@ ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "runtime" / "demo_model"
 TIER_B = "tier B"
 TRACE = ROOT / "configs" / "traces" / "azure_code_cut.csv"
-
-# Source: config.json of Qwen/Qwen2-0.5B.
-SHAPES: dict[str, PretrainedConfig] = {
-    "qwen2-0.5b": Qwen2Config(
-        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, max_position_embeddings=4096, rope_theta=1_000_000.0, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1, pad_token_id=0,
-    ),
-}  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -79,20 +67,6 @@ def compare(engines: Sequence[Engine], load: Load, num_turns: int) -> list[Row]:
             )
         )  # fmt: skip
     return rows
-
-
-@contextmanager
-def model_folder(model: Path, shape: str | None, keep: Path | None) -> Iterator[Path]:
-    """The folder given, or one with random weights of a shape; `keep` says where that one shall stay."""
-    if shape is None:
-        yield model
-        return
-    with tempfile.TemporaryDirectory() as passing:
-        folder = keep or Path(passing) / shape
-        if not (folder / "config.json").is_file():
-            torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.float32).save_pretrained(folder)
-        yield folder
 
 
 def print_rows(rows: Sequence[Row]) -> None:

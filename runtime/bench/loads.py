@@ -1,7 +1,7 @@
 """The loads that engines are compared under: token ids in, numbers of tokens out, everything there at the start."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,3 +56,30 @@ def _scaled(tokens: int, scale: float) -> int:
 
 def _tokens(num: int, vocab_size: int, rng: np.random.Generator) -> list[int]:
     return rng.integers(2, vocab_size, num).tolist()
+
+
+# Requests at once, and the lengths of prompt and output of each.
+WORKLOADS: dict[str, tuple[int, Callable[[np.random.Generator, int], tuple[int, int]]]] = {
+    "b1": (1, lambda rng, at: (128, 256)),
+    "b32": (32, lambda rng, at: (128, 256)),
+    "b256": (256, lambda rng, at: (128, 256)),
+    "mix300": (300, lambda rng, at: (_mixed_prompt(rng, at), 128)),
+    "nano256": (256, lambda rng, at: (int(rng.integers(100, 1025)), int(rng.integers(100, 1025)))),
+    "tiny": (4, lambda rng, at: (20 + at, 8)),
+}
+
+
+def workload(name: str, vocab_size: int, rng: np.random.Generator) -> Load:
+    """One of WORKLOADS, with the same lengths whatever the tokens are."""
+    num, lengths_of = WORKLOADS[name]
+    lengths = np.random.default_rng(0)
+    sizes = [lengths_of(lengths, at) for at in range(num)]
+    return Load(
+        name, num, [_tokens(prompt, vocab_size, rng) for prompt, _ in sizes], [out for _, out in sizes]
+    )
+
+
+def _mixed_prompt(rng: np.random.Generator, at: int) -> int:
+    """Of ten prompts six are short, three of middle length and one is long."""
+    low, high = ((16, 512), (512, 2048), (2048, 4096))[(0, 0, 0, 0, 0, 0, 1, 1, 1, 2)[at % 10]]
+    return int(rng.integers(low, high + 1))
