@@ -263,7 +263,7 @@ def attend(
             outputs.append(_attend_one(by_token[row.first], key, value, scaling, window))
         else:
             q = query[row.first : row.last].permute(1, 2, 0, 3)
-            outputs.append(_attend_chunk(q, key, value, row, scaling, window))
+            outputs.append(attend_chunk(q, key, value, row, scaling, window))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [T, kv_heads, group, Dv]
     return out.flatten(1)
 
@@ -308,7 +308,7 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, scaling: float, windo
     return scaled_dot_product_attention(query, key, value, scale=scaling)
 
 
-def _attend_chunk(
+def attend_chunk(
     query: Tensor, key: Tensor, value: Tensor, row: Row, scaling: float, window: int | None
 ) -> Tensor:
     """A piece of a prompt. query: [kv_heads, group, T, D]. Returns [T, kv_heads, group, Dv]."""

@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import runtime.decoder
-from runtime.decoder import DecoderModel, Norm
+import runtime.layer_parts
+from runtime.decoder import DecoderModel
 from runtime.errors import ModelError
 from runtime.executor import servable
 from runtime.hf_model import HFModel
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BlockPool
+from runtime.layer_parts import Norm
 from runtime.paged_model import PagedModel, relative_error
 from runtime.request import Request
 from runtime.sampling import sample
@@ -26,7 +27,10 @@ from tests.runtime.tiny_models import VOCAB, generate, tiny_config, tiny_model
 
 BLOCK_TOKENS = 4
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # norms of transformers are float32 whatever the model is
-FAMILIES = ("llama", "mistral", "qwen2", "qwen2_window", "qwen3")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen2_window", "qwen3", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite",
+    "deepseek_v3",
+)  # fmt: skip
 
 
 def decoder(reference: PreTrainedModel) -> DecoderModel:
@@ -158,7 +162,7 @@ def test_logits_in_float32_differ_by_rounding_only(family: str) -> None:
 
 
 def test_angles_are_made_as_positions_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.decoder, "SHORTEST_ROPE_TABLE", 8)
+    monkeypatch.setattr(runtime.layer_parts, "SHORTEST_ROPE_TABLE", 8)
     reference = tiny_model("qwen2")
     (prompt,) = prompts(100)
     expected = generate(reference, prompt, 40)
@@ -176,8 +180,9 @@ def test_norms_are_those_of_transformers_also_of_rows_that_are_nearly_nothing(dt
         torch.testing.assert_close(Norm(theirs.weight, 1e-5)(x), theirs(x), **limits)
 
 
-def test_the_model_it_is_made_from_shares_its_weights() -> None:
-    reference = tiny_model("qwen2")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_it_is_made_from_shares_its_weights(family: str) -> None:
+    reference = tiny_model(family)
     model = decoder(reference)
     ours = {tensor.untyped_storage().data_ptr() for tensor in model.decoder.parameters()}
     theirs = {
@@ -185,7 +190,7 @@ def test_the_model_it_is_made_from_shares_its_weights() -> None:
         for name, tensor in reference.named_parameters()
         if "norm" not in name
     }
-    assert theirs <= ours
+    assert theirs == ours
 
 
 def test_weights_of_one_input_are_rounded_together_as_they_would_be_apart() -> None:
@@ -193,7 +198,7 @@ def test_weights_of_one_input_are_rounded_together_as_they_would_be_apart() -> N
     model = decoder(reference)
     whole, parts = prepared(model.decoder, "int8"), prepared(reference, "int8")
     x = torch.randn(5, 32)
-    joined = dict(whole.forwards)[model.decoder.layers[0].qkv](x)
+    joined = dict(whole.forwards)[model.decoder.layers[0].attention.qkv](x)
     attention = reference.model.layers[0].self_attn
     apart = [dict(parts.forwards)[part](x) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
     torch.testing.assert_close(joined, torch.cat(apart, -1), rtol=1e-4, atol=1e-5)
@@ -233,6 +238,7 @@ def test_scoring_area_is_apart_from_the_pool_that_serves() -> None:
             "its rope is dynamic",
         ),
         ({"hidden_act": "gelu"}, "its activation is gelu"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
     ],
 )
 def test_what_it_does_not_compute_is_served_by_the_next_tier(changes: dict[str, Any], reason: str) -> None:
