@@ -117,10 +117,16 @@ class StepTensors:
     rows: list[Row]  # those that are not padded, in order
     has_single_rows: bool  # whether `rows` has any of a single token
     longest: int  # context of any row
+    contexts: Tensor  # [all rows]
+    tables: Tensor  # [all rows, blocks]
 
     @classmethod
-    def of(cls, packed: PackedBatch, device: torch.device) -> "StepTensors":
-        """Moves the step to the device in a single copy and decides the form of attention of each row."""
+    def of(cls, packed: PackedBatch, device: torch.device, has_kernel: bool = False) -> "StepTensors":
+        """Moves the step to the device in a single copy and decides the form of attention of each row.
+
+        `has_kernel`: rows of one token are attended to by a kernel that reads `contexts` and `tables`; they are neither
+        among `padded` nor `rows`.
+        """
         tables = packed.block_tables.astype(np.int64)
         parts = (
             packed.token_ids,
@@ -133,22 +139,28 @@ class StepTensors:
         flat = torch.from_numpy(np.concatenate(parts)).to(device)
         token_ids, positions, slots, last_tokens, contexts, blocks = flat.split([part.size for part in parts])
         blocks = blocks.view(tables.shape)
-        num_padded = _num_padded(packed, device)
+        num_apart = num_single_rows(packed) if has_kernel else _num_padded(packed, device)
         padded = [
             _padded_rows(first, last, blocks[first:last], contexts[first:last], packed)
-            for first, last in _groups(packed, num_padded)
+            for first, last in _groups(packed, 0 if has_kernel else num_apart)
         ]
-        rows = _rows(packed, num_padded, blocks)
+        rows = _rows(packed, num_apart, blocks)
         has_single_rows = bool(rows) and rows[0].num_new == 1  # they come first
         longest = int(packed.contexts.max())
         return cls(
-            token_ids[None], positions[None], slots, last_tokens, padded, rows, has_single_rows, longest
-        )
+            token_ids[None], positions[None], slots, last_tokens, padded, rows, has_single_rows, longest,
+            contexts, blocks,
+        )  # fmt: skip
+
+
+def num_single_rows(packed: PackedBatch) -> int:
+    """Rows of one token; they come first."""
+    return int((np.diff(packed.row_starts) == 1).sum())
 
 
 def _num_padded(packed: PackedBatch, device: torch.device) -> int:
     """How many of the leading rows (those of one token) are attended to padded."""
-    num_decode = int((np.diff(packed.row_starts) == 1).sum())
+    num_decode = num_single_rows(packed)
     if device.type == "cpu" and (
         num_decode < PADDED_MIN_ROWS_CPU or packed.contexts[:num_decode].max() > PADDED_MAX_CONTEXT_CPU
     ):

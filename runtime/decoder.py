@@ -21,45 +21,14 @@ from transformers import PreTrainedModel
 from runtime.attention import LayerCache, PaddedRows, Row, StepTensors, attend
 from runtime.errors import ModelError
 from runtime.experts import Experts
-from runtime.hf_model import AttentionCall, HFModel
+from runtime.hf_model import AttentionCall
 from runtime.latent_attention import LatentAttention
 from runtime.layer_parts import Mlp, Norm, Rope, fused, norm_of
-from runtime.paged_model import KVPools, KVShape, PagedModel, probe_tokens
+from runtime.paged_model import KVShape
 
 LATENT_TYPES = ("deepseek_v2", "deepseek_v3")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", *LATENT_TYPES)
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
-
-
-class DecoderModel(PagedModel):
-    """A decoder over the paged pool. The model that it is made from shares its weights."""
-
-    tier = "A"
-
-    def __init__(self, plain: HFModel) -> None:
-        """`plain`: the same model, found to work in tier B.
-
-        Raises:
-            ModelError: another architecture, or logits that differ.
-        """
-        assert isinstance(plain.model, PreTrainedModel)
-        self.decoder = Decoder(plain.model, plain.attention_calls)
-        shapes = {index: layer.attention.kv_shape for index, layer in enumerate(self.decoder.layers)}
-        super().__init__(self.decoder, plain.device, shapes)
-        self._caches: tuple[KVPools, list[LayerCache]] = ({}, [])
-        token_ids = probe_tokens(self.decoder.embedding.shape[0], self.device)[0].tolist()
-        self.check_against(plain.expected, token_ids)
-
-    def compute(self, step: StepTensors, pools: KVPools) -> Tensor:
-        if self._caches[0] is not pools:
-            parts = [layer.attention for layer in self.decoder.layers]
-            caches = [part.cache_of(pool[0][0]) for part, pool in zip(parts, pools.values(), strict=True)]
-            self._caches = (pools, caches)
-        return self.decoder.forward(step, self._caches[1])
-
-    def release(self) -> None:
-        super().release()
-        self._caches = ({}, [])
 
 
 class JointCache(NamedTuple):
@@ -93,32 +62,30 @@ class Attention(nn.Module):
 
     def __init__(self, attention: Any, call: AttentionCall) -> None:
         super().__init__()
-        self._kv_heads, self._dim, _, dtype = call.shape
-        self._scaling, self._window = call.scaling, call.sliding_window
-        self.kv_shape = KVShape(
-            1, 2 * self._kv_heads * self._dim, 0, dtype
-        )  # keys of a token, then its values
-        self._qk_norm = qk_norm_of(attention)
+        self.kv_heads, self.dim, _, dtype = call.shape
+        self.scaling, self.window = call.scaling, call.sliding_window
+        self.kv_shape = KVShape(1, 2 * self.kv_heads * self.dim, 0, dtype)  # keys of a token, then its values
+        self.qk_norm = qk_norm_of(attention)
         self.qkv = fused(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = attention.o_proj
-        self._num_heads = attention.q_proj.out_features // self._dim
-        self._sizes = (self._num_heads * self._dim, 2 * self._kv_heads * self._dim)
+        self.num_heads = attention.q_proj.out_features // self.dim
+        self._sizes = (self.num_heads * self.dim, 2 * self.kv_heads * self.dim)
 
     def cache_of(self, pool: Tensor) -> JointCache:
         """pool: [slots, 2 * kv_heads * D]."""
-        return JointCache.of(pool, self._kv_heads)
+        return JointCache.of(pool, self.kv_heads)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: JointCache, step: StepTensors) -> Tensor:
         """x: [T, hidden]. Returns the same shape."""
-        kv_heads, dim = self._kv_heads, self._dim
+        kv_heads, dim = self.kv_heads, self.dim
         qkv = self.qkv.forward(x)
-        turned = qkv.unflatten(1, (-1, dim)).narrow(1, 0, self._num_heads + kv_heads)  # [T, heads, D]
-        if self._qk_norm is not None:
-            turned.copy_(self._qk_norm(turned))
+        turned = qkv.unflatten(1, (-1, dim)).narrow(1, 0, self.num_heads + kv_heads)  # [T, heads, D]
+        if self.qk_norm is not None:
+            turned.copy_(self.qk_norm(turned))
         torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin, out=turned)
         query, new = qkv.split(self._sizes, 1)
         cache.rows.index_copy_(0, step.slots, new)
-        found = attend(query.unflatten(1, (kv_heads, -1, dim)), cache, step, self._scaling, self._window)
+        found = attend(query.unflatten(1, (kv_heads, -1, dim)), cache, step, self.scaling, self.window)
         out: Tensor = self.out.forward(found)
         return out
 

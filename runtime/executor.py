@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import runtime
-from runtime.decoder import DecoderModel
+from runtime.decoder_model import DecoderModel
 from runtime.errors import ModelError
 from runtime.hf_model import HFModel
 from runtime.host import cpu_model, free_memory_bytes, num_cores
@@ -78,7 +78,7 @@ class Executor:
             ModelError: the model cannot be served, or there is no memory for even one sequence.
         """
         self._loaded = loaded
-        self._model = servable(loaded.model, tiers)
+        self._model = servable(loaded.model, tiers, loaded.max_model_len)
         self._device = self._model.device
         self._threads = 0
         self._use_threads(config.threads_decode)
@@ -94,6 +94,7 @@ class Executor:
         self.warm = WarmStates(
             self._model, self.pool.num_blocks, self.free_bytes, self.max_model_len, max_blocks
         )
+        self._model.prepare_steps(config.max_num_seqs)
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._process = psutil.Process()
@@ -255,7 +256,7 @@ class Executor:
                 num_blocks //= 2
 
 
-def servable(model: PreTrainedModel, tiers: str = "ABC") -> PagedModel:
+def servable(model: PreTrainedModel, tiers: str = "ABC", max_model_len: int | None = None) -> PagedModel:
     """The model in the first tier that can serve it: A, our own decoder, B, its own code over our cache, or C,
     one request at a time by `generate`.
 
@@ -275,7 +276,7 @@ def servable(model: PreTrainedModel, tiers: str = "ABC") -> PagedModel:
         return one_at_a_time
     try:
         if "A" in tiers:
-            return DecoderModel(plain)
+            return DecoderModel(plain, max_model_len)
     except ModelError as error:
         log.info("tier B serves %s: %s", type(model).__name__, error)
     finally:

@@ -18,15 +18,15 @@ class Norm:
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         size = weight.shape[-1]
-        self._weight, self._eps = weight, eps
+        self.weight, self.eps = weight, eps
         self._scaled = weight * size**0.5
         self._floor = weight.new_tensor((size * eps) ** 0.5)
         self._is_wide = weight.dtype in WIDE and weight.device.type == "cpu"
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self._is_wide:
-            normal = rms_norm(x, x.shape[-1:], None, self._eps)
-            return normal.mul_(self._weight)
+            normal = rms_norm(x, x.shape[-1:], None, self.eps)
+            return normal.mul_(self.weight)
         # The same by two calls fewer: |x| / sqrt(D) is the root mean square.
         length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floor)
         return (x * self._scaled).div_(length)
@@ -54,6 +54,12 @@ class Rope:
             self._extend(1 << (end - 1).bit_length())
         cos, sin = self._table.index_select(0, positions).unsqueeze(1).unbind(2)
         return cos, sin
+
+    def table(self, num_positions: int) -> Tensor:
+        """[num_positions or more, 2, D]; it lies where it is from now on unless more are asked for."""
+        if num_positions > len(self._table):
+            self._extend(num_positions)
+        return self._table
 
     @torch.inference_mode()
     def _extend(self, num_positions: int) -> None:

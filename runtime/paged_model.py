@@ -47,6 +47,7 @@ class PagedModel:
     def __init__(self, model: nn.Module, device: torch.device, kv_shapes: dict[int, KVShape]) -> None:
         self.model, self.device, self.kv_shapes = model, device, kv_shapes
         self.pools: KVPools = {}  # in force; others that are assigned serve from the next step on
+        self.weights_key = ""  # names the weights in force, for what was prepared with them
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -75,6 +76,12 @@ class PagedModel:
         """Gives the pools' memory back, unless somebody else holds them too."""
         self.pools = {}
 
+    def prepare_steps(self, max_num_seqs: int) -> None:
+        """Makes ready what steps of up to so many rows need, where a model has such a thing. After `allocate`."""
+
+    def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
+        """These pools or weights are about to go: what was made ready with them goes too."""
+
     def rest(self) -> None:
         """Nobody runs: what is held beside the pools for those who ran is given back. Nothing, in most tiers."""
 
@@ -85,7 +92,10 @@ class PagedModel:
         if packed.copies is not None:
             for pool in self.pools.values():
                 copy_blocks(pool, pool, packed.copies, packed.block_tokens)
-        return self.compute(StepTensors.of(packed, self.device), self.pools if pools is None else pools)
+        return self.compute(self.step_of(packed), self.pools if pools is None else pools)
+
+    def step_of(self, packed: PackedBatch) -> StepTensors:
+        return StepTensors.of(packed, self.device)
 
     def compute(self, step: StepTensors, pools: KVPools) -> Tensor:
         """Returns logits [last_tokens, vocab]."""

@@ -53,7 +53,7 @@ class WarmStates:
         self._model, self._free_bytes = model, free_bytes
         self._loaded_dtype: torch.dtype = next(model.model.parameters()).dtype
         self.formats = formats_from(self._loaded_dtype)
-        self.weight_format = self.loaded_format
+        self.weight_format = model.weights_key = self.loaded_format
         self.pool_blocks = pool_blocks
         self.min_blocks, self.max_blocks = -(-max_model_len // BLOCK_TOKENS), max(max_blocks, pool_blocks)
         self._weights = {self.loaded_format: WeightSet.of_installed(model.model, self.loaded_format)}
@@ -192,9 +192,10 @@ class WarmStates:
         if self._model.device.type == "cuda" and (spare_formats or spare_pools):
             torch.cuda.synchronize(self._model.device)
         for name in spare_formats[: max(0, len(spare_formats) - num_kept)]:
+            self._model.forget(weights_key=name)
             del self._weights[name]
         for num_blocks in spare_pools[: max(0, len(spare_pools) - num_kept)]:
-            del self._pools[num_blocks]
+            self._model.forget(self._pools.pop(num_blocks))
 
     def _room_bytes(self) -> int:
         return int(FREE_SHARE * self._free_bytes())
@@ -212,7 +213,7 @@ class WarmStates:
             return False
         if config.weight_format != self.weight_format:
             self._weights[config.weight_format].install()
-            self.weight_format = config.weight_format
+            self.weight_format = self._model.weights_key = config.weight_format
             scheduler.use_namespace(config.weight_format)
         if num_blocks != self.pool_blocks:
             self._move(num_blocks, scheduler)
@@ -226,7 +227,7 @@ class WarmStates:
             for layer, pool in before.items():
                 copy_blocks(pool, after[layer], move, old.block_tokens)
         else:  # no room for both: each layer's old pool goes before the next layer's new one comes
-            del self._pools[self.pool_blocks]
+            self._model.forget(self._pools.pop(self.pool_blocks))
             for layer, shape in self._model.kv_shapes.items():
                 after[layer] = self._model.new_pool(shape, num_blocks * old.block_tokens)
                 copy_blocks(before[layer], after[layer], move, old.block_tokens)

@@ -11,7 +11,7 @@ from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import runtime.layer_parts
-from runtime.decoder import DecoderModel
+from runtime.decoder_model import DecoderModel
 from runtime.errors import ModelError
 from runtime.executor import servable
 from runtime.hf_model import HFModel

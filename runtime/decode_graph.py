@@ -1,0 +1,123 @@
+"""Steps of one token a row, captured once as CUDA graphs and replayed: one launch instead of hundreds.
+
+A graph belongs to a number of rows (a batch is padded to the next one), to the pools it reads and to the weights it
+multiplies; whatever a replay must know lies in tensors that never move. Padding rows write nothing and read nothing.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.fused_pass import DecodeInputs
+from runtime.scheduler import PackedBatch
+
+log = logging.getLogger(__name__)
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+WARM_UPS = 2  # runs before a capture: kernels are compiled, libraries take their workspace
+
+Run = Callable[[DecodeInputs], Tensor]
+
+
+class Key(NamedTuple):
+    """What a graph was captured for: every Python value that reached a kernel. `pools`: the identity of the dict."""
+
+    num_rows: int
+    pools: int
+    weights: str
+
+
+class Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+
+
+class DecodeGraphs:
+    """The graphs of one model, and the tensors from which they read their rows."""
+
+    def __init__(self, device: torch.device, max_blocks: int) -> None:
+        rows = BUCKETS[-1]
+        self._device = device
+        self._scalars = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=device)
+        self._host_scalars = torch.zeros(4, rows, dtype=torch.int64).pin_memory()
+        self._host_tables = torch.zeros(rows * max_blocks, dtype=torch.int32).pin_memory()
+        self._blank()
+        self._shown = np.zeros((0, 0), np.int32)  # the tables that are on the device
+        self._graphs: dict[Key, Captured] = {}
+        self._memory: tuple[int, int] | None = None  # shared by all graphs: one of them runs at a time
+
+    def takes(self, packed: PackedBatch) -> bool:
+        """Whether the step is one token a row, each of which gets its logits."""
+        num_rows = len(packed.contexts)
+        return num_rows == len(packed.token_ids) == len(packed.last_tokens) and num_rows <= BUCKETS[-1]
+
+    def replay(self, packed: PackedBatch, pools: int, weights: str, run: Run) -> Tensor:
+        """Returns logits [rows, vocab], which the next replay overwrites. `run` is captured where it was not yet."""
+        num_rows = len(packed.contexts)
+        key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights)
+        captured = self._graphs.get(key) or self._capture(key, run)
+        self._show(packed, key.num_rows)
+        captured.graph.replay()
+        return captured.logits[:num_rows]
+
+    def prepare(self, num_rows: int, pools: int, weights: str, run: Run) -> None:
+        """Captures the graphs of batches of up to `num_rows`, so that no step has to. The largest comes first, so that
+        the others fit into its memory."""
+        sizes = [size for at, size in enumerate(BUCKETS) if at == 0 or BUCKETS[at - 1] < num_rows]
+        for size in reversed(sizes):
+            key = Key(size, pools, weights)
+            if key not in self._graphs:
+                self._capture(key, run)
+
+    def forget(self, pools: int | None, weights: str | None) -> None:
+        """Drops the graphs that read pools or weights which are about to go."""
+        for key in [key for key in self._graphs if key.pools == pools or key.weights == weights]:
+            del self._graphs[key]
+
+    def _capture(self, key: Key, run: Run) -> Captured:
+        started = time.perf_counter()
+        self._blank()
+        inputs = self._inputs(key.num_rows)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run(inputs)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            logits = run(inputs)
+        self._memory = graph.pool()
+        self._graphs[key] = Captured(graph, logits)
+        log.info("captured decode steps of %d rows in %.2f s", key.num_rows, time.perf_counter() - started)
+        return self._graphs[key]
+
+    def _inputs(self, num_rows: int) -> DecodeInputs:
+        token_ids, positions, slots, contexts = (scalars[:num_rows] for scalars in self._scalars)
+        return DecodeInputs(token_ids, positions, slots, contexts, self._tables[:num_rows])
+
+    def _blank(self) -> None:
+        """All rows are padding."""
+        self._scalars.zero_()
+        self._scalars[2] = -1
+        self._host_scalars[2] = -1
+
+    def _show(self, packed: PackedBatch, num_rows: int) -> None:
+        """Writes the batch where the graph reads it. The device is idle: the step before has been read back."""
+        count, host = len(packed.contexts), self._host_scalars.numpy()
+        host[0, :count], host[1, :count] = packed.token_ids, packed.positions
+        host[2, :count], host[3, :count] = packed.slots, packed.contexts
+        host[2, count:num_rows], host[3, count:num_rows] = -1, 0
+        self._scalars.copy_(self._host_scalars, non_blocking=True)
+        tables = packed.block_tables
+        if self._shown.shape != tables.shape or not np.array_equal(self._shown, tables):
+            self._host_tables.numpy()[: tables.size] = tables.ravel()
+            shown = self._host_tables[: tables.size].view(tables.shape)
+            self._tables[:count, : tables.shape[1]].copy_(shown, non_blocking=True)
+            self._shown = tables.copy()

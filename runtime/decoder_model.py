@@ -1,0 +1,89 @@
+"""Our decoder over the paged pool: tier A. On a GPU with Triton by kernels, and steps of one token a row as graphs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from runtime.attention import StepTensors
+from runtime.decode_graph import DecodeGraphs
+from runtime.decoder import Decoder, JointCache
+from runtime.fused_pass import DecodeInputs, fused_pass
+from runtime.hf_model import HFModel
+from runtime.kv_cache import BLOCK_TOKENS
+from runtime.paged_model import KVPools, PagedModel, probe_tokens
+from runtime.scheduler import PackedBatch
+
+
+class DecoderModel(PagedModel):
+    """A decoder over the paged pool. The model that it is made from shares its weights."""
+
+    tier = "A"
+
+    def __init__(self, plain: HFModel, max_model_len: int | None = None) -> None:
+        """`plain`: the same model, found to work in tier B. `max_model_len`: tokens of the longest request; what the
+        model was made for if not given.
+
+        Raises:
+            ModelError: another architecture, or logits that differ.
+        """
+        assert isinstance(plain.model, PreTrainedModel)
+        max_model_len = max_model_len or int(plain.model.config.max_position_embeddings)
+        self.decoder = Decoder(plain.model, plain.attention_calls)
+        shapes = {index: layer.attention.kv_shape for index, layer in enumerate(self.decoder.layers)}
+        super().__init__(self.decoder, plain.device, shapes)
+        self._caches: tuple[KVPools, list[Any]] = ({}, [])
+        self._fused = fused_pass(self.decoder, self.device, max_model_len)
+        self._graphs: DecodeGraphs | None = None
+        self._max_blocks = -(-max_model_len // BLOCK_TOKENS)
+        token_ids = probe_tokens(self.decoder.embedding.shape[0], self.device)[0].tolist()
+        self.check_against(plain.expected, token_ids)
+
+    @torch.inference_mode()
+    def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
+        graphs = self._graphs
+        if graphs is None or pools is not None or packed.copies is not None or not graphs.takes(packed):
+            return super().forward(packed, pools)
+        return graphs.replay(packed, id(self.pools), self.weights_key, self._decode)
+
+    def step_of(self, packed: PackedBatch) -> StepTensors:
+        return StepTensors.of(packed, self.device, has_kernel=self._fused is not None)
+
+    def compute(self, step: StepTensors, pools: KVPools) -> Tensor:
+        caches = self._caches_of(pools)
+        if self._fused is None:
+            return self.decoder.forward(step, caches)
+        return self._fused.forward(step, _joint(caches))
+
+    @torch.inference_mode()
+    def prepare_steps(self, max_num_seqs: int) -> None:
+        """Captures what steps of up to so many rows will replay, over the pools in force."""
+        if self._fused is None:
+            return
+        self._graphs = self._graphs or DecodeGraphs(self.device, self._max_blocks)
+        self._graphs.prepare(max_num_seqs, id(self.pools), self.weights_key, self._decode)
+
+    def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
+        if self._graphs is not None:
+            self._graphs.forget(None if pools is None else id(pools), weights_key)
+
+    def release(self) -> None:
+        self.forget(self.pools)
+        super().release()
+        self._caches = ({}, [])
+
+    def _decode(self, inputs: DecodeInputs) -> Tensor:
+        assert self._fused is not None
+        return self._fused.decode(inputs, _joint(self._caches_of(self.pools)))
+
+    def _caches_of(self, pools: KVPools) -> list[Any]:
+        if self._caches[0] is not pools:
+            parts = [layer.attention for layer in self.decoder.layers]
+            caches = [part.cache_of(pool[0][0]) for part, pool in zip(parts, pools.values(), strict=True)]
+            self._caches = (pools, caches)
+        return self._caches[1]
+
+
+def _joint(caches: list[Any]) -> list[JointCache]:
+    return [cache for cache in caches if isinstance(cache, JointCache)]

@@ -1,0 +1,144 @@
+"""The forward pass of our decoder on a GPU, with kernels that do several things at once.
+
+The weights are those of `runtime.decoder`; what differs is how they are multiplied and what lies between: the
+residual is added where the next norm reads it, rope and the cache's write are one kernel, decode rows read their
+blocks where they lie. It computes what `Decoder.forward` computes, and a test compares the two.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from runtime.attention import StepTensors, attend_chunk
+from runtime.decoder import Attention, Decoder, JointCache
+from runtime.kernels import TRITON, Kernels, Shape, checked
+from runtime.kernels.splits import choose_splits
+from runtime.kv_cache import BLOCK_TOKENS
+from runtime.layer_parts import Mlp
+
+Attend = Callable[[Tensor, JointCache, Attention], Tensor]
+
+
+class DecodeInputs(NamedTuple):
+    """Rows of one token each, on the device. Padding rows have slot -1 and context 0.
+
+    `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks].
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    contexts: Tensor
+    tables: Tensor
+
+
+class FusedPass:
+    """A decoder of attention with heads of its own and dense MLPs, computed by kernels."""
+
+    def __init__(
+        self, decoder: Decoder, kernels: Kernels, block_tokens: int, max_model_len: int, num_sms: int
+    ) -> None:
+        self._decoder, self._kernels, self._block_tokens = decoder, kernels, block_tokens
+        self._num_sms = num_sms
+        # A captured graph reads the table where it lies, so it is made whole.
+        self._angles = decoder.rope.table(max_model_len)
+
+    def forward(self, step: StepTensors, caches: Sequence[JointCache]) -> Tensor:
+        """Any rows. Returns logits [last_tokens, vocab]."""
+        num_single = len(step.contexts) - len(step.rows)  # rows of one token, which come first
+        inputs = DecodeInputs(
+            step.token_ids[0],
+            step.positions[0],
+            step.slots,
+            step.contexts[:num_single],
+            step.tables[:num_single],
+        )
+        splits = self._splits(num_single)
+
+        def attend(query: Tensor, cache: JointCache, layer: Attention) -> Tensor:
+            found = []
+            if num_single:
+                found.append(self._decode(query[:num_single], cache, layer, inputs, splits))
+            for row in step.rows:
+                q = query[row.first : row.last].permute(1, 2, 0, 3)
+                out = attend_chunk(q, *cache.of_row(row), row, layer.scaling, layer.window)
+                found.append(out.flatten(1))
+            return found[0] if len(found) == 1 else torch.cat(found)
+
+        return self._logits(self._hidden(inputs, caches, attend).index_select(0, step.last_tokens))
+
+    def decode(self, inputs: DecodeInputs, caches: Sequence[JointCache]) -> Tensor:
+        """Rows of one token. Depends on nothing but the inputs' shapes, so that it can be captured.
+
+        Returns logits [B, vocab].
+        """
+        splits = self._splits(len(inputs.contexts))
+
+        def attend(query: Tensor, cache: JointCache, layer: Attention) -> Tensor:
+            return self._decode(query, cache, layer, inputs, splits)
+
+        return self._logits(self._hidden(inputs, caches, attend))
+
+    def _splits(self, num_rows: int) -> int:
+        return choose_splits(num_rows, self._decoder.layers[0].attention.kv_heads, self._num_sms)
+
+    def _decode(
+        self, query: Tensor, cache: JointCache, layer: Attention, inputs: DecodeInputs, splits: int
+    ) -> Tensor:
+        return self._kernels.paged_decode(
+            query,
+            cache.rows,
+            inputs.tables,
+            inputs.contexts,
+            self._block_tokens,
+            layer.scaling,
+            layer.window,
+            splits,
+        )
+
+    def _hidden(self, inputs: DecodeInputs, caches: Sequence[JointCache], attend: Attend) -> Tensor:
+        """Returns the normed output of the last layer, [T, hidden]."""
+        kernels, decoder = self._kernels, self._decoder
+        x = embedding(inputs.token_ids, decoder.embedding)
+        delta: Tensor | None = None
+        for layer, cache in zip(decoder.layers, caches, strict=True):
+            attention, mlp = layer.attention, layer.mlp
+            assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
+            qkv = attention.qkv.forward(kernels.add_norm(x, delta, layer.before.weight, layer.before.eps))
+            norm = attention.qk_norm
+            kernels.rope_and_cache(
+                qkv, self._angles, inputs.positions, cache.rows, inputs.slots, attention.kv_heads,
+                None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
+            )  # fmt: skip
+            query = qkv.narrow(1, 0, attention.num_heads * attention.dim)
+            query = query.unflatten(1, (attention.kv_heads, -1, attention.dim))
+            delta = attention.out.forward(attend(query, cache, attention))
+            y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
+            delta = mlp.down.forward(kernels.silu_mul(mlp.gate_up.forward(y)))
+        return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits: Tensor = self._decoder.head.forward(x)
+        return logits
+
+
+def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> FusedPass | None:
+    """The pass where there is a GPU with Triton, and layers of the kinds that the kernels know. A kernel that fails
+    its check is replaced by its plain twin."""
+    layers = decoder.layers
+    known = all(isinstance(layer.attention, Attention) and isinstance(layer.mlp, Mlp) for layer in layers)
+    if device.type != "cuda" or TRITON is None or not known:
+        return None
+    first = layers[0]
+    attention, mlp = first.attention, first.mlp
+    assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
+    shape = Shape(
+        attention.num_heads, attention.kv_heads, attention.dim, decoder.embedding.shape[1], mlp.down.in_features,
+        BLOCK_TOKENS, attention.window, attention.qk_norm is not None,
+    )  # fmt: skip
+    kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)

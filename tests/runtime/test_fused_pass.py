@@ -1,0 +1,141 @@
+"""The pass that a GPU takes, beside the decoder's own: with plain kernels here, with Triton's and graphs on a GPU."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.decode_graph import BUCKETS
+from runtime.decoder_model import DecoderModel
+from runtime.fused_pass import DecodeInputs, FusedPass
+from runtime.hf_model import HFModel
+from runtime.kernels import PLAIN
+from runtime.knobs import EngineConfig
+from runtime.kv_cache import BLOCK_TOKENS, BlockPool
+from runtime.paged_model import relative_error
+from runtime.request import Request
+from runtime.scheduler import PackedBatch, Scheduler
+from tests.runtime.tiny_models import VOCAB, tiny_model
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen2_window", "qwen3")
+
+
+def decoder(family: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> DecoderModel:
+    return DecoderModel(HFModel(tiny_model(family, dtype).to(device)), max_model_len=200)
+
+
+def mixed_steps(num_blocks: int, **knobs: Any) -> tuple[Scheduler, list[Request]]:
+    """A scheduler with requests of all lengths, for a pool that shares blocks and so scatters them."""
+    rng = np.random.default_rng(0)
+    asked = [rng.integers(2, VOCAB, length).tolist() for length in (1, 5, 17, 40, 33, 70, 9)]
+    config = EngineConfig.of({"max_batched_tokens": 40, "prefill_chunk": 16, **knobs})
+    scheduler = Scheduler(BlockPool(num_blocks, wants_runs=False), config, 200)
+    requests = [Request.of_tokens(str(at), ids, 12, 0.0) for at, ids in enumerate(asked)]
+    for request in requests:
+        scheduler.add(request)
+    return scheduler, requests
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(family: str) -> None:
+    model = decoder(family)
+    fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
+    ours, theirs = DecoderModel(HFModel(tiny_model(family))), model
+    ours._fused = fused
+    ours.decoder = theirs.decoder
+    scheduler, _ = mixed_steps(40)
+    ours.allocate(40)
+    theirs.allocate(40)
+    num_mixed = 0
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        num_mixed += 0 < batch.num_decode < len(batch.requests)
+        expected = theirs.forward(packed)
+        torch.testing.assert_close(ours.forward(packed), expected, rtol=1e-9, atol=1e-9)
+        tokens = expected.argmax(-1).tolist()
+        scheduler.finish_step(batch, tokens, 0.0)
+    assert num_mixed > 0, "the test must reach what it claims"
+
+
+def inputs_of(packed: PackedBatch, num_rows: int, max_blocks: int) -> DecodeInputs:
+    count = len(packed.contexts)
+    tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32)
+    tables[:count, : packed.block_tables.shape[1]] = torch.from_numpy(packed.block_tables)
+
+    def padded(values: Any, fill: int) -> Tensor:
+        found = torch.full((num_rows,), fill, dtype=torch.int64)
+        found[:count] = torch.from_numpy(values)
+        return found
+
+    return DecodeInputs(
+        padded(packed.token_ids, 0), padded(packed.positions, 0), padded(packed.slots, -1),
+        padded(packed.contexts, 0), tables,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def test_padding_rows_change_nothing() -> None:
+    model = decoder("qwen3")
+    fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
+    scheduler, _ = mixed_steps(40)
+    model.allocate(40)
+    num_compared = 0
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        if batch.num_prefill_rows == 0:
+            caches = model._caches_of(model.pools)
+            before = [cache.rows.clone() for cache in caches]
+            padded = fused.decode(inputs_of(packed, 10, 13), caches)
+            after = [cache.rows.clone() for cache in caches]
+            for cache, rows in zip(caches, before, strict=True):
+                cache.rows.copy_(rows)
+            expected = model.forward(packed)
+            torch.testing.assert_close(padded[: len(expected)], expected, rtol=1e-9, atol=1e-9)
+            for cache, rows in zip(caches, after, strict=True):
+                torch.testing.assert_close(cache.rows, rows, rtol=1e-9, atol=1e-9, equal_nan=True)
+            num_compared += 1
+        else:
+            expected = model.forward(packed)
+        scheduler.finish_step(batch, expected.argmax(-1).tolist(), 0.0)
+    assert num_compared > 3, "the test must reach what it claims"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_steps_give_the_logits_of_plain_ones(family: str) -> None:
+    model, plain = decoder(family, torch.bfloat16, "cuda"), decoder(family, torch.bfloat16, "cuda")
+    assert model._fused is not None
+    plain._fused = None
+    scheduler, _ = mixed_steps(40)
+    model.allocate(40)
+    plain.allocate(40)
+    model.prepare_steps(8)
+    errors = []
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        expected = plain.forward(packed)
+        actual = model.forward(packed)
+        errors += [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+        scheduler.finish_step(batch, expected.argmax(-1).tolist(), 0.0)
+    assert max(errors) < 0.1 and float(np.median(errors)) < 0.02
+
+
+@pytest.mark.gpu
+def test_other_pools_get_graphs_of_their_own_and_those_that_go_take_theirs_along() -> None:
+    model = decoder("qwen3", torch.bfloat16, "cuda")
+    model.allocate(40)
+    model.prepare_steps(4)
+    assert model._graphs is not None
+    assert len(model._graphs._graphs) == len([size for size in BUCKETS if size <= 4])
+    before = model.pools
+    model.pools = model.new_pools(60)
+    scheduler, requests = mixed_steps(60)
+    while (batch := scheduler.schedule(0.0)) is not None:
+        logits = model.forward(scheduler.pack(batch))
+        scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
+    assert all(request.finish_reason is not None for request in requests)
+    assert {key.pools for key in model._graphs._graphs} == {id(before), id(model.pools)}
+    model.forget(before)
+    assert {key.pools for key in model._graphs._graphs} == {id(model.pools)}
