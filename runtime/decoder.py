@@ -53,8 +53,8 @@ class DecoderModel(PagedModel):
     def compute(self, step: StepTensors, pools: KVPools) -> Tensor:
         if self._caches[0] is not pools:
             parts = [layer.attention for layer in self.decoder.layers]
-            caches = [part.cache_of(pool[0][0]) for part, pool in zip(parts, pools.values(), strict=True)]
-            self._caches = (pools, caches)
+            pairs = zip(parts, pools.values(), strict=True)
+            self._caches = (pools, [part.cache_of(pool[0][0]) for part, pool in pairs])
         return self.decoder.forward(step, self._caches[1])
 
     def release(self) -> None:
