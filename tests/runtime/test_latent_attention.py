@@ -1,5 +1,6 @@
 """Attention over latents: both forms give the same, in every variant of DeepSeek, and whatever format weights have."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from runtime.paged_model import KVShape, PagedModel, relative_error
 from runtime.request import Request
 from runtime.scheduler import Scheduler
 from runtime.weights import WeightSet, prepared, wanted_bytes
-from tests.runtime.test_decoder import CLOSE, decoder, logits_of, prompt_logits, prompts
-from tests.runtime.tiny_models import tiny_config, tiny_model
+from tests.runtime.test_decoder import CLOSE, decoder, logits_of, prompt_logits, prompts, serve
+from tests.runtime.tiny_models import generate, tiny_config, tiny_model
 
 FAMILIES = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3")
 RANK, ROPE, HEADS = 16, 8, 4
@@ -90,6 +91,27 @@ def test_prompts_have_the_same_logits_in_either_form(
     (prompt,) = prompts(60)
     expected = logits_of(reference, prompt)
     torch.testing.assert_close(prompt_logits(decoder(reference), prompt, 16), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pieces_of_both_forms_beside_decoded_rows_give_the_tokens_of_generate(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms: Counter[bool] = Counter()
+    chosen = LatentAttention.is_absorbed
+
+    def counted(attention: LatentAttention, row: Row) -> bool:
+        forms[chosen(attention, row)] += 1
+        return chosen(attention, row)
+
+    reference = tiny_model(family)
+    asked = prompts(150, 4, 90, 30, 8, 60, 12, 5, 20)
+    expected = [generate(reference, prompt, 20) for prompt in asked]
+    model = decoder(reference)
+    monkeypatch.setattr(LatentAttention, "is_absorbed", counted)
+    outputs, _ = serve(model, asked, 20, 200, max_num_seqs=9, max_batched_tokens=60, prefill_chunk=16)
+    assert outputs == expected
+    assert forms[True] > 0 and forms[False] > 0, "the test must reach what it claims"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
