@@ -12,6 +12,7 @@ MAY_IMPORT = {"runtime": set(), "store": set(), "tuner": {"runtime", "store"}, "
 ONLY_IN = {
     "torch": "runtime/", "transformers": "runtime/", "sqlalchemy": "store/", "alembic": "store/",
     "streamlit": "dashboard/", "optuna": "tuner/propose.py", "prophet": "tuner/notice/forecast.py",
+    "triton": "runtime/kernels/",
 }  # fmt: skip
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -1,0 +1,15 @@
+"""Kernels of the decode path of our own decoder on a GPU, and for each a twin in plain torch.
+
+    plain.py            what each of them computes: the contract
+    paged_decode.py, rope_and_cache.py, add_norm.py, silu_mul.py, skinny_linear.py      the same in Triton
+    splits.py           among how many programs a context is shared out
+    table.py            both as tables of functions, and the check of one against the other
+    linear_table.py     which linear layers are faster here than in cuBLAS, measured on the device
+
+There is no kernel for greedy sampling: `torch.argmax` is one call that a graph can capture.
+Without Triton the plain functions are all there is.
+"""
+
+from runtime.kernels.table import PLAIN, TRITON, WHY_NO_TRITON, Kernels, Shape, checked, self_check
+
+__all__ = ["PLAIN", "TRITON", "WHY_NO_TRITON", "Kernels", "Shape", "checked", "self_check"]

@@ -1,0 +1,285 @@
+"""Decode attention over the paged cache in Triton: the context of a row is shared out among programs, then merged.
+
+    grid (row, KV head, split) ▶ a part's output and log-sum-exp each ▶ grid (row, head): their weighted mean
+
+The grid follows from shapes alone, so that a CUDA graph serves every context: a split beyond a row's context ends at
+once. The heads of a group are the rows of one matrix product, padded to the 16 that tensor cores take.
+Contracts: `runtime.kernels.plain`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MIN_DOT = 16
+MAX_HEAD_BLOCK = 64  # heads of one program; beyond that, accumulators spill
+TILE_VALUES = 8192  # values of one tile of keys: 64 tokens of 128
+STAGES = 4  # tiles under way at once; a tile's slots are looked up first, which takes one more
+LATENT_STAGES = 2
+UNBOUNDED = 2**30  # a window wider than any context
+
+
+def paged_decode(
+    query: Tensor,
+    rows: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    block_tokens: int,
+    scaling: float,
+    window: int | None = None,
+    num_splits: int = 1,
+) -> Tensor:
+    num_rows, kv_heads, group, dim = query.shape
+    heads = kv_heads * group
+    head_block = min(MAX_HEAD_BLOCK, max(MIN_DOT, triton.next_power_of_2(group)))
+    dim_block = max(MIN_DOT, triton.next_power_of_2(dim))
+    out = torch.empty(num_rows, heads * dim, dtype=query.dtype, device=query.device)
+    parts, sums = _parts(out, num_rows, heads, num_splits, dim)
+    grid = (num_rows, kv_heads * triton.cdiv(group, head_block), num_splits)
+    _decode[grid](
+        query, rows, block_tables, contexts, parts, sums,
+        query.stride(0), query.stride(1), query.stride(2), rows.stride(0), block_tables.stride(0),
+        scaling, UNBOUNDED if window is None else window,
+        KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_TOKENS=block_tokens, NUM_SPLITS=num_splits,
+        HEAD_BLOCK=head_block, DIM_BLOCK=dim_block, TILE=_tile(dim_block, rows),
+        num_warps=4, num_stages=STAGES,
+    )  # fmt: skip
+    _merge_into(out, parts, sums, num_splits, dim)
+    return out
+
+
+def paged_latent_decode(
+    query: Tensor,
+    rows: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    block_tokens: int,
+    scaling: float,
+    value_dim: int,
+    num_splits: int = 1,
+) -> Tensor:
+    num_rows, heads, dim = query.shape
+    for name, size in (("value_dim", value_dim), ("the rest of D", dim - value_dim)):
+        if size < MIN_DOT or size & (size - 1):
+            raise ValueError(f"{name} must be a power of two of at least {MIN_DOT}, but got {size}.")
+    head_block = min(MAX_HEAD_BLOCK, max(MIN_DOT, triton.next_power_of_2(heads)))
+    out = torch.empty(num_rows, heads, value_dim, dtype=query.dtype, device=query.device)
+    parts, sums = _parts(out, num_rows, heads, num_splits, value_dim)
+    grid = (num_rows, triton.cdiv(heads, head_block), num_splits)
+    _latent_decode[grid](
+        query, rows, block_tables, contexts, parts, sums,
+        query.stride(0), query.stride(1), rows.stride(0), block_tables.stride(0),
+        scaling,
+        HEADS=heads, VALUE_DIM=value_dim, ROPE_DIM=dim - value_dim, BLOCK_TOKENS=block_tokens,
+        NUM_SPLITS=num_splits, HEAD_BLOCK=head_block, TILE=2 * _tile(value_dim, rows),
+        num_warps=4 if head_block == MIN_DOT else 8, num_stages=LATENT_STAGES,
+    )  # fmt: skip
+    _merge_into(out, parts, sums, num_splits, value_dim)
+    return out
+
+
+def _tile(dim: int, rows: Tensor) -> int:
+    """Tokens of one tile: fewer where a token is larger."""
+    wide = rows.element_size() // 2 or 1
+    return int(max(MIN_DOT, min(128, TILE_VALUES // (dim * wide))))
+
+
+def _parts(out: Tensor, num_rows: int, heads: int, num_splits: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Where the splits write: parts [B, heads, splits, D] and their log-sum-exp [B, heads, splits], both float32. A
+    single split writes the output itself."""
+    if num_splits == 1:
+        return out, out
+    device = out.device
+    return (
+        torch.empty(num_rows, heads, num_splits, dim, dtype=torch.float32, device=device),
+        torch.empty(num_rows, heads, num_splits, dtype=torch.float32, device=device),
+    )
+
+
+def _merge_into(out: Tensor, parts: Tensor, sums: Tensor, num_splits: int, dim: int) -> None:
+    if num_splits == 1:
+        return
+    num_outputs = sums.numel() // num_splits
+    split_block, dim_block = triton.next_power_of_2(num_splits), triton.next_power_of_2(dim)
+    _merge[(num_outputs,)](
+        parts, sums, out,
+        NUM_SPLITS=num_splits, DIM=dim, SPLIT_BLOCK=split_block, DIM_BLOCK=dim_block,
+        num_warps=min(8, max(1, split_block * dim_block // 1024)),
+    )  # fmt: skip
+
+
+@triton.jit
+def _span(
+    context: tl.tensor, window: tl.tensor, split: tl.tensor, NUM_SPLITS: tl.constexpr, TILE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Tokens [start, end) of one split: equal parts in whole tiles; empty where the context is used up."""
+    first = tl.maximum(context - window, 0)
+    share = tl.cdiv(tl.cdiv(context - first, NUM_SPLITS), TILE) * TILE
+    start = first + split * share
+    return start, tl.minimum(start + share, context)
+
+
+@triton.jit
+def _write_part(
+    parts: tl.tensor,
+    sums: tl.tensor,
+    acc: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    output: tl.tensor,
+    columns: tl.tensor,
+    in_head: tl.tensor,
+    in_dim: tl.tensor,
+    split: tl.tensor,
+    NUM_SPLITS: tl.constexpr,
+    DIM: tl.constexpr,
+) -> None:
+    """acc: [heads, D], not yet divided by `total`; output: [heads], the number of each in all outputs."""
+    divisor = tl.where(total > 0, total, 1.0)
+    where = (output * NUM_SPLITS + split)[:, None] * DIM + columns[None]
+    value = (acc / divisor[:, None]).to(parts.dtype.element_ty)
+    tl.store(parts + where, value, mask=in_head[:, None] & in_dim[None])
+    if NUM_SPLITS > 1:
+        tl.store(sums + output * NUM_SPLITS + split, top + tl.log2(divisor), mask=in_head)
+
+
+@triton.jit
+def _decode(
+    query: tl.tensor,
+    rows: tl.tensor,
+    block_tables: tl.tensor,
+    contexts: tl.tensor,
+    parts: tl.tensor,
+    sums: tl.tensor,
+    query_row: int,
+    query_kv_head: int,
+    query_head: int,
+    row_stride: int,
+    table_stride: int,
+    scaling: float,
+    window: int,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    blocks_per_head: tl.constexpr = (GROUP + HEAD_BLOCK - 1) // HEAD_BLOCK
+    kv_head = tl.program_id(1) // blocks_per_head
+    member = (tl.program_id(1) % blocks_per_head) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    columns = tl.arange(0, DIM_BLOCK)
+    in_head, in_dim = member < GROUP, columns < DIM
+    context = tl.load(contexts + row).to(tl.int32)
+    start, end = _span(context, window, split, NUM_SPLITS, TILE)
+
+    at = query + row * query_row + kv_head * query_kv_head + member[:, None] * query_head + columns[None]
+    q = tl.load(at, mask=in_head[:, None] & in_dim[None] & (start < end), other=0.0)
+    table = block_tables + row * table_stride
+    keys = rows + kv_head * DIM
+    values = keys + KV_HEADS * DIM
+    top = tl.full([HEAD_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([HEAD_BLOCK], tl.float32)
+    acc = tl.zeros([HEAD_BLOCK, DIM_BLOCK], tl.float32)
+    to_log2 = scaling * 1.4426950408889634
+    for first in range(start, end, TILE):
+        token = first + tl.arange(0, TILE)
+        seen = token < end
+        block = tl.load(table + token // BLOCK_TOKENS, mask=seen, other=0).to(tl.int64)
+        slot = (block * BLOCK_TOKENS + token % BLOCK_TOKENS) * row_stride
+        k = tl.load(keys + slot[None] + columns[:, None], mask=seen[None] & in_dim[:, None], other=0.0)
+        v = tl.load(values + slot[:, None] + columns[None], mask=seen[:, None] & in_dim[None], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee") * to_log2
+        scores = tl.where(seen[None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    output = row * (KV_HEADS * GROUP) + kv_head * GROUP + member
+    _write_part(parts, sums, acc, top, total, output, columns, in_head, in_dim, split, NUM_SPLITS, DIM)
+
+
+@triton.jit
+def _latent_decode(
+    query: tl.tensor,
+    rows: tl.tensor,
+    block_tables: tl.tensor,
+    contexts: tl.tensor,
+    parts: tl.tensor,
+    sums: tl.tensor,
+    query_row: int,
+    query_head: int,
+    row_stride: int,
+    table_stride: int,
+    scaling: float,
+    HEADS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """A tile is read once: it is the keys' first part, and the values."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    columns, turned = tl.arange(0, VALUE_DIM), VALUE_DIM + tl.arange(0, ROPE_DIM)
+    in_head, in_dim = head < HEADS, columns < VALUE_DIM
+    context = tl.load(contexts + row).to(tl.int32)
+    start, end = _span(context, context, split, NUM_SPLITS, TILE)
+
+    at, wanted = query + row * query_row + head[:, None] * query_head, in_head[:, None] & (start < end)
+    q = tl.load(at + columns[None], mask=wanted, other=0.0)
+    q_turned = tl.load(at + turned[None], mask=wanted, other=0.0)
+    table = block_tables + row * table_stride
+    top = tl.full([HEAD_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([HEAD_BLOCK], tl.float32)
+    acc = tl.zeros([HEAD_BLOCK, VALUE_DIM], tl.float32)
+    to_log2 = scaling * 1.4426950408889634
+    for first in range(start, end, TILE):
+        token = first + tl.arange(0, TILE)
+        seen = token < end
+        block = tl.load(table + token // BLOCK_TOKENS, mask=seen, other=0).to(tl.int64)
+        slot = (block * BLOCK_TOKENS + token % BLOCK_TOKENS) * row_stride
+        latent = tl.load(rows + slot[:, None] + columns[None], mask=seen[:, None], other=0.0)
+        key = tl.load(rows + slot[None] + turned[:, None], mask=seen[None], other=0.0)
+        scores = tl.dot(q, tl.trans(latent), input_precision="ieee")
+        scores = tl.dot(q_turned, key, scores, input_precision="ieee") * to_log2
+        scores = tl.where(seen[None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(latent.dtype), latent, input_precision="ieee")
+        top = higher
+    output = row * HEADS + head
+    _write_part(parts, sums, acc, top, total, output, columns, in_head, in_dim, split, NUM_SPLITS, VALUE_DIM)
+
+
+@triton.jit
+def _merge(
+    parts: tl.tensor,
+    sums: tl.tensor,
+    out: tl.tensor,
+    NUM_SPLITS: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+) -> None:
+    output = tl.program_id(0).to(tl.int64)
+    split, column = tl.arange(0, SPLIT_BLOCK), tl.arange(0, DIM_BLOCK)
+    sums_at = sums + output * NUM_SPLITS + split
+    logs = tl.load(sums_at, mask=split < NUM_SPLITS, other=float("-inf"))
+    top = tl.max(logs, 0)
+    weights = tl.exp2(logs - tl.where(top > float("-inf"), top, 0.0))
+    weights = weights / tl.maximum(tl.sum(weights, 0), 1e-30)
+    at = parts + (output * NUM_SPLITS + split)[:, None] * DIM + column[None]
+    found = tl.load(at, mask=(weights > 0)[:, None] & (column < DIM)[None], other=0.0)
+    mean = tl.sum(found * weights[:, None], 0)
+    tl.store(out + output * DIM + column, mean.to(out.dtype.element_ty), mask=column < DIM)

@@ -1,0 +1,140 @@
+"""What each kernel of the decode path computes, written with torch: specification and stand-in at once.
+
+None of them waits for the device, so that a CUDA graph can capture them too. Arithmetic is in float32 at least, and
+rounded once, where the result is written.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+
+def paged_decode(
+    query: Tensor,
+    rows: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    block_tokens: int,
+    scaling: float,
+    window: int | None = None,
+    num_splits: int = 1,
+) -> Tensor:
+    """Attention of one new token a row over its cached ones, its own among them.
+
+    query: [B, kv_heads, group, D], whose rows may lie apart; rows: [slots, 2 * kv_heads * D], a token's keys of all
+    heads and then its values; block_tables: int [B, max_blocks], of which only a row's first ceil(context /
+    block_tokens) are read; contexts: int [B]; block_tokens: a power of two. A row of context 0 gives zeros.
+    `num_splits`: among how many programs a context is shared out; the result does not depend on it.
+    Returns [B, kv_heads * group * D].
+    """
+    kv_heads, dim = query.shape[1], query.shape[3]
+    index, seen = _slots(block_tables, contexts, block_tokens, window)
+    found = rows[index].view(*index.shape, 2, kv_heads, dim).to(_wide(query))  # [B, L, 2, kv_heads, D]
+    key, value = found.masked_fill(~seen[:, :, None, None, None], 0).permute(2, 0, 3, 1, 4).unbind()
+    weights = _weights(query.to(key.dtype) @ key.transpose(2, 3) * scaling, seen[:, None, None])
+    return (weights @ value).to(query.dtype).flatten(1)
+
+
+def paged_latent_decode(
+    query: Tensor,
+    rows: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    block_tokens: int,
+    scaling: float,
+    value_dim: int,
+    num_splits: int = 1,
+) -> Tensor:
+    """The same over latents (MLA): all heads share one key, a row of the cache, and one value, its first part.
+
+    query: [B, heads, D]; rows: [slots, D], 576 values in DeepSeek's models, of which `value_dim` = 512 are the value.
+    Returns [B, heads, value_dim].
+    """
+    index, seen = _slots(block_tables, contexts, block_tokens, None)
+    key = rows[index].to(_wide(query)).masked_fill(~seen[:, :, None], 0)  # [B, L, D]
+    weights = _weights(query.to(key.dtype) @ key.transpose(1, 2) * scaling, seen[:, None])
+    return (weights @ key[..., :value_dim]).to(query.dtype)
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    kv_heads: int,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Turns queries and keys by their positions, in place, and writes keys and values to the cache.
+
+    qkv: [T, (heads + 2 * kv_heads) * D]; table: [P, 2, D], cosines, and sines whose first half is negative;
+    positions: int [T]; rows: [slots, 2 * kv_heads * D]; slots: int [T], negative where a token is padding and nothing
+    is written; norm_weight: [heads + kv_heads, D] of a root mean square norm of each head before it is turned.
+    """
+    dim = table.shape[2]
+    num_turned = qkv.shape[1] // dim - kv_heads
+    turned = qkv.unflatten(1, (-1, dim))[:, :num_turned]
+    x = turned.to(_wide(qkv))
+    if norm_weight is not None:
+        x = _normal(x, eps) * norm_weight
+    cos, sin = table[positions].unsqueeze(2).unbind(1)
+    turned.copy_(x * cos + x.roll(dim // 2, -1) * sin)
+    # Padding repeats the first real token, or where there is none, what lies in the first slot.
+    real = slots >= 0
+    source = torch.where(real, torch.arange(len(slots), device=slots.device), real.int().argmax())
+    target = slots[source].clamp(min=0)
+    new = qkv[:, (num_turned - kv_heads) * dim :]
+    rows.index_copy_(0, target, torch.where(real.any(), new[source], rows[target]))
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Adds `delta` to x in place, and returns the root mean square norm of the sum, times `weight`.
+
+    x, delta: [T, hidden]; weight: [hidden].
+    """
+    if delta is not None:
+        x += delta
+    return (_normal(x.to(_wide(x)), eps) * weight).to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up: [T, 2 * I], gates first. Returns silu(gate) * up, [T, I]."""
+    gate, up = gate_up.to(_wide(gate_up)).chunk(2, 1)
+    return (silu(gate) * up).to(gate_up.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x: [M, K]; weight: [N, K]; bias: [N]. Returns [M, N]."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest token of each row. logits: [B, vocab]. Returns int64 [B]."""
+    return logits.argmax(-1)
+
+
+def _slots(
+    block_tables: Tensor, contexts: Tensor, block_tokens: int, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Slots of all tokens that fit the tables, [B, L], slot 0 for those not attended to, and which are: bool [B, L]."""
+    within = torch.arange(block_tokens, device=block_tables.device)
+    slots = (block_tables.long()[:, :, None] * block_tokens + within).flatten(1)
+    at, context = torch.arange(slots.shape[1], device=slots.device)[None], contexts[:, None]
+    seen = at < context
+    if window is not None:
+        seen &= at >= context - window
+    return torch.where(seen, slots, 0), seen
+
+
+def _weights(scores: Tensor, seen: Tensor) -> Tensor:
+    """Softmax over what is seen; zeros where nothing is."""
+    return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1).masked_fill(~seen, 0)
+
+
+def _normal(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,84 @@
+"""Norms, turns and caches the queries, keys and values of new tokens in one pass. Contract: `runtime.kernels.plain`."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+VALUES_PER_PROGRAM = 1024
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    kv_heads: int,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    dim = table.shape[2]
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    half_block = triton.next_power_of_2(dim // 2)
+    head_block = min(
+        triton.next_power_of_2(heads + 2 * kv_heads), max(1, VALUES_PER_PROGRAM // half_block // 2)
+    )
+    _rope_and_cache[(len(qkv), triton.cdiv(heads + 2 * kv_heads, head_block))](
+        qkv, table, positions, rows, slots, table if norm_weight is None else norm_weight,
+        qkv.stride(0), rows.stride(0), eps,
+        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HAS_NORM=norm_weight is not None,
+        HEAD_BLOCK=head_block, HALF_BLOCK=half_block,
+        num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _rope_and_cache(
+    qkv: tl.tensor,
+    table: tl.tensor,
+    positions: tl.tensor,
+    rows: tl.tensor,
+    slots: tl.tensor,
+    norm_weight: tl.tensor,
+    qkv_stride: int,
+    row_stride: int,
+    eps: float,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+) -> None:
+    """A head's two halves are two tiles, as each is turned with the other."""
+    HALF: tl.constexpr = DIM // 2
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    column = tl.arange(0, HALF_BLOCK)
+    inside = (head < HEADS + 2 * KV_HEADS)[:, None] & (column < HALF)[None]
+    is_turned = inside & (head < HEADS + KV_HEADS)[:, None]
+    at = qkv + token * qkv_stride + head[:, None] * DIM + column[None]
+    raw_left = tl.load(at, mask=inside, other=0.0)
+    raw_right = tl.load(at + HALF, mask=inside, other=0.0)
+    left, right = raw_left.to(tl.float32), raw_right.to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / DIM + eps)[:, None]
+        weight = norm_weight + head[:, None] * DIM + column[None]
+        left = left * scale * tl.load(weight, mask=is_turned, other=0.0).to(tl.float32)
+        right = right * scale * tl.load(weight + HALF, mask=is_turned, other=0.0).to(tl.float32)
+    angle = table + tl.load(positions + token).to(tl.int64) * (2 * DIM) + column
+    in_half = column < HALF
+    cos_left = tl.load(angle, mask=in_half, other=0.0).to(tl.float32)[None]
+    cos_right = tl.load(angle + HALF, mask=in_half, other=0.0).to(tl.float32)[None]
+    sin_left = tl.load(angle + DIM, mask=in_half, other=0.0).to(tl.float32)[None]
+    sin_right = tl.load(angle + DIM + HALF, mask=in_half, other=0.0).to(tl.float32)[None]
+    new_left = (left * cos_left + right * sin_left).to(raw_left.dtype)
+    new_right = (right * cos_right + left * sin_right).to(raw_left.dtype)
+    tl.store(at, new_left, mask=is_turned)
+    tl.store(at + HALF, new_right, mask=is_turned)
+    # Keys of all heads, then values of all heads: what follows the queries, as it is.
+    slot = tl.load(slots + token).to(tl.int64)
+    is_cached = inside & (head >= HEADS)[:, None] & (slot >= 0)
+    place = rows + slot * row_stride + (head - HEADS)[:, None] * DIM + column[None]
+    tl.store(place, tl.where(is_turned, new_left, raw_left), mask=is_cached)
+    tl.store(place + HALF, tl.where(is_turned, new_right, raw_right), mask=is_cached)

@@ -1,0 +1,185 @@
+"""The kernels as a table that a decoder is given, and the check of each against its plain twin."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.kernels import plain
+
+log = logging.getLogger(__name__)
+
+# Largest difference over the largest value expected: rounding of inputs and weights, with a margin.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+class Kernels(NamedTuple):
+    """Functions of one contract: `runtime.kernels.plain` describes each."""
+
+    # (query, rows, block_tables, contexts, block_tokens, scaling, window, num_splits)
+    paged_decode: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None, int], Tensor]
+    # (query, rows, block_tables, contexts, block_tokens, scaling, value_dim, num_splits)
+    paged_latent_decode: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int, int], Tensor]
+    # (qkv, table, positions, rows, slots, kv_heads, norm_weight, eps)
+    rope_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None, float], None]
+    add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]  # (x, delta, weight, eps)
+    silu_mul: Callable[[Tensor], Tensor]
+    skinny_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x of at most 64 rows, weight, bias)
+    greedy: Callable[[Tensor], Tensor]
+
+
+PLAIN = Kernels(
+    plain.paged_decode,
+    plain.paged_latent_decode,
+    plain.rope_and_cache,
+    plain.add_norm,
+    plain.silu_mul,
+    plain.linear,
+    plain.greedy,
+)
+
+
+def _triton_kernels() -> Kernels:
+    """Raises ImportError where Triton is missing or does not load."""
+    from runtime.kernels.add_norm import add_norm
+    from runtime.kernels.paged_decode import paged_decode, paged_latent_decode
+    from runtime.kernels.rope_and_cache import rope_and_cache
+    from runtime.kernels.silu_mul import silu_mul
+    from runtime.kernels.skinny_linear import skinny_linear
+
+    return Kernels(
+        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, plain.greedy
+    )
+
+
+TRITON: Kernels | None = None
+WHY_NO_TRITON: str | None = None
+try:
+    TRITON = _triton_kernels()
+except ImportError as error:
+    WHY_NO_TRITON = str(error)
+
+
+class Shape(NamedTuple):
+    """What of a model its kernels see."""
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    block_tokens: int = 16
+    window: int | None = None
+    has_qk_norm: bool = False
+    latent_dim: int | None = (
+        None  # MLA: values of a cached row, of which the first `latent_value_dim` are the value
+    )
+    latent_value_dim: int = 512
+
+
+def checked(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, shape: Shape
+) -> tuple[Kernels, list[str]]:
+    """The kernels, with the plain twin in place of each that fails, and the names of those."""
+    failed = self_check(device, dtype, shape, kernels)
+    for name in failed:
+        log.warning("the kernel %s differs from its plain twin on %s; the twin is used instead", name, device)
+    return kernels._replace(**{name: getattr(PLAIN, name) for name in failed}), failed
+
+
+@torch.inference_mode()
+def self_check(
+    device: torch.device, dtype: torch.dtype, shape: Shape, kernels: Kernels | None = TRITON
+) -> list[str]:
+    """Runs each kernel beside its twin on small random input, and returns the names of those that raise or differ."""
+    if kernels is None:
+        return []
+    failed = []
+    for name, run in _trials(device, dtype, shape):
+        expected = run(getattr(PLAIN, name))
+        try:
+            actual = run(getattr(kernels, name))
+            errors = [difference(*pair) for pair in zip(actual, expected, strict=True)]
+        except Exception:  # of a compiler or a driver: anything; the twin takes over
+            log.warning("the kernel %s could not be run on %s", name, device, exc_info=True)
+            failed.append(name)
+            continue
+        if not all(error <= TOLERANCE[dtype] for error in errors):  # NaN is not
+            log.warning("the kernel %s is off by %s of the largest value on %s", name, errors, device)
+            failed.append(name)
+    return list(dict.fromkeys(failed))
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value expected; NaN where one of both is none."""
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+Trial = Callable[[Callable[..., Tensor | None]], list[Tensor]]
+
+
+def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[tuple[str, Trial]]:
+    """Name of a kernel, and a function that runs it, or its twin, on copies of the same input and returns all that it
+    changed or returned."""
+    random = torch.Generator(device=device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random, device=device).to(dtype)
+
+    num_heads, kv_heads, dim, hidden = shape[:4]
+    size, longest = shape.block_tokens, max(300, 2 * shape.block_tokens)  # several tiles
+    contexts = torch.tensor([0, 1, 2 * size, longest], device=device)
+    blocks = -(-longest // size)
+    tables = torch.randperm(4 * blocks, generator=random, device=device).view(4, blocks).int()
+    rows = normal(4 * blocks * size, 2 * kv_heads * dim)
+    qkv = normal(4, (num_heads + 2 * kv_heads) * dim)
+    query = qkv[:, : num_heads * dim].unflatten(1, (kv_heads, -1, dim))
+    for splits in (1, 3):
+        yield (
+            "paged_decode",
+            _returned(query, rows, tables, contexts, size, dim**-0.5, shape.window, splits),
+        )
+    if shape.latent_dim is not None:
+        latents, asked = normal(len(rows), shape.latent_dim), normal(4, num_heads, shape.latent_dim)
+        scaling = shape.latent_dim**-0.5
+        for splits in (1, 3):
+            yield (
+                "paged_latent_decode",
+                _returned(asked, latents, tables, contexts, size, scaling, shape.latent_value_dim, splits),
+            )
+
+    angles = torch.rand(64, dim // 2, generator=random, device=device) * 6.28
+    sin = angles.sin()
+    table = torch.stack((torch.cat((angles.cos(),) * 2, 1), torch.cat((-sin, sin), 1)), 1).to(dtype)
+    positions, slots = torch.tensor([0, 5, 63, 1], device=device), torch.tensor([3, -1, 0, 17], device=device)
+    weight = normal(num_heads + kv_heads, dim) if shape.has_qk_norm else None
+
+    def turned(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        new, cache = qkv.clone(), rows.clone()
+        kernel(new, table, positions, cache, slots, kv_heads, weight, 1e-6)
+        return [new, cache]
+
+    yield "rope_and_cache", turned
+    x, delta, scale_of = normal(4, hidden), normal(4, hidden), normal(hidden)
+
+    def added(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        whole = x.clone()
+        return [_given(kernel(whole, delta, scale_of, 1e-6)), whole]
+
+    yield "add_norm", added
+    yield "silu_mul", _returned(normal(4, 2 * shape.intermediate))
+    matrix = normal(shape.intermediate, hidden) * hidden**-0.5
+    yield "skinny_linear", _returned(x, matrix, None)
+    yield "skinny_linear", _returned(normal(64, hidden), matrix, normal(shape.intermediate))
+
+
+def _returned(*given: object) -> Trial:
+    return lambda kernel: [_given(kernel(*given))]
+
+
+def _given(result: Tensor | None) -> Tensor:
+    assert result is not None, "a kernel returned nothing"
+    return result

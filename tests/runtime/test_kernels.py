@@ -1,0 +1,174 @@
+"""Kernels beside their plain twins: on a GPU, under Triton's interpreter, and compiled for a GPU that is not there.
+
+The interpreter and the compiler for an absent GPU each run in a process of their own, as Triton decides at its import.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.attention import attend_plain
+from runtime.kernels import PLAIN, WHY_NO_TRITON, Kernels, Shape, checked, self_check
+from runtime.kernels.splits import MAX_SPLITS, choose_splits
+from tests.runtime.kernel_cases import CASES
+
+CPU = torch.device("cpu")
+SMALL = Shape(4, 2, 8, 16, 24, 4, has_qk_norm=True, latent_dim=12, latent_value_dim=8)
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(
+    WHY_NO_TRITON is not None, reason=f"Triton cannot be imported: {WHY_NO_TRITON}"
+)
+
+
+@cache
+def results(*options: str, **env: str) -> dict[str, str | None]:
+    """What the cases came to in a process of their own: name -> error or None."""
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.runtime.kernel_cases", *options],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | env, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    told: dict[str, str | None] = json.loads(found.stdout)
+    return told
+
+
+def interpreted() -> dict[str, str | None]:
+    return results(TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernel_agrees_with_its_twin(name: str, dtype: str) -> None:
+    error = interpreted()[f"{name}-{dtype}"]
+    assert error is None, error
+
+
+@needs_triton
+def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
+    found = results("--compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert len(found) >= 15
+    assert [error for error in found.values() if error is not None] == []
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype)[6:]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_agrees_with_its_twin(name: str, dtype: torch.dtype) -> None:
+    CASES[name](torch.device("cuda"), dtype)
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_graph_serves_contexts_that_grow_after_its_capture() -> None:
+    """The grid must not follow from the contexts."""
+    from runtime.kernels.paged_decode import paged_decode
+
+    device = torch.device("cuda")
+    query, rows = (torch.randn(*size, device=device) for size in ((2, 2, 4, 64), (64 * 16, 2 * 2 * 64)))
+    tables = torch.randperm(64, device=device).int().view(2, 32)
+    contexts = torch.tensor([1, 0], device=device)
+    given = (query, rows, tables, contexts, 16, 0.125, None, 5)
+    paged_decode(*given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_decode(*given)
+    for new in ([1, 0], [17, 512], [500, 3]):
+        contexts.copy_(torch.tensor(new))
+        graph.replay()
+        torch.testing.assert_close(out, PLAIN.paged_decode(*given), rtol=1e-4, atol=1e-4)
+
+
+def test_twins_are_all_there_is_without_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None; import runtime.kernels as found;"
+        "print(found.TRITON, 'triton' in found.WHY_NO_TRITON,"
+        " found.checked(found.PLAIN, found.table.torch.device('cpu'), found.table.torch.float32,"
+        " found.Shape(2, 1, 8, 8, 8))[1])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert found.stdout.strip() == "None True []", found.stderr
+
+
+# -- the check, and what it replaces ------------------------------------------------------------------------------
+
+
+def test_check_finds_nothing_in_the_twins_themselves() -> None:
+    assert self_check(CPU, torch.float32, SMALL, PLAIN) == []
+
+
+@pytest.mark.parametrize("name", [name for name in Kernels._fields if name != "greedy"])
+@pytest.mark.parametrize("fault", ["raises", "differs", "gives NaN", "does nothing"])
+def test_check_names_and_replaces_a_kernel_that(
+    fault: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    twin = getattr(PLAIN, name)
+
+    def faulty(*given: torch.Tensor) -> torch.Tensor | None:
+        if fault == "raises":
+            raise RuntimeError("out of shared memory")
+        out = None if fault == "does nothing" else twin(*given)
+        changed = given[0] if out is None else out
+        if fault == "differs":
+            changed.view(-1)[-1] += 1
+        if fault == "gives NaN":
+            changed.view(-1)[0] = float("nan")
+        return out
+
+    kernels, failed = checked(PLAIN._replace(**{name: faulty}), CPU, torch.float32, SMALL)
+    assert failed == [name]
+    assert kernels == PLAIN
+    assert f"the kernel {name} differs" in caplog.text
+
+
+# -- the twins, beside what the decoder computes without them -----------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_twin_of_decode_attends_as_the_specification_of_attention_does(window: int | None) -> None:
+    torch.manual_seed(0)
+    rows, query = (
+        torch.randn(6 * 4, 2 * 2 * 8, dtype=torch.float64),
+        torch.randn(2, 2, 3, 8, dtype=torch.float64),
+    )
+    tables, contexts = torch.tensor([[4, 1, 0], [2, 5, 3]], dtype=torch.int32), torch.tensor([9, 4])
+    out = PLAIN.paged_decode(query, rows, tables, contexts, 4, 0.3, window, 1)
+    for i, slots in enumerate(([16, 17, 18, 19, 4, 5, 6, 7, 0], [8, 9, 10, 11])):
+        key, value = rows[slots].view(-1, 2, 2, 8).permute(1, 2, 0, 3)
+        allowed = torch.arange(len(slots))[None] >= len(slots) - (window or 100)
+        expected = attend_plain(query[i, :, :, None], key, value, allowed, 0.3)
+        torch.testing.assert_close(out[i], expected.flatten())
+
+
+def test_twin_of_latent_decode_is_attention_with_one_key_whose_first_part_is_the_value() -> None:
+    torch.manual_seed(0)
+    rows, query = torch.randn(16, 12, dtype=torch.float64), torch.randn(1, 5, 12, dtype=torch.float64)
+    tables, contexts = torch.tensor([[3, 1]], dtype=torch.int32), torch.tensor([6])
+    out = PLAIN.paged_latent_decode(query, rows, tables, contexts, 4, 0.3, 8, 1)
+    found = rows[[12, 13, 14, 15, 4, 5]]
+    weights = torch.softmax(query[0] @ found.T * 0.3, -1)
+    torch.testing.assert_close(out[0], weights @ found[:, :8])
+
+
+# -- splits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 32, 256, 4096])
+@pytest.mark.parametrize("kv_heads", [1, 8, 32])
+def test_splits_keep_all_sms_busy_and_no_more(num_rows: int, kv_heads: int) -> None:
+    splits = choose_splits(num_rows, kv_heads, 132)
+    assert 1 <= splits <= MAX_SPLITS
+    assert splits == MAX_SPLITS or splits * num_rows * kv_heads >= 132
+    assert splits == 1 or (splits - 1) * num_rows * kv_heads < 2 * 132
