@@ -119,13 +119,17 @@ class StepTensors:
     longest: int  # context of any row
     contexts: Tensor  # [all rows]
     tables: Tensor  # [all rows, blocks]
+    num_apart: int  # leading rows of one token that a kernel attends to
+    pieces: "Pieces | None"  # the other rows, where they are attended to in one call
 
     @classmethod
-    def of(cls, packed: PackedBatch, device: torch.device, has_kernel: bool = False) -> "StepTensors":
+    def of(
+        cls, packed: PackedBatch, device: torch.device, has_kernel: bool = False, packs_pieces: bool = False
+    ) -> "StepTensors":
         """Moves the step to the device in a single copy and decides the form of attention of each row.
 
         `has_kernel`: rows of one token are attended to by a kernel that reads `contexts` and `tables`; they are neither
-        among `padded` nor `rows`.
+        among `padded` nor `rows`. `packs_pieces`: the others are `pieces`.
         """
         tables = packed.block_tables.astype(np.int64)
         parts = (
@@ -144,13 +148,64 @@ class StepTensors:
             _padded_rows(first, last, blocks[first:last], contexts[first:last], packed)
             for first, last in _groups(packed, 0 if has_kernel else num_apart)
         ]
-        rows = _rows(packed, num_apart, blocks)
+        pieces = Pieces.of(packed, num_apart, device) if packs_pieces else None
+        rows = [] if packs_pieces else _rows(packed, num_apart, blocks)
         has_single_rows = bool(rows) and rows[0].num_new == 1  # they come first
         longest = int(packed.contexts.max())
         return cls(
             token_ids[None], positions[None], slots, last_tokens, padded, rows, has_single_rows, longest,
-            contexts, blocks,
+            contexts, blocks, num_apart if has_kernel else 0, pieces,
         )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Pieces:
+    """Pieces of prompts one behind the other, as a call over rows of all lengths takes them.
+
+    `first`: token of the step at which they begin; `new_edges`, `context_edges`: int32 [rows + 1], where each begins
+    among the new tokens and among the cached ones; `slots`: int64, of all cached tokens, row after row; None where
+    nothing was cached before, so that the step itself holds all keys and values.
+    """
+
+    first: int
+    new_edges: Tensor
+    context_edges: Tensor
+    max_new: int
+    max_context: int
+    slots: Tensor | None
+
+    @classmethod
+    def of(cls, packed: PackedBatch, start: int, device: torch.device) -> "Pieces | None":
+        """Those from row `start` on; None where there are none."""
+        contexts, size = packed.contexts[start:], packed.block_tokens
+        if not len(contexts):
+            return None
+        first = int(packed.row_starts[start])
+        new_edges = packed.row_starts[start:] - first
+        context_edges = np.concatenate(([0], np.cumsum(contexts)))
+        slots = None
+        if context_edges[-1] > new_edges[-1]:
+            at = np.arange(context_edges[-1]) - np.repeat(context_edges[:-1], contexts)
+            owners = np.repeat(np.arange(start, start + len(contexts)), contexts)
+            blocks = packed.block_tables[owners, at // size].astype(np.int64)
+            slots = torch.from_numpy(blocks * size + at % size).to(device)
+        edges = torch.from_numpy(np.stack((new_edges, context_edges)).astype(np.int32)).to(device)
+        max_new = int(np.diff(new_edges).max())
+        return cls(first, edges[0], edges[1], max_new, int(contexts.max()), slots)
+
+
+def attend_pieces(
+    query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scaling: float, window: int | None
+) -> Tensor:
+    """FlashAttention over rows of all lengths (CUDA, half precision): a query sees the cached tokens up to its own.
+
+    query: [new tokens, heads, D]; key, value: [cached tokens, kv_heads, D]. Returns [new tokens, heads, D].
+    """
+    found: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward(
+        query, key, value, pieces.new_edges, pieces.context_edges, pieces.max_new, pieces.max_context, 0.0, True, False,
+        scale=scaling, window_size_left=None if window is None else window - 1, window_size_right=None,
+    )  # fmt: skip
+    return found[0]
 
 
 def num_single_rows(packed: PackedBatch) -> int:

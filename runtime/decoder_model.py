@@ -48,7 +48,9 @@ class DecoderModel(PagedModel):
         return graphs.replay(packed, id(self.pools), self.weights_key, self._decode)
 
     def step_of(self, packed: PackedBatch) -> StepTensors:
-        return StepTensors.of(packed, self.device, has_kernel=self._fused is not None)
+        has_kernel = self._fused is not None
+        is_half = self.decoder.embedding.dtype in (torch.bfloat16, torch.float16)
+        return StepTensors.of(packed, self.device, has_kernel, packs_pieces=has_kernel and is_half)
 
     def compute(self, step: StepTensors, pools: KVPools) -> Tensor:
         caches = self._caches_of(pools)

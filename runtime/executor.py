@@ -197,7 +197,10 @@ class Executor:
         prompt_tokens = min(config.max_batched_tokens, self._loaded.max_model_len - 2)
         pool = BlockPool(-(-(prompt_tokens + 2 * max(WARM_UP_ROWS)) // BLOCK_TOKENS) + 3 * max(WARM_UP_ROWS))
         self._model.allocate(pool.num_blocks)
-        before = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
+        before = 0
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)  # an earlier executor's peak is not ours
+            before = torch.cuda.memory_allocated(self._device)
         most_rows = int(self._model.fixed_knobs.get("max_num_seqs", max(WARM_UP_ROWS)))
         tried_rows = [rows for rows in WARM_UP_ROWS if rows <= most_rows]
         for threads, rows in product({config.threads_prefill, config.threads_decode}, tried_rows):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from runtime.attention import StepTensors, attend_chunk
+from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
 from runtime.decoder import Attention, Decoder, JointCache
 from runtime.kernels import TRITON, Kernels, Shape, checked
 from runtime.kernels.splits import choose_splits
@@ -48,7 +48,7 @@ class FusedPass:
 
     def forward(self, step: StepTensors, caches: Sequence[JointCache]) -> Tensor:
         """Any rows. Returns logits [last_tokens, vocab]."""
-        num_single = len(step.contexts) - len(step.rows)  # rows of one token, which come first
+        num_single = step.num_apart
         inputs = DecodeInputs(
             step.token_ids[0],
             step.positions[0],
@@ -58,12 +58,14 @@ class FusedPass:
         )
         splits = self._splits(num_single)
 
-        def attend(query: Tensor, cache: JointCache, layer: Attention) -> Tensor:
+        def attend(qkv: Tensor, cache: JointCache, layer: Attention) -> Tensor:
             found = []
             if num_single:
-                found.append(self._decode(query[:num_single], cache, layer, inputs, splits))
+                found.append(self._decode(qkv[:num_single], cache, layer, inputs, splits))
+            if step.pieces is not None:
+                found.append(self._pieces(qkv[step.pieces.first :], cache, layer, step.pieces))
             for row in step.rows:
-                q = query[row.first : row.last].permute(1, 2, 0, 3)
+                q = queries_of(qkv[row.first : row.last], layer).permute(1, 2, 0, 3)
                 out = attend_chunk(q, *cache.of_row(row), row, layer.scaling, layer.window)
                 found.append(out.flatten(1))
             return found[0] if len(found) == 1 else torch.cat(found)
@@ -77,27 +79,30 @@ class FusedPass:
         """
         splits = self._splits(len(inputs.contexts))
 
-        def attend(query: Tensor, cache: JointCache, layer: Attention) -> Tensor:
-            return self._decode(query, cache, layer, inputs, splits)
+        def attend(qkv: Tensor, cache: JointCache, layer: Attention) -> Tensor:
+            return self._decode(qkv, cache, layer, inputs, splits)
 
         return self._logits(self._hidden(inputs, caches, attend))
+
+    def _pieces(self, qkv: Tensor, cache: JointCache, layer: Attention, pieces: Pieces) -> Tensor:
+        """qkv: of the pieces' tokens. Returns [tokens, heads * D]."""
+        heads, kv_heads, dim = layer.num_heads, layer.kv_heads, layer.dim
+        query, key, value = qkv.unflatten(1, (-1, dim)).split((heads, kv_heads, kv_heads), 1)
+        if pieces.slots is not None:
+            cached = cache.rows.index_select(0, pieces.slots)
+            key, value = cached.unflatten(1, (2, kv_heads, dim)).unbind(1)
+        return attend_pieces(query, key, value, pieces, layer.scaling, layer.window).flatten(1)
 
     def _splits(self, num_rows: int) -> int:
         return choose_splits(num_rows, self._decoder.layers[0].attention.kv_heads, self._num_sms)
 
     def _decode(
-        self, query: Tensor, cache: JointCache, layer: Attention, inputs: DecodeInputs, splits: int
+        self, qkv: Tensor, cache: JointCache, layer: Attention, inputs: DecodeInputs, splits: int
     ) -> Tensor:
         return self._kernels.paged_decode(
-            query,
-            cache.rows,
-            inputs.tables,
-            inputs.contexts,
-            self._block_tokens,
-            layer.scaling,
-            layer.window,
-            splits,
-        )
+            queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, self._block_tokens, layer.scaling,
+            layer.window, splits,
+        )  # fmt: skip
 
     def _hidden(self, inputs: DecodeInputs, caches: Sequence[JointCache], attend: Attend) -> Tensor:
         """Returns the normed output of the last layer, [T, hidden]."""
@@ -113,9 +118,7 @@ class FusedPass:
                 qkv, self._angles, inputs.positions, cache.rows, inputs.slots, attention.kv_heads,
                 None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
             )  # fmt: skip
-            query = qkv.narrow(1, 0, attention.num_heads * attention.dim)
-            query = query.unflatten(1, (attention.kv_heads, -1, attention.dim))
-            delta = attention.out.forward(attend(query, cache, attention))
+            delta = attention.out.forward(attend(qkv, cache, attention))
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
             delta = mlp.down.forward(kernels.silu_mul(mlp.gate_up.forward(y)))
         return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
@@ -123,6 +126,12 @@ class FusedPass:
     def _logits(self, x: Tensor) -> Tensor:
         logits: Tensor = self._decoder.head.forward(x)
         return logits
+
+
+def queries_of(qkv: Tensor, layer: Attention) -> Tensor:
+    """A view, [T, kv_heads, group, D]."""
+    query = qkv.narrow(1, 0, layer.num_heads * layer.dim)
+    return query.unflatten(1, (layer.kv_heads, -1, layer.dim))
 
 
 def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> FusedPass | None:

@@ -1,5 +1,6 @@
 """The pass that a GPU takes, beside the decoder's own: with plain kernels here, with Triton's and graphs on a GPU."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import runtime.fused_pass
+from runtime.attention import Pieces, StepTensors, allowed_positions, attend_plain
 from runtime.decode_graph import BUCKETS
 from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import DecodeInputs, FusedPass
@@ -38,25 +41,46 @@ def mixed_steps(num_blocks: int, **knobs: Any) -> tuple[Scheduler, list[Request]
     return scheduler, requests
 
 
+def written_out(
+    query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scaling: float, window: int | None
+) -> Tensor:
+    """What `attend_pieces` means, row by row: FlashAttention is not to be had on a CPU."""
+    outputs, new, cached = [], pieces.new_edges.tolist(), pieces.context_edges.tolist()
+    for (start, end), (first, last) in zip(pairwise(new), pairwise(cached), strict=True):
+        allowed = allowed_positions(end - start, last - first, window, query.device)
+        q = query[start:end].unflatten(1, (key.shape[1], -1)).permute(1, 2, 0, 3)
+        k, v = key[first:last].transpose(0, 1), value[first:last].transpose(0, 1)
+        outputs.append(attend_plain(q, k, v, allowed, scaling).permute(2, 0, 1, 3).flatten(1, 2))
+    return torch.cat(outputs)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(family: str) -> None:
+@pytest.mark.parametrize("packs_pieces", [False, True])
+def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
+    family: str, packs_pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime.fused_pass, "attend_pieces", written_out)
     model = decoder(family)
     fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
-    ours, theirs = DecoderModel(HFModel(tiny_model(family))), model
-    ours._fused = fused
-    ours.decoder = theirs.decoder
     scheduler, _ = mixed_steps(40)
-    ours.allocate(40)
-    theirs.allocate(40)
-    num_mixed = 0
+    model.allocate(40)
+    pools = model.new_pools(40)
+    caches = [
+        layer.attention.cache_of(pool[0][0])
+        for layer, pool in zip(model.decoder.layers, pools.values(), strict=True)
+    ]
+    num_mixed = num_behind = 0
     while (batch := scheduler.schedule(0.0)) is not None:
         packed = scheduler.pack(batch)
+        step = StepTensors.of(packed, model.device, has_kernel=True, packs_pieces=packs_pieces)
         num_mixed += 0 < batch.num_decode < len(batch.requests)
-        expected = theirs.forward(packed)
-        torch.testing.assert_close(ours.forward(packed), expected, rtol=1e-9, atol=1e-9)
+        num_behind += step.pieces is not None and step.pieces.slots is not None
+        expected = model.forward(packed)
+        with torch.inference_mode():
+            torch.testing.assert_close(fused.forward(step, caches), expected, rtol=1e-9, atol=1e-9)
         tokens = expected.argmax(-1).tolist()
         scheduler.finish_step(batch, tokens, 0.0)
-    assert num_mixed > 0, "the test must reach what it claims"
+    assert num_mixed > 0 and (num_behind > 0) == packs_pieces, "the test must reach what it claims"
 
 
 def inputs_of(packed: PackedBatch, num_rows: int, max_blocks: int) -> DecodeInputs:
