@@ -162,6 +162,65 @@ def test_twin_of_latent_decode_is_attention_with_one_key_whose_first_part_is_the
     torch.testing.assert_close(out[0], weights @ found[:, :8])
 
 
+# -- which linear layer -------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_table_goes_by_the_next_number_of_rows_that_was_timed_and_leaves_the_rest_to_cublas() -> None:
+    from runtime.kernels.linear_table import Choice, LinearShape, LinearTable
+    from runtime.kernels.skinny_linear import Tiles
+
+    few, many, weight = Tiles(block_n=16), Tiles(block_n=64), torch.empty(8, 4)
+    table = LinearTable(
+        {
+            LinearShape(8, 4, 8, torch.float32): Choice(few, 1.0, 2.0),
+            LinearShape(8, 4, 16, torch.float32): Choice(None, 2.0, 1.0),
+            LinearShape(8, 4, 64, torch.float32): Choice(many, 1.0, 2.0),
+        }
+    )
+    chosen = {rows: table.tiles_of(rows, weight) for rows in (1, 2, 8, 9, 16, 17, 33, 64, 65)}
+    assert chosen == {1: None, 2: few, 8: few, 9: None, 16: None, 17: None, 33: many, 64: many, 65: None}
+    assert table.tiles_of(8, torch.empty(4, 8)) is None
+    assert table.tiles_of(8, weight.half()) is None
+    x = torch.randn(9, 4)
+    torch.testing.assert_close(table(x, weight.fill_(2)), x.sum(1, keepdim=True).expand(9, 8) * 2)
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("size", [(1024, 1024), (1024, 3072), (6144, 4096), (28672, 4096), (151936, 1024)])
+def test_every_layer_of_a_real_model_has_tilings_to_try(size: tuple[int, int], rows: int) -> None:
+    from runtime.kernels.linear_table import LinearShape, candidates
+
+    tried = list(candidates(LinearShape(*size, rows, torch.bfloat16)))
+    assert 2 <= len(tried) == len(set(tried)) <= 20
+    assert all(tiles.block_k * tiles.split_k <= size[1] for tiles in tried)
+
+
+@needs_triton
+def test_skinny_linear_refuses_more_rows_than_it_is_for() -> None:
+    from runtime.kernels.skinny_linear import skinny_linear
+
+    with pytest.raises(ValueError, match="at most 64 rows, but got 65"):
+        skinny_linear(torch.empty(65, 16), torch.empty(8, 16))
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_measured_table_multiplies_as_torch_does() -> None:
+    from runtime.kernels.linear_table import TIMED_ROWS, LinearTable
+
+    weight = torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16) * 0.04
+    table = LinearTable()
+    table.measure([weight])
+    assert len(table.choices) == len(TIMED_ROWS)
+    assert all(0 < choice.cublas_us < 1000 for choice in table.choices.values())
+    for rows in (1, 20, 64, 100):
+        x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+        expected = torch.nn.functional.linear(x, weight)
+        torch.testing.assert_close(table(x, weight), expected, rtol=2e-2, atol=2e-2)
+
+
 # -- splits ---------------------------------------------------------------------------------------------------------
 
 
