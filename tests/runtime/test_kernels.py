@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from runtime.attention import attend_plain
+from runtime.decoder import Norm
 from runtime.kernels import PLAIN, WHY_NO_TRITON, Kernels, Shape, checked, self_check
 from runtime.kernels.splits import MAX_SPLITS, choose_splits
 from tests.runtime.kernel_cases import CASES
@@ -27,12 +28,16 @@ needs_triton = pytest.mark.skipif(
 
 
 @cache
-def results(*options: str, **env: str) -> dict[str, str | None]:
-    """What the cases came to in a process of their own: name -> error or None."""
-    found = subprocess.run(
+def child(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "tests.runtime.kernel_cases", *options],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | env, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
+
+
+def results(*options: str, **env: str) -> dict[str, str | None]:
+    """What the cases came to in a process of their own: name -> error or None."""
+    found = child(*options, **env)
     assert found.returncode == 0, found.stderr
     told: dict[str, str | None] = json.loads(found.stdout)
     return told
@@ -160,6 +165,36 @@ def test_twin_of_latent_decode_is_attention_with_one_key_whose_first_part_is_the
     found = rows[[12, 13, 14, 15, 4, 5]]
     weights = torch.softmax(query[0] @ found.T * 0.3, -1)
     torch.testing.assert_close(out[0], weights @ found[:, :8])
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_twin_of_rope_does_what_a_layer_of_the_decoder_does(has_norm: bool) -> None:
+    torch.manual_seed(0)
+    num_heads, kv_heads, dim, slots = 4, 2, 8, torch.tensor([5, 0, 9])
+    qkv, rows = torch.randn(3, (num_heads + 2 * kv_heads) * dim), torch.randn(12, 2 * kv_heads * dim)
+    table, positions = torch.randn(16, 2, dim), torch.tensor([7, 0, 15])
+    norm = Norm(torch.randn(num_heads + kv_heads, dim), 1e-6)
+    expected, cached = qkv.clone(), rows.clone()
+    turned = expected.unflatten(1, (-1, dim)).narrow(1, 0, num_heads + kv_heads)
+    if has_norm:
+        turned.copy_(norm(turned))
+    cos, sin = table.index_select(0, positions).unsqueeze(1).unbind(2)
+    torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin, out=turned)
+    cached.index_copy_(0, slots, expected[:, num_heads * dim :])
+
+    PLAIN.rope_and_cache(
+        qkv, table, positions, rows, slots, kv_heads, norm._weight if has_norm else None, 1e-6
+    )
+    torch.testing.assert_close(qkv, expected)
+    torch.testing.assert_close(rows, cached)
+
+
+def test_twin_of_norm_does_what_the_norm_of_the_decoder_does() -> None:
+    torch.manual_seed(0)
+    x, delta, weight = torch.randn(3, 24), torch.randn(3, 24), torch.randn(24)
+    expected = Norm(weight, 1e-5)(x + delta)
+    torch.testing.assert_close(PLAIN.add_norm(x, delta, weight, 1e-5), expected)
+    torch.testing.assert_close(PLAIN.add_norm(x, None, weight, 1e-5), expected)
 
 
 # -- which linear layer -------------------------------------------------------------------------------------------
