@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.fused_pass import DecodeInputs
+from runtime.paged_model import known_tokens
 from runtime.scheduler import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,10 @@ class DecodeGraphs:
         self._device = device
         self._scalars = torch.zeros(4, rows, dtype=torch.int64, device=device)
         self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=device)
-        self._host_scalars = torch.zeros(4, rows, dtype=torch.int64).pin_memory()
-        self._host_tables = torch.zeros(rows * max_blocks, dtype=torch.int32).pin_memory()
+        # In turns: one may still be on its way when the next step is written.
+        self._host_scalars = [torch.zeros(4, rows, dtype=torch.int64).pin_memory() for _ in range(2)]
+        self._host_tables = [torch.zeros(rows * max_blocks, dtype=torch.int32).pin_memory() for _ in range(2)]
+        self._turn = 0
         self._blank()
         self._shown = np.zeros((0, 0), np.int32)  # the tables that are on the device
         self._graphs: dict[Key, Captured] = {}
@@ -57,12 +60,15 @@ class DecodeGraphs:
         num_rows = len(packed.contexts)
         return num_rows == len(packed.token_ids) == len(packed.last_tokens) and num_rows <= BUCKETS[-1]
 
-    def replay(self, packed: PackedBatch, pools: int, weights: str, run: Run) -> Tensor:
+    def replay(self, packed: PackedBatch, pools: int, weights: str, run: Run, drawn: Tensor) -> Tensor:
         """Returns logits [rows, vocab], which the next replay overwrites. `run` is captured where it was not yet."""
         num_rows = len(packed.contexts)
         key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights)
         captured = self._graphs.get(key) or self._capture(key, run)
         self._show(packed, key.num_rows)
+        if packed.has_pending:
+            token_ids = self._scalars[0, :num_rows]
+            token_ids.copy_(known_tokens(token_ids, drawn))
         captured.graph.replay()
         return captured.logits[:num_rows]
 
@@ -82,6 +88,7 @@ class DecodeGraphs:
 
     def _capture(self, key: Key, run: Run) -> Captured:
         started = time.perf_counter()
+        torch.cuda.synchronize(self._device)
         self._blank()
         inputs = self._inputs(key.num_rows)
         stream = torch.cuda.Stream(self._device)
@@ -106,18 +113,20 @@ class DecodeGraphs:
         """All rows are padding."""
         self._scalars.zero_()
         self._scalars[2] = -1
-        self._host_scalars[2] = -1
 
     def _show(self, packed: PackedBatch, num_rows: int) -> None:
-        """Writes the batch where the graph reads it. The device is idle: the step before has been read back."""
-        count, host = len(packed.contexts), self._host_scalars.numpy()
+        """Writes the batch where the graph reads it, behind what the device is doing."""
+        self._turn = 1 - self._turn
+        pinned = self._host_scalars[self._turn]
+        count, host = len(packed.contexts), pinned.numpy()
         host[0, :count], host[1, :count] = packed.token_ids, packed.positions
         host[2, :count], host[3, :count] = packed.slots, packed.contexts
         host[2, count:num_rows], host[3, count:num_rows] = -1, 0
-        self._scalars.copy_(self._host_scalars, non_blocking=True)
+        self._scalars.copy_(pinned, non_blocking=True)
         tables = packed.block_tables
         if self._shown.shape != tables.shape or not np.array_equal(self._shown, tables):
-            self._host_tables.numpy()[: tables.size] = tables.ravel()
-            shown = self._host_tables[: tables.size].view(tables.shape)
+            pinned = self._host_tables[self._turn]
+            pinned.numpy()[: tables.size] = tables.ravel()
+            shown = pinned[: tables.size].view(tables.shape)
             self._tables[:count, : tables.shape[1]].copy_(shown, non_blocking=True)
             self._shown = tables.copy()

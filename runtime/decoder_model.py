@@ -45,7 +45,7 @@ class DecoderModel(PagedModel):
         graphs = self._graphs
         if graphs is None or pools is not None or packed.copies is not None or not graphs.takes(packed):
             return super().forward(packed, pools)
-        return graphs.replay(packed, id(self.pools), self.weights_key, self._decode)
+        return graphs.replay(packed, id(self.pools), self.weights_key, self._decode, self.drawn)
 
     def step_of(self, packed: PackedBatch) -> StepTensors:
         has_kernel = self._fused is not None

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from runtime.clock import Clock
 from runtime.errors import InvalidKnob, InvalidRequest, LinkBroken, ModelError, PrepareFailed, RuntimeFault
@@ -31,7 +31,7 @@ from runtime.scheduler import Batch, Scheduler, ScoredPiece
 from runtime.scoring import Scorer
 
 if TYPE_CHECKING:
-    from runtime.executor import Executed, Executor
+    from runtime.executor import Executed, Executor, Launched
     from runtime.logprobs import PromptLogprob
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,13 @@ def _itself(pending: Pending) -> Pending:
     return pending
 
 
+class UnderWay(NamedTuple):
+    """A step that was launched and not read yet. `started`: when its scheduling began, by the performance counter."""
+
+    launched: "Launched"
+    started: float
+
+
 class Engine:
     """Advances requests one step at a time under the configuration in force, and tells `send` what happened."""
 
@@ -81,23 +88,49 @@ class Engine:
         self.scheduler.use_namespace(executor.warm.weight_format)
         self.scorer = Scorer(executor, send)
         self.tick = PlanTick(runner.champion, None, [])
+        self._under_way: UnderWay | None = None
+        self._landed = 0.0  # when the last step did
 
     def step(self) -> bool:
         """Computes one step. False if there was nothing to compute."""
         started = time.perf_counter()
         self._answer_pending()
         self._apply_plan()
+        overlaps = self.tick.config.overlap_depth > 0 and self.scheduler.may_overlap
+        if not overlaps:
+            self._land()
         batch = self.scheduler.schedule(self._clock.now())
         if batch is None:
+            if self._land():
+                return True
             self._executor.rest()
             return False
-        executed = self._executor.execute(batch, self.scheduler.pack(batch), self.tick.config)
-        self._finish(batch, executed)
-        self._send({"op": "step", "record": self._record(batch, executed, time.perf_counter() - started)})
+        launched = self._executor.launch(batch, self.scheduler.pack(batch), self.tick.config)
+        self.scheduler.advance(batch)
+        self._land()
+        self._under_way = UnderWay(launched, started)
+        if not overlaps:
+            self._land()
+        return True
+
+    def _land(self) -> bool:
+        """Takes in what the step under way has drawn. False if there is none."""
+        if self._under_way is None:
+            return False
+        launched, started = self._under_way
+        self._under_way = None
+        executed = self._executor.land(launched)
+        self._finish(launched.batch, executed)
+        ended = time.perf_counter()
+        record = self._record(launched.batch, executed, ended - max(started, self._landed))
+        self._landed = ended
+        self._send({"op": "step", "record": record})
         return True
 
     def idle_s(self) -> float:
         """How long nothing will happen unless a frame arrives: 0 if there is work now."""
+        if self._under_way is not None:
+            return 0.0
         now = self._clock.now()
         prepared_at = now + PREPARE_POLL_S if self._preparer.is_busy else None
         score_in_s = self.scorer.due_in_s(self.scheduler.has_requests)
@@ -263,7 +296,10 @@ class Engine:
 
     def _apply_plan(self) -> float:
         """Puts in force what the plan says for now. Returns the microseconds that swapping took."""
-        self.tick = self._runner.tick(self._clock.now())
+        tick = self._runner.tick(self._clock.now())
+        if (tick.config, tick.slice_id) != (self.tick.config, self.tick.slice_id):
+            self._land()  # what is under way belongs to the slice that ends
+        self.tick = tick
         started = time.perf_counter()
         self.scheduler.config = self.tick.config
         swapped = self._executor.warm.install(self.tick.config, self.scheduler)
@@ -277,20 +313,22 @@ class Engine:
     def _finish(self, batch: Batch, executed: "Executed") -> None:
         """Records the tokens and sends them in one frame. A row without a token fails its request alone."""
         now, requests = self._clock.now(), batch.sampled_requests()
+        ended_before = {request.id for request in requests if not self.scheduler.is_here(request)}
         if batch.scored is not None:
             self._send_scores(batch.requests[batch.scored.row], batch.scored, executed.scores)
         for request, token in zip(requests, executed.tokens, strict=True):
             if token is None:
                 self._fail(request)
-        self.scheduler.finish_step(batch, [token or 0 for token in executed.tokens], now)
+        self.scheduler.settle(batch, [token or 0 for token in executed.tokens], now)
         items = [
             [
                 request.id, token, request.finish_reason,
-                request.admitted_at if request.num_output_tokens == 1 else None, request.num_preemptions,
+                request.admitted_at if request.num_read_tokens == request.prompt_tokens + 1 else None,
+                request.num_preemptions,
                 *([executed.logprobs[row]] if row in executed.logprobs else []),
             ]
             for row, (request, token) in enumerate(zip(requests, executed.tokens, strict=True))
-            if token is not None
+            if token is not None and request.id not in ended_before
         ]  # fmt: skip
         if items:
             self._send({

@@ -26,7 +26,7 @@ from runtime.logprobs import PromptLogprob, TokenLogprobs, logprobs_of, prompt_l
 from runtime.paged_model import KVPools, PagedModel
 from runtime.plain_model import PlainModel
 from runtime.request import Request, SamplingParams
-from runtime.sampling import sample
+from runtime.sampling import draw, tokens_of
 from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler, ScoredPiece
 from runtime.scoring import Scored
 from runtime.warm import WarmStates
@@ -55,6 +55,20 @@ class Executed(NamedTuple):
     scores: list[PromptLogprob] | None = None
 
 
+class Launched(NamedTuple):
+    """A step under way. `drawn`: as `draw` returns it, on the host once `read` has happened (None: it has)."""
+
+    batch: Batch
+    logits: torch.Tensor
+    drawn: torch.Tensor
+    read: torch.cuda.Event | None
+    started: float
+    threads: int
+
+
+_NOTHING = torch.empty(2, 0, dtype=torch.int64)
+
+
 class Executor:
     """A model with its KV pool, ready to compute."""
 
@@ -81,6 +95,7 @@ class Executor:
         self._model = servable(loaded.model, tiers, loaded.max_model_len)
         self._device = self._model.device
         self._threads = 0
+        self._landed = 0.0  # when the last step did
         self._use_threads(config.threads_decode)
         pack_linears(self._model.model, int(PACKED_WEIGHTS_SHARE * free_memory_bytes()))
         activation_bytes = self._warm_up(config)
@@ -100,18 +115,38 @@ class Executor:
         self._process = psutil.Process()
 
     def execute(self, batch: Batch, packed: PackedBatch, config: EngineConfig) -> Executed:
+        return self.land(self.launch(batch, packed, config))
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, packed: PackedBatch, config: EngineConfig) -> Launched:
+        """Begins a step. On a GPU it computes while the host goes on; one more may be launched before it lands."""
         threads = config.threads_prefill if batch.num_prefill_rows else config.threads_decode
         self._use_threads(threads)
         started = time.perf_counter()
         logits = self._model.forward(packed)
-        scores = None
-        if batch.scored is not None:
-            num_sampled = int(batch.sampled.sum())
-            scores, logits = _scores(batch, batch.scored, logits[num_sampled:]), logits[:num_sampled]
-        requests = batch.sampled_requests() if batch.sampled.any() else []
-        tokens = sample(logits, requests) if requests else []
-        logprobs = logprobs_of(logits, tokens, requests) if requests else {}
-        return Executed(tokens, logprobs, time.perf_counter() - started, threads, scores)
+        num_sampled = int(batch.sampled.sum())
+        drawn = draw(logits[:num_sampled], batch.sampled_requests()) if num_sampled else _NOTHING
+        self._model.drawn = drawn[0]
+        if drawn.device.type != "cuda":
+            return Launched(batch, logits, drawn, None, started, threads)
+        on_host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+        on_host.copy_(drawn, non_blocking=True)
+        read = torch.cuda.Event()
+        read.record()
+        return Launched(batch, logits, on_host, read, started, threads)
+
+    def land(self, launched: Launched) -> Executed:
+        """Waits for a step and reads what it drew."""
+        batch, logits, threads = launched.batch, launched.logits, launched.threads
+        if launched.read is not None:
+            launched.read.synchronize()
+        tokens = tokens_of(launched.drawn)
+        logprobs = logprobs_of(logits[: len(tokens)], tokens, batch.sampled_requests()) if tokens else {}
+        scores = None if batch.scored is None else _scores(batch, batch.scored, logits[len(tokens) :])
+        ended = time.perf_counter()
+        forward_s = ended - max(launched.started, self._landed)
+        self._landed = ended
+        return Executed(tokens, logprobs, forward_s, threads, scores)
 
     def rest(self) -> None:
         """Nothing is left to compute for now: what was held for the last requests is given back."""

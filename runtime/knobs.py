@@ -227,6 +227,17 @@ class EngineConfig:
         help="Share of the KV pool that must stay free when another request is admitted beside running ones.",
     )
 
+    overlap_depth: int = knob(
+        0,
+        kind="int",
+        low=0,
+        high=1,
+        unit="steps",
+        searched=False,  # a GPU never waits for its host then; on a CPU there is nothing to overlap
+        is_later=True,
+        help="Steps that may be under way when the next one is launched; its tokens are read while that one computes.",
+    )
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "EngineConfig":
         """Every knob not named keeps its declared default.
@@ -298,7 +309,7 @@ def default_config(
     values: dict[str, KnobValue] = {"threads_decode": spare, "threads_prefill": spare}
     if device == "cuda":
         values = {"max_num_seqs": 256, "max_batched_tokens": 8192, "prefill_chunk": 2048,
-                  "weight_format": "bfloat16"}  # fmt: skip
+                  "weight_format": "bfloat16", "overlap_depth": 1}  # fmt: skip
     return EngineConfig.of({**values, **(fitted or {})})
 
 

@@ -47,6 +47,7 @@ class PagedModel:
     def __init__(self, model: nn.Module, device: torch.device, kv_shapes: dict[int, KVShape]) -> None:
         self.model, self.device, self.kv_shapes = model, device, kv_shapes
         self.pools: KVPools = {}  # in force; others that are assigned serve from the next step on
+        self.drawn = torch.empty(0, dtype=torch.int64)  # tokens of the last step, where they were drawn
         self.weights_key = ""  # names the weights in force, for what was prepared with them
 
     @property
@@ -92,7 +93,10 @@ class PagedModel:
         if packed.copies is not None:
             for pool in self.pools.values():
                 copy_blocks(pool, pool, packed.copies, packed.block_tokens)
-        return self.compute(self.step_of(packed), self.pools if pools is None else pools)
+        step = self.step_of(packed)
+        if packed.has_pending:
+            step.token_ids = known_tokens(step.token_ids, self.drawn)
+        return self.compute(step, self.pools if pools is None else pools)
 
     def step_of(self, packed: PackedBatch) -> StepTensors:
         return StepTensors.of(packed, self.device)
@@ -135,6 +139,11 @@ def told(error: Exception) -> str:
     if isinstance(error, ModelError):
         return str(error)
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def known_tokens(token_ids: Tensor, drawn: Tensor) -> Tensor:
+    """Token ids in which -1 - k is the k-th of those that the last step drew."""
+    return torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)], token_ids)
 
 
 def probe_tokens(vocab_size: int, device: torch.device) -> Tensor:

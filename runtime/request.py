@@ -64,7 +64,8 @@ _DEFAULTS = {known.name: known.default for known in fields(SamplingParams)}
 @dataclass(eq=False, slots=True)
 class Request:
     """`token_ids` has room for prompt and output, of which the first `num_tokens` are known; a replayed
-    request knows only its lengths (None). `seat` is its row in the scheduler's arrays while it runs. `num_scored` are
+    request knows only its lengths (None). Of the known tokens the last `num_pending` are drawn, but not read back from
+    the device yet. `seat` is its row in the scheduler's arrays while it runs. `num_scored` are
     the prompt's tokens after the first whose logprobs are known, where they were asked for; a preemption leaves them.
     """
 
@@ -79,6 +80,7 @@ class Request:
     cache_salt: str | None = None  # cached prefixes are shared between requests of the same one only
 
     num_tokens: int = field(init=False)
+    num_pending: int = 0
     num_scored: int = 0
     seat: int | None = None
     admitted_at: float | None = None
@@ -142,16 +144,39 @@ class Request:
         assert self.token_ids is not None, "a replayed request has no token ids"
         return self.token_ids[self.prompt_tokens : self.num_tokens]
 
-    def append(self, token: int | None, now: float) -> None:
-        """Records one more output token and, when it was the last, why."""
-        if token is not None and self.token_ids is not None:
-            self.token_ids[self.num_tokens] = token
+    @property
+    def num_read_tokens(self) -> int:
+        """Known tokens without the pending ones."""
+        return self.num_tokens - self.num_pending
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether its next token cannot be drawn before the last one is read back."""
+        params = self.sampling
+        asked = (params.logit_bias, params.has_penalties, params.min_tokens, params.num_logprobs is not None)
+        return any(asked) or params.num_prompt_logprobs is not None
+
+    def extend(self) -> None:
+        """One more output token is being drawn."""
         self.num_tokens += 1
+        self.num_pending += 1
+
+    def settle(self, token: int | None, now: float) -> None:
+        """Records the first pending token and, when it was the last of all, why. What was drawn behind it is void."""
+        at = self.num_read_tokens
+        if token is not None and self.token_ids is not None:
+            self.token_ids[at] = token
+        self.num_pending -= 1
         if self.first_token_at is None:
             self.first_token_at = now
         if token in self.stop_token_ids:
             self.finish_reason = "stop"
-        elif self.num_output_tokens >= self.max_tokens:
+        elif at + 1 >= self.prompt_tokens + self.max_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None:
-            self.finished_at = now
+            self.num_tokens, self.num_pending, self.finished_at = at + 1, 0, now
+
+    def append(self, token: int | None, now: float) -> None:
+        """Records one more output token and, when it was the last, why."""
+        self.extend()
+        self.settle(token, now)

@@ -22,13 +22,23 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
 
     logits: [len(requests), vocab].
     """
+    return tokens_of(draw(logits, requests))  # one copy from the device
+
+
+def draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """The same where the logits lie, without waiting for them: int64 [2, len(requests)], tokens and whether to take
+    them."""
     logits = shaped(logits, requests)
     best, tokens = logits.max(dim=-1)  # NaN wins a max, so `best` tells of it
     drawn = [row for row, request in enumerate(requests) if request.sampling.temperature > 0.0]
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [requests[row] for row in drawn])
-    answer = torch.stack((tokens, torch.isfinite(best).to(tokens.dtype))).tolist()  # one copy from the device
-    return [token if is_finite else None for token, is_finite in zip(*answer, strict=True)]
+    return torch.stack((tokens, torch.isfinite(best).to(tokens.dtype)))
+
+
+def tokens_of(drawn: Tensor) -> list[int | None]:
+    """drawn: as `draw` returns it."""
+    return [token if is_finite else None for token, is_finite in zip(*drawn.tolist(), strict=True)]
 
 
 def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:

@@ -129,6 +129,11 @@ class PackedBatch:
     block_tokens: int
     copies: BlockMove | None = None
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether some token is one that the step before draws, named by -1 - its place."""
+        return bool((self.token_ids < 0).any())
+
 
 class Picked(NamedTuple):
     """Seats and how many tokens each gets; `long_left`: what long prompts may still have in this step."""
@@ -192,6 +197,7 @@ class Scheduler:
         self._namespace, self._epoch = "", 0
         self._copies: list[tuple[BlockIds, BlockIds]] = []
         self._requests: dict[str, Request] = {}
+        self._num_needing_host = 0
         self._seats = Seats(pool.blocks_for(self.max_model_len))
         self._running_seats: IntArray = np.zeros(0, np.int64)
         self._in_seat: dict[int, Request] = {}
@@ -221,13 +227,15 @@ class Scheduler:
                 param="max_tokens",
             )
         self._requests[request.id] = request
+        self._num_needing_host += request.needs_host
         self.waiting.append(request)
 
     def cancel(self, id: str) -> bool:
         """Forgets the request and frees its blocks. False if it is not here (any more)."""
-        request = self._requests.pop(id, None)
+        request = self._requests.get(id)
         if request is None:
             return False
+        self._forget(request)
         if request.seat is None:
             self.waiting.remove(request)
         else:
@@ -320,31 +328,64 @@ class Scheduler:
         return self._batch(seats[order], new_tokens[order])
 
     def finish_step(self, batch: Batch, tokens: list[int] | None, now: float) -> list[Request]:
-        """Records the step's result and returns the requests that it finished; their blocks are free again.
+        """`advance` and `settle` at once."""
+        self.advance(batch)
+        return self.settle(batch, tokens, now)
 
-        `tokens`: one for each row of `batch.sampled`, in row order; None in a replay.
-        Rows whose request was cancelled meanwhile are ignored.
+    def advance(self, batch: Batch) -> None:
+        """The step is under way: what it computes counts as computed, and each token that it draws as known, though
+        not read yet. The next step may be scheduled; `pack` names such a token by -1 - its place among those drawn.
         """
         seats = self._seats
         seats.computed[batch.seats] += batch.new_tokens
         if batch.scored is not None:
             self._note_scored(batch.requests[batch.scored.row], batch.scored)
-        finished = []
         for index, request in enumerate(batch.sampled_requests()):
             if request.seat is None:
                 continue
+            request.extend()
+            seats.last_token[request.seat] = -1 - index
+            if request.num_tokens < request.prompt_tokens + request.max_tokens:
+                seats.known[request.seat] += (
+                    1  # else nothing is left to compute, and it waits for its last token
+                )
+
+    def settle(self, batch: Batch, tokens: list[int] | None, now: float) -> list[Request]:
+        """Records the tokens of a step and returns the requests that it finished; their blocks are free again.
+
+        `tokens`: one for each row of `batch.sampled`, in row order; None in a replay.
+        Rows whose request was cancelled or has ended meanwhile are ignored.
+        """
+        seats, finished = self._seats, []
+        for index, request in enumerate(batch.sampled_requests()):
+            if self._requests.get(request.id) is not request or not request.num_pending:
+                continue
             token = None if tokens is None else tokens[index]
-            request.append(token, now)
-            seats.known[request.seat] += 1
-            seats.last_token[request.seat] = token or 0
+            request.settle(token, now)
+            if request.seat is not None and not request.num_pending:
+                seats.last_token[request.seat] = token or 0
             if request.finish_reason is not None:
                 finished.append(request)
-                del self._requests[request.id]
         if self.config.prefix_cache == "on":
             self._register(batch.seats[batch.sampled])
-        if finished:
-            self._stand_up(finished)
+        for request in finished:
+            self._forget(request)
+            if request.seat is None:
+                self.waiting.remove(request)  # preempted while its last token was being drawn
+        self._stand_up([request for request in finished if request.seat is not None])
         return finished
+
+    @property
+    def may_overlap(self) -> bool:
+        """Whether no request needs its last token on the host before the next one is drawn."""
+        return not self._num_needing_host
+
+    def is_here(self, request: Request) -> bool:
+        return self._requests.get(request.id) is request
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.id]
+        self._num_needing_host -= request.needs_host
 
     def pack(self, batch: Batch) -> PackedBatch:
         """The batch, token by token. Needs requests with token ids."""
@@ -446,6 +487,8 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _stand_up(self, requests: list[Request]) -> None:
+        if not requests:
+            return
         for request in requests:
             assert request.seat is not None, "only a running request has a seat to leave"
             self.pool.free(self._seats.blocks_of(request.seat))
@@ -570,7 +613,11 @@ class Scheduler:
             request = self._in_seat.get(seat)
             if request is None or request.token_ids is None:
                 continue
-            num_full, prefix = int(here.computed[seat]) // size, request.prefix
+            # Of a step that is under way nothing is kept yet: its logits may turn out to be no numbers.
+            num_full, prefix = (
+                min(int(here.computed[seat]), request.num_read_tokens - 1) // size,
+                request.prefix,
+            )
             if prefix is not None and prefix.epoch == self._epoch:
                 extended(prefix.root, prefix.keys, request.token_ids, size, num_full)
                 for index in range(int(here.registered[seat]), num_full):
@@ -578,10 +625,13 @@ class Scheduler:
             here.registered[seat] = num_full
 
     def _eligible(self) -> Sequence[Request]:
-        """Who may be admitted now: one prompt is scored at a time."""
-        if self._scoring is None:
-            return self.waiting
-        return [request for request in self.waiting if not request.is_scoring]
+        """Who may be admitted now: one prompt is scored at a time, and who was preempted waits for what it drew."""
+        waiting: Sequence[Request] = self.waiting
+        if self._scoring is not None:
+            waiting = [request for request in waiting if not request.is_scoring]
+        if waiting and waiting[0].num_pending:  # those preempted last stand in front
+            waiting = [request for request in waiting if not request.num_pending]
+        return waiting
 
     def _is_held(self, now: float) -> bool:
         """Whether `batch_wait_ms` keeps the waiting requests waiting, so that others join their batch."""

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from transformers.utils import logging as transformers_logging
 
 from runtime.bench.loads import WORKLOADS, Load, workload
-from runtime.bench.peers import Generate
+from runtime.bench.peers import Generate, steps_of
 from runtime.bench.shapes import SHAPES, random_model
 from runtime.executor import Executor, cpu_model, num_cores
 from runtime.knobs import EngineConfig, default_config
@@ -131,11 +131,7 @@ class Bench:
         for request in requests:
             scheduler.add(request)
         ended = began
-        while (batch := scheduler.schedule(0.0)) is not None:
-            executed = executor.execute(batch, scheduler.pack(batch), config)
-            scheduler.finish_step(
-                batch, [token or 0 for token in executed.tokens], time.perf_counter() - began
-            )
+        for batch in steps_of(executor, scheduler, config):
             started, ended = ended, time.perf_counter()
             steps.append(step_of(batch, ended - started))
         return ended - began, steps, [request.first_token_at or 0.0 for request in requests]

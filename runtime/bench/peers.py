@@ -7,7 +7,7 @@ import inspect
 import json
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from runtime.executor import Executor
 from runtime.knobs import EngineConfig
 from runtime.loader import LoadedModel
 from runtime.request import Request
-from runtime.scheduler import Scheduler
+from runtime.scheduler import Batch, Scheduler
 
 PAGE_TOKENS = 256
 NEVER = -1  # a token id that nothing ends at
@@ -38,6 +38,26 @@ class Engine(Protocol):
     name: str
 
     def serve(self, load: Load) -> Served: ...
+
+
+def steps_of(executor: Executor, scheduler: Scheduler, config: EngineConfig) -> Iterator[Batch]:
+    """Serves all that is queued as the engine does, and yields each step when it has landed."""
+    began, under_way = time.perf_counter(), None
+    while True:
+        batch = scheduler.schedule(0.0)
+        launched = None
+        if batch is not None:
+            launched = executor.launch(batch, scheduler.pack(batch), config)
+            scheduler.advance(batch)
+        ready = [under_way, None if config.overlap_depth and scheduler.may_overlap else launched]
+        for one in ready:
+            if one is not None:
+                tokens = [token or 0 for token in executor.land(one).tokens]
+                scheduler.settle(one.batch, tokens, time.perf_counter() - began)
+                yield one.batch
+        under_way = launched if ready[1] is None else None
+        if batch is None and under_way is None:
+            return
 
 
 class Ours:
@@ -61,11 +81,8 @@ class Ours:
         started = time.perf_counter()
         for request in requests:
             scheduler.add(request)
-        while (batch := scheduler.schedule(0.0)) is not None:
-            executed = executor.execute(batch, scheduler.pack(batch), config)
-            scheduler.finish_step(
-                batch, [token or 0 for token in executed.tokens], time.perf_counter() - started
-            )
+        for _ in steps_of(executor, scheduler, config):
+            pass
         seconds = time.perf_counter() - started
         ttft_s = [request.first_token_at for request in requests if request.first_token_at is not None]
         return Served(seconds, [request.output_ids.tolist() for request in requests], ttft_s)

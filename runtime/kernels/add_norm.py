@@ -1,4 +1,7 @@
-"""Residual added and normed in one pass. Contract: `runtime.kernels.plain`."""
+"""Residual added and normed in one pass.
+
+Contract: `runtime.kernels.plain`.
+"""
 
 import torch
 import triton

@@ -115,7 +115,7 @@ def _span(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Tokens [start, end) of one split: equal parts in whole tiles; empty where the context is used up."""
     first = tl.maximum(context - window, 0)
-    share = tl.cdiv(tl.cdiv(context - first, NUM_SPLITS), TILE) * TILE
+    share = tl.cdiv(context - first, NUM_SPLITS * TILE) * TILE
     start = first + split * share
     return start, tl.minimum(start + share, context)
 

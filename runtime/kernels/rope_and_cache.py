@@ -1,4 +1,7 @@
-"""Norms, turns and caches the queries, keys and values of new tokens in one pass. Contract: `runtime.kernels.plain`."""
+"""Norms, turns and caches the queries, keys and values of new tokens in one pass.
+
+Contract: `runtime.kernels.plain`.
+"""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,7 @@
-"""Gate and up of an MLP in one pass. Contract: `runtime.kernels.plain`."""
+"""Gate and up of an MLP in one pass.
+
+Contract: `runtime.kernels.plain`.
+"""
 
 import torch
 import triton

@@ -1,4 +1,6 @@
-"""Linear layers of a few rows, as fast as their weights can be read. Contract: `linear` in `runtime.kernels.plain`.
+"""Linear layers of a few rows, as fast as their weights can be read.
+
+Contract: `linear` in `runtime.kernels.plain`.
 
 A program streams some rows of the weight past all rows of x. Where the weight has too few rows to give every SM work,
 its columns are shared out too (`split_k`), and the parts are added by a second kernel in fixed order: the same input

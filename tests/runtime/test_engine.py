@@ -54,11 +54,15 @@ class InProcess:
     """An engine, and the frames that it sent."""
 
     def __init__(
-        self, folder: Path, spoil: Callable[[torch.nn.Module], None] = lambda model: None, **knobs: Any
+        self,
+        folder: Path,
+        spoil: Callable[[torch.nn.Module], None] = lambda model: None,
+        pool_tokens: int = 512,
+        **knobs: Any,
     ) -> None:
         loaded = load_model(folder, torch.device("cpu"), torch.float64)
         config = EngineConfig.of(knobs)
-        self.executor = Executor(loaded, kv_tokens=512, config=config)
+        self.executor = Executor(loaded, kv_tokens=pool_tokens, config=config)
         config = self.executor.warm.in_force(config)
         spoil(loaded.model)
         self.frames: list[Frame] = []
@@ -348,3 +352,80 @@ def test_the_engine_module_does_not_load_torch_before_its_thread_environment_is_
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), check=False).returncode
         == 0
     )
+
+
+# -- steps that overlap ---------------------------------------------------------------------------------------------
+
+
+def seen_tokens(here: InProcess) -> dict[str, list[int]]:
+    return {id: tokens_of(here.frames, id) for id in "abcdefgh"}
+
+
+@pytest.mark.parametrize("pool_tokens", [512, 80])
+def test_overlapping_steps_give_the_same_tokens_and_ends(
+    folder: Path, pool_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stop tokens, whose step is followed by one that is void; with draws; and where the pool is too small."""
+    found = []
+    for depth in (0, 1):
+        here = InProcess(
+            folder, overlap_depth=depth, max_num_seqs=4, prefill_chunk=16, pool_tokens=pool_tokens
+        )
+        most_under_way, launch = 0, here.executor.launch
+
+        def noted(*args: Any, here: InProcess = here, launch: Any = launch) -> Any:
+            nonlocal most_under_way
+            most_under_way = max(most_under_way, 1 + (here.engine._under_way is not None))
+            return launch(*args)
+
+        monkeypatch.setattr(here.executor, "launch", noted)
+        for at, id in enumerate("abcdefgh"):
+            prompt = [(7 * at + 3 * k) % 90 + 2 for k in range(5 + 2 * at)]
+            sampling = {"temperature": 0.9, "seed": at} if at % 3 == 2 else {}
+            here.engine.submit(
+                submission(
+                    id,
+                    prompt=prompt,
+                    max_tokens=14 + 2 * at,
+                    stop_token_ids=list(range(0, 97, 16)),
+                    sampling=sampling,
+                )
+            )
+        here.run()
+        assert most_under_way == 1 + depth, "the test must reach what it claims"
+        assert here.engine.scheduler.pool.num_held == 0 and not here.engine.scheduler.has_requests
+        found.append((seen_tokens(here), ends_of(here.frames)))
+        preemptions = here.engine.scheduler.num_preemptions
+        assert bool(preemptions) == (pool_tokens == 80), "the test must reach what it claims"
+    assert found[0] == found[1]
+    assert set(found[0][1].values()) == {"stop", "length"}
+
+
+def test_a_request_that_needs_its_last_token_on_the_host_ends_the_overlap(folder: Path) -> None:
+    here = InProcess(folder, overlap_depth=1, max_num_seqs=4)
+    here.engine.submit(submission("a", max_tokens=20))
+    for _ in range(3):
+        here.engine.step()
+    assert here.engine._under_way is not None
+    here.engine.submit(submission("b", max_tokens=4, sampling={"repetition_penalty": 1.5}))
+    here.engine.step()
+    assert here.engine._under_way is None
+    here.run()
+    alone = InProcess(folder, overlap_depth=0)
+    alone.engine.submit(submission("a", max_tokens=20))
+    alone.engine.submit(submission("b", max_tokens=4, sampling={"repetition_penalty": 1.5}))
+    alone.run()
+    assert seen_tokens(here) == seen_tokens(alone)
+
+
+def test_a_step_under_way_is_void_for_a_request_that_was_cancelled(folder: Path) -> None:
+    here = InProcess(folder, overlap_depth=1, max_num_seqs=4)
+    here.engine.submit(submission("a", max_tokens=20))
+    here.engine.submit(submission("b", max_tokens=6))
+    for _ in range(4):
+        here.engine.step()
+    told = len(tokens_of(here.frames, "a"))
+    assert here.engine.scheduler.cancel("a")
+    here.run()
+    assert len(tokens_of(here.frames, "a")) == told and len(tokens_of(here.frames, "b")) == 6
+    assert here.engine.scheduler.pool.num_held == 0

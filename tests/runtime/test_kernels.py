@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from runtime.attention import attend_plain
+from runtime.decoder import Norm
 from runtime.kernels import PLAIN, WHY_NO_TRITON, Kernels, Shape, checked, self_check
 from runtime.kernels.splits import MAX_SPLITS, choose_splits
 from tests.runtime.kernel_cases import CASES
@@ -27,12 +28,16 @@ needs_triton = pytest.mark.skipif(
 
 
 @cache
-def results(*options: str, **env: str) -> dict[str, str | None]:
-    """What the cases came to in a process of their own: name -> error or None."""
-    found = subprocess.run(
+def child(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "tests.runtime.kernel_cases", *options],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | env, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
+
+
+def results(*options: str, **env: str) -> dict[str, str | None]:
+    """What the cases came to in a process of their own: name -> error or None."""
+    found = child(*options, **env)
     assert found.returncode == 0, found.stderr
     told: dict[str, str | None] = json.loads(found.stdout)
     return told
@@ -160,6 +165,95 @@ def test_twin_of_latent_decode_is_attention_with_one_key_whose_first_part_is_the
     found = rows[[12, 13, 14, 15, 4, 5]]
     weights = torch.softmax(query[0] @ found.T * 0.3, -1)
     torch.testing.assert_close(out[0], weights @ found[:, :8])
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_twin_of_rope_does_what_a_layer_of_the_decoder_does(has_norm: bool) -> None:
+    torch.manual_seed(0)
+    num_heads, kv_heads, dim, slots = 4, 2, 8, torch.tensor([5, 0, 9])
+    qkv, rows = torch.randn(3, (num_heads + 2 * kv_heads) * dim), torch.randn(12, 2 * kv_heads * dim)
+    table, positions = torch.randn(16, 2, dim), torch.tensor([7, 0, 15])
+    norm = Norm(torch.randn(num_heads + kv_heads, dim), 1e-6)
+    expected, cached = qkv.clone(), rows.clone()
+    turned = expected.unflatten(1, (-1, dim)).narrow(1, 0, num_heads + kv_heads)
+    if has_norm:
+        turned.copy_(norm(turned))
+    cos, sin = table.index_select(0, positions).unsqueeze(1).unbind(2)
+    torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin, out=turned)
+    cached.index_copy_(0, slots, expected[:, num_heads * dim :])
+
+    PLAIN.rope_and_cache(
+        qkv, table, positions, rows, slots, kv_heads, norm._weight if has_norm else None, 1e-6
+    )
+    torch.testing.assert_close(qkv, expected)
+    torch.testing.assert_close(rows, cached)
+
+
+def test_twin_of_norm_does_what_the_norm_of_the_decoder_does() -> None:
+    torch.manual_seed(0)
+    x, delta, weight = torch.randn(3, 24), torch.randn(3, 24), torch.randn(24)
+    expected = Norm(weight, 1e-5)(x + delta)
+    torch.testing.assert_close(PLAIN.add_norm(x, delta, weight, 1e-5), expected)
+    torch.testing.assert_close(PLAIN.add_norm(x, None, weight, 1e-5), expected)
+
+
+# -- which linear layer -------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_table_goes_by_the_next_number_of_rows_that_was_timed_and_leaves_the_rest_to_cublas() -> None:
+    from runtime.kernels.linear_table import Choice, LinearShape, LinearTable
+    from runtime.kernels.skinny_linear import Tiles
+
+    few, many, weight = Tiles(block_n=16), Tiles(block_n=64), torch.empty(8, 4)
+    table = LinearTable(
+        {
+            LinearShape(8, 4, 8, torch.float32): Choice(few, 1.0, 2.0),
+            LinearShape(8, 4, 16, torch.float32): Choice(None, 2.0, 1.0),
+            LinearShape(8, 4, 64, torch.float32): Choice(many, 1.0, 2.0),
+        }
+    )
+    chosen = {rows: table.tiles_of(rows, weight) for rows in (1, 2, 8, 9, 16, 17, 33, 64, 65)}
+    assert chosen == {1: None, 2: few, 8: few, 9: None, 16: None, 17: None, 33: many, 64: many, 65: None}
+    assert table.tiles_of(8, torch.empty(4, 8)) is None
+    assert table.tiles_of(8, weight.half()) is None
+    x = torch.randn(9, 4)
+    torch.testing.assert_close(table(x, weight.fill_(2)), x.sum(1, keepdim=True).expand(9, 8) * 2)
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("size", [(1024, 1024), (1024, 3072), (6144, 4096), (28672, 4096), (151936, 1024)])
+def test_every_layer_of_a_real_model_has_tilings_to_try(size: tuple[int, int], rows: int) -> None:
+    from runtime.kernels.linear_table import LinearShape, candidates
+
+    tried = list(candidates(LinearShape(*size, rows, torch.bfloat16)))
+    assert 2 <= len(tried) == len(set(tried)) <= 20
+    assert all(tiles.block_k * tiles.split_k <= size[1] for tiles in tried)
+
+
+@needs_triton
+def test_skinny_linear_refuses_more_rows_than_it_is_for() -> None:
+    from runtime.kernels.skinny_linear import skinny_linear
+
+    with pytest.raises(ValueError, match="at most 64 rows, but got 65"):
+        skinny_linear(torch.empty(65, 16), torch.empty(8, 16))
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_measured_table_multiplies_as_torch_does() -> None:
+    from runtime.kernels.linear_table import TIMED_ROWS, LinearTable
+
+    weight = torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16) * 0.04
+    table = LinearTable()
+    table.measure([weight])
+    assert len(table.choices) == len(TIMED_ROWS)
+    assert all(0 < choice.cublas_us < 1000 for choice in table.choices.values())
+    for rows in (1, 20, 64, 100):
+        x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+        expected = torch.nn.functional.linear(x, weight)
+        torch.testing.assert_close(table(x, weight), expected, rtol=2e-2, atol=2e-2)
 
 
 # -- splits ---------------------------------------------------------------------------------------------------------

@@ -36,14 +36,14 @@ class Scored:
         self.model, self.frames = loaded.model, list[Frame]()
         self.batches: list[Batch] = []
         self.packed: list[PackedBatch] = []
-        execute = executor.execute
+        launch = executor.launch
 
         def seen(batch: Batch, packed: PackedBatch, config: EngineConfig) -> Any:
             self.batches.append(batch)
             self.packed.append(packed)
-            return execute(batch, packed, config)
+            return launch(batch, packed, config)
 
-        executor.execute = seen  # type: ignore[method-assign]
+        executor.launch = seen  # type: ignore[method-assign]
         runner = PlanRunner(executor.warm.in_force(config))
         self.engine = Engine(executor, runner, Clock.started_now(), self.frames.append)
 
