@@ -1,5 +1,6 @@
 """Our own forward pass beside the model's: the same tokens in float64, the same logits, weights held once."""
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -263,8 +264,9 @@ def test_a_decoder_whose_logits_differ_gives_way(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_on_a_gpu_keeps_close_to_transformers(family: str) -> None:
+    """Both are compared with the same weights in float64: rounding turns some experts' routes round in each of them."""
     reference = tiny_model(family, torch.bfloat16).to("cuda")
     (prompt,) = prompts(150)
-    expected = logits_of(reference, prompt)
-    model = decoder(reference)
-    assert relative_error(prompt_logits(model, prompt, 16), expected) < 0.1
+    exact = logits_of(deepcopy(reference).double(), prompt)
+    theirs = relative_error(logits_of(reference, prompt), exact)
+    assert relative_error(prompt_logits(decoder(reference), prompt, 16), exact) < 1.5 * theirs + 0.01

@@ -1,6 +1,7 @@
 """Attention over latents: both forms give the same, in every variant of DeepSeek, and whatever format weights have."""
 
 from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -237,9 +238,10 @@ def test_bfloat16_on_a_gpu_keeps_close_to_transformers_in_either_form(
 ) -> None:
     reference = tiny_model(family, torch.bfloat16).to("cuda")
     (prompt,) = prompts(150)
-    expected = logits_of(reference, prompt)
+    exact = logits_of(deepcopy(reference).double(), prompt)
+    limit = 1.5 * relative_error(logits_of(reference, prompt), exact) + 0.01
     model = decoder(reference)
     for is_absorbed in (True, False):
         monkeypatch.setattr(LatentAttention, "is_absorbed", lambda *_, form=is_absorbed: form)
-        assert relative_error(prompt_logits(model, prompt, 16), expected) < 0.1
-    assert relative_error(decode_logits(model, prompt[:60], 40), expected[40:60]) < 0.1
+        assert relative_error(prompt_logits(model, prompt, 16), exact) < limit
+    assert relative_error(decode_logits(model, prompt[:60], 40), exact[40:60]) < 2 * limit  # few rows
