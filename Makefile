@@ -10,6 +10,7 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+TESTED := $(VENV)/installed-for-tests
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -19,10 +20,10 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 run: $(STAMP)
 	$(BIN)/tuner run --config configs/demo.yaml
 
-test: $(STAMP)
+test: $(TESTED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-soak: $(STAMP)
+soak: $(TESTED)
 	$(BIN)/python -m pytest -m slow
 
 prove: $(STAMP)
@@ -49,6 +50,11 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
 	@touch $(STAMP)
+
+# What only tests need: Triton's interpreter, which a CUDA build of torch has brought along already.
+$(TESTED): $(STAMP)
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet -e '.[kernels]' -c constraints.txt
+	@touch $(TESTED)
 
 define HAS_TORCH
 import importlib.metadata as installed, sys
