@@ -25,7 +25,8 @@ PACKED_FOR_ROWS = 16  # the layout chosen for 16 rows was best or equal at every
 MAX_RELATIVE_ERROR = 1e-4  # float32, another order of summation
 TIMED_ROWS = (1, 2, 4, 8, 16, 32)
 NUM_TURNS = 5  # each form is timed so often, in turns; the fastest counts
-MAX_TIMED_S = 0.25  # a shape; later turns are left out when they are passed
+MIN_TURNS = 2  # the first call of a form for a number of rows makes what later ones use again
+MAX_TIMED_S = 0.25  # a shape; further turns are left out when they are passed
 
 Multiply = Callable[[Tensor], Tensor]
 # From how many rows on the packed form of (the plain one, the packed one) is used; None if never.
@@ -100,12 +101,12 @@ def packed_from(plain: Multiply, packed: Multiply, in_features: int) -> int | No
     best = {(form, rows): float("inf") for form in (plain, packed) for rows in TIMED_ROWS}
     inputs = {rows: torch.randn(rows, in_features) for rows in TIMED_ROWS}
     began = time.perf_counter()
-    for _ in range(NUM_TURNS):
+    for turn in range(NUM_TURNS):
         for form, rows in best:
             started = time.perf_counter()
             form(inputs[rows])
             best[form, rows] = min(best[form, rows], time.perf_counter() - started)
-        if time.perf_counter() - began > MAX_TIMED_S:
+        if turn + 1 >= MIN_TURNS and time.perf_counter() - began > MAX_TIMED_S:
             break
     return turning_point(
         [best[plain, rows] for rows in TIMED_ROWS], [best[packed, rows] for rows in TIMED_ROWS]
