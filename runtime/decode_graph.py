@@ -53,6 +53,7 @@ class DecodeGraphs:
         self._blank()
         self._shown = np.zeros((0, 0), np.int32)  # the tables that are on the device
         self._graphs: dict[Key, Captured] = {}
+        self._refused: set[Key] = set()
         self._memory: tuple[int, int] | None = None  # shared by all graphs: one of them runs at a time
 
     def takes(self, packed: PackedBatch) -> bool:
@@ -60,11 +61,14 @@ class DecodeGraphs:
         num_rows = len(packed.contexts)
         return num_rows == len(packed.token_ids) == len(packed.last_tokens) and num_rows <= BUCKETS[-1]
 
-    def replay(self, packed: PackedBatch, pools: int, weights: str, run: Run, drawn: Tensor) -> Tensor:
-        """Returns logits [rows, vocab], which the next replay overwrites. `run` is captured where it was not yet."""
+    def replay(self, packed: PackedBatch, pools: int, weights: str, run: Run, drawn: Tensor) -> Tensor | None:
+        """Returns logits [rows, vocab], which the next replay overwrites. `run` is captured where it was not yet; None
+        where that failed."""
         num_rows = len(packed.contexts)
         key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights)
-        captured = self._graphs.get(key) or self._capture(key, run)
+        captured = self._graphs.get(key) or self._try_to_capture(key, run)
+        if captured is None:
+            return None
         self._show(packed, key.num_rows)
         if packed.has_pending:
             token_ids = self._scalars[0, :num_rows]
@@ -79,12 +83,29 @@ class DecodeGraphs:
         for size in reversed(sizes):
             key = Key(size, pools, weights)
             if key not in self._graphs:
-                self._capture(key, run)
+                self._try_to_capture(key, run)
 
     def forget(self, pools: int | None, weights: str | None) -> None:
         """Drops the graphs that read pools or weights which are about to go."""
         for key in [key for key in self._graphs if key.pools == pools or key.weights == weights]:
             del self._graphs[key]
+        self._refused = {key for key in self._refused if key.pools != pools and key.weights != weights}
+
+    def _try_to_capture(self, key: Key, run: Run) -> Captured | None:
+        """None where it fails, now or before: such steps are launched kernel by kernel."""
+        if key in self._refused:
+            return None
+        try:
+            return self._capture(key, run)
+        except (
+            RuntimeError
+        ) as error:  # torch.OutOfMemoryError among them; a weight format that waits for the host
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            log.warning(
+                "decode steps of %d rows are not captured, so they take longer: %s", key.num_rows, reason
+            )
+            self._refused.add(key)
+            return None
 
     def _capture(self, key: Key, run: Run) -> Captured:
         started = time.perf_counter()
@@ -121,7 +142,8 @@ class DecodeGraphs:
         count, host = len(packed.contexts), pinned.numpy()
         host[0, :count], host[1, :count] = packed.token_ids, packed.positions
         host[2, :count], host[3, :count] = packed.slots, packed.contexts
-        host[2, count:num_rows], host[3, count:num_rows] = -1, 0
+        host[:, count:num_rows] = 0  # also their tokens: one of a former step may be no token but a place
+        host[2, count:num_rows] = -1
         self._scalars.copy_(pinned, non_blocking=True)
         tables = packed.block_tables
         if self._shown.shape != tables.shape or not np.array_equal(self._shown, tables):

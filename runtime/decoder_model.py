@@ -43,9 +43,11 @@ class DecoderModel(PagedModel):
     @torch.inference_mode()
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
         graphs = self._graphs
-        if graphs is None or pools is not None or packed.copies is not None or not graphs.takes(packed):
-            return super().forward(packed, pools)
-        return graphs.replay(packed, id(self.pools), self.weights_key, self._decode, self.drawn)
+        if graphs is not None and pools is None and packed.copies is None and graphs.takes(packed):
+            logits = graphs.replay(packed, id(self.pools), self.weights_key, self._decode, self.drawn)
+            if logits is not None:
+                return logits
+        return super().forward(packed, pools)
 
     def step_of(self, packed: PackedBatch) -> StepTensors:
         has_kernel = self._fused is not None

@@ -1,5 +1,6 @@
 """The pass that a GPU takes, beside the decoder's own: with plain kernels here, with Triton's and graphs on a GPU."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import runtime.fused_pass
 from runtime.attention import Pieces, StepTensors, allowed_positions, attend_plain
-from runtime.decode_graph import BUCKETS
+from runtime.decode_graph import BUCKETS, Captured, DecodeGraphs, Key
 from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import DecodeInputs, FusedPass
 from runtime.hf_model import HFModel
@@ -19,7 +20,8 @@ from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.paged_model import relative_error
 from runtime.request import Request
-from runtime.scheduler import PackedBatch, Scheduler
+from runtime.sampling import draw, tokens_of
+from runtime.scheduler import Batch, PackedBatch, Scheduler
 from tests.runtime.tiny_models import VOCAB, tiny_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen2_window", "qwen3")
@@ -163,3 +165,78 @@ def test_other_pools_get_graphs_of_their_own_and_those_that_go_take_theirs_along
     assert {key.pools for key in model._graphs._graphs} == {id(before), id(model.pools)}
     model.forget(before)
     assert {key.pools for key in model._graphs._graphs} == {id(model.pools)}
+
+
+# -- graphs, with a stand-in for CUDA's that runs what it was given again ----------------------------------------------
+
+
+class Repeated:
+    def __init__(self, run: Callable[[DecodeInputs], Tensor], inputs: DecodeInputs) -> None:
+        self.run, self.inputs, self.logits = run, inputs, run(inputs)
+
+    def replay(self) -> None:
+        self.logits.copy_(self.run(self.inputs))
+
+
+@pytest.fixture
+def repeating(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(self: DecodeGraphs, key: Key, run: Callable[[DecodeInputs], Tensor]) -> Captured:
+        self._blank()
+        graph = Repeated(run, self._inputs(key.num_rows))
+        self._graphs[key] = Captured(graph, graph.logits)  # type: ignore[arg-type]
+        return self._graphs[key]
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+
+
+def with_graphs(model: DecoderModel) -> DecoderModel:
+    model._fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
+    model._graphs = DecodeGraphs(model.device, 13)
+    return model
+
+
+def serve(model: DecoderModel, depth: int) -> tuple[list[list[int]], int]:
+    """Greedily, with so many steps under way while the next is launched. Tokens, and how many steps were replayed."""
+    scheduler, requests = mixed_steps(40)
+    model.allocate(40)
+    under_way: list[tuple[Batch, Tensor]] = []
+    num_replayed = 0
+    while (batch := scheduler.schedule(0.0)) is not None or under_way:
+        if batch is not None:
+            packed = scheduler.pack(batch)
+            num_replayed += model._graphs is not None and model._graphs.takes(packed)
+            drawn = draw(model.forward(packed), batch.sampled_requests()) if batch.sampled.any() else None
+            model.drawn = torch.empty(0, dtype=torch.int64) if drawn is None else drawn[0]
+            scheduler.advance(batch)
+            under_way.append((batch, torch.empty(2, 0) if drawn is None else drawn))
+        while len(under_way) > (depth if batch is not None else 0):
+            done, drawn = under_way.pop(0)
+            scheduler.settle(done, [token or 0 for token in tokens_of(drawn)], 0.0)
+    return [request.output_ids.tolist() for request in requests], num_replayed
+
+
+@pytest.mark.parametrize("family", ["qwen2_window", "qwen3"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_replayed_steps_give_the_same_tokens_also_one_ahead(repeating: None, family: str, depth: int) -> None:
+    expected, _ = serve(decoder(family), 0)
+    tokens, num_replayed = serve(with_graphs(decoder(family)), depth)
+    assert tokens == expected and num_replayed > 5
+
+
+def test_steps_that_cannot_be_captured_are_launched_and_tried_once(
+    monkeypatch: pytest.MonkeyPatch, repeating: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries: list[Key] = []
+
+    def fail(self: DecodeGraphs, key: Key, run: Callable[[DecodeInputs], Tensor]) -> Captured:
+        tries.append(key)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", fail)
+    expected, _ = serve(decoder("qwen3"), 0)
+    model = with_graphs(decoder("qwen3"))
+    assert serve(model, 1)[0] == expected
+    assert tries and len(tries) == len(set(tries)) and "are not captured" in caplog.text
+    model.forget(model.pools)
+    assert model._graphs is not None and not model._graphs._refused
