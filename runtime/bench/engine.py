@@ -2,6 +2,7 @@
 
 Each engine serves the same loads in turns, and another one begins each turn, so that the machine's mood is the same
 for all; what is compared are the medians of ratios within a turn. `--shape` takes random weights of a known shape.
+openvino-genai takes part from an environment of its own; runtime/bench/openvino_child.py says how to make one.
 """
 
 import argparse
@@ -114,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
+    if options.openvino_python is not None and (device.type != "cpu" or dtype != torch.float32):
+        parser.error("openvino-genai is compared in float32 on a CPU: add --device cpu --dtype float32")
     rng = np.random.default_rng(options.seed)
     config = default_config(device.type, num_cores()).patched(
         {"threads_decode": options.threads, "threads_prefill": options.threads}
@@ -126,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ContinuousBatching.name not in options.without:
             engines.append(ContinuousBatching(load_model(folder, device, dtype).model, config))
         if options.openvino_python is not None:
-            engines.append(OpenVino(options.openvino_python, options.openvino_model, options.threads))
+            engines.append(OpenVino(options.openvino_python, options.openvino_model, options.threads, config))
         vocab_size, lengths = plain.identity["vocab_size"], trace_lengths(options.trace)
         rows: list[Row] = []
         for num in options.at_once:

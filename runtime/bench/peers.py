@@ -166,8 +166,9 @@ class OpenVino:
 
     name = "openvino-genai"
 
-    def __init__(self, python: Path, folder: Path, threads: int) -> None:
-        words = [str(python), str(OPENVINO_CHILD), str(folder), str(threads)]
+    def __init__(self, python: Path, folder: Path, threads: int, config: EngineConfig) -> None:
+        step_tokens = max(config.max_batched_tokens, 64)
+        words = [str(python), str(OPENVINO_CHILD), str(folder), str(threads), str(step_tokens)]
         self.child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._answer()
 
@@ -181,7 +182,8 @@ class OpenVino:
         assert self.child.stdout is not None
         line = self.child.stdout.readline()
         if not line:
-            raise RuntimeError(f"openvino-genai ended with {self.child.wait()}; its words are above.")
+            with self.child:  # closes its pipes
+                raise RuntimeError(f"openvino-genai ended with {self.child.wait()}; its words are above.")
         return json.loads(line)
 
 

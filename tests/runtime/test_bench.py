@@ -1,5 +1,7 @@
 """What the comparison with other engines rests on: equal work, equal tokens, ratios within a turn."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from runtime.bench.loads import (
     ragged_load,
     trace_lengths,
 )
-from runtime.bench.peers import ContinuousBatching, Engine, Generate, Ours, Served
+from runtime.bench.peers import ContinuousBatching, Engine, Generate, OpenVino, Ours, Served
 from runtime.knobs import EngineConfig
 from runtime.loader import load_model
 from tests.runtime.tiny_models import VOCAB, save_tiny_model
@@ -60,6 +62,12 @@ def test_continuous_batching_of_transformers_serves_the_same_load(folder: Path) 
     load = ragged_load(2, VOCAB, 0.1, trace_lengths(TRACE), rng())
     served = ContinuousBatching(batching.model, EngineConfig()).serve(load)
     assert served.outputs == Generate(plain.model).serve(load).outputs
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino_genai") is not None, reason="it would start here")
+def test_a_python_without_openvino_is_refused_before_anything_is_served(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match="openvino-genai ended with 1"):
+        OpenVino(Path(sys.executable), folder, 1, EngineConfig())
 
 
 class Scripted:
