@@ -20,7 +20,7 @@ from runtime.hf_model import HFModel
 from runtime.host import cpu_model, free_memory_bytes, num_cores
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
-from runtime.linear import pack_linears
+from runtime.linear import lay_out_linears
 from runtime.loader import LoadedModel
 from runtime.logprobs import PromptLogprob, TokenLogprobs, logprobs_of, prompt_logprobs_of
 from runtime.paged_model import KVPools, PagedModel
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 CPU_KV_SHARE = 0.25  # of free memory, by default
 CPU_KV_LIMIT = 0.8  # of free memory, when asked for more
 CUDA_KV_SHARE = 0.8
-PACKED_WEIGHTS_SHARE = 0.2  # of free memory, for copies that a CPU multiplies faster
+LAID_OUT_SHARE = 0.3  # of free memory, for copies of weights that a CPU multiplies faster
 CPU_KV_SEQUENCES = 64
 CUDA_KV_SEQUENCES = 1024
 WARM_UP_ROWS = (1, 2, 4, 8, 16)
@@ -97,7 +97,7 @@ class Executor:
         self._threads = 0
         self._landed = 0.0  # when the last step did
         self._use_threads(config.threads_decode)
-        pack_linears(self._model.model, int(PACKED_WEIGHTS_SHARE * free_memory_bytes()))
+        lay_out_linears(self._model.model, int(LAID_OUT_SHARE * free_memory_bytes()))
         activation_bytes = self._warm_up(config)
         fitted, max_blocks = self._pool_blocks(kv_tokens, activation_bytes)
         num_blocks = fitted

@@ -1,19 +1,27 @@
-"""Linear layers of a CPU model with weights laid out for batches.
+"""Linear layers of a CPU model with their weights laid out as the number of rows wants them.
 
-oneDNN multiplies several rows faster when the weights are stored in its own blocked layout; how many rows it takes
-depends on the CPU and on the shape, so it is timed. Measured in float32, plain against packed, µs a layer:
+    plain    as loaded, [out, in]
+    turned   [in, out]: a matrix times one row reads whole vectors of the output
+    packed   oneDNN's blocks, for several rows
+
+Which is faster from how many rows on depends on the CPU, its libraries and the shape, so it is timed. Measured in
+float32, plain against packed, µs a layer:
 
     two cores of     weight       1 row        4 rows       16 rows      32 rows
     Zen 4            1408 x 256     42 / 77     220 / 113*    350 / 215    367 / 255      * 8 rows
     Sapphire Rapids  1408 x 256     23 / 30      32 / 41      155 / 109    148 / 102
                       896 x 4864   503 / 543   1047 / 589    1601 / 1058  2375 / 1803
 
-The packed copy stands beside the original, so it is made only where memory is plentiful.
+One row on one Zen 4 core, beyond its caches, GB/s plain / turned / packed: 9728 x 896 13.2 / 19.6 / 13.2, 151936 x 896
+13.9 / 22.4 / 16.6, 896 x 4864 17.7 / 15.5 / 12.7. The copies stand beside the original, so they are made only where
+memory is plentiful.
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +36,34 @@ NUM_TURNS = 5  # each form is timed so often, in turns; the fastest counts
 MIN_TURNS = 2  # the first call of a form for a number of rows makes what later ones use again
 MAX_TIMED_S = 0.25  # a shape; further turns are left out when they are passed
 
+MIN_GAIN = 0.05  # of the time of few rows, for which it is worth to hold a turned copy
+
 Multiply = Callable[[Tensor], Tensor]
-# From how many rows on the packed form of (the plain one, the packed one) is used; None if never.
-Judge = Callable[[Multiply, Multiply, int], int | None]
 
 
-def pack_linears(model: nn.Module, memory_bytes: int, judge: Judge | None = None) -> int:
-    """Replaces the forward of float32 linear layers on a CPU by one that takes the packed weights for as many rows as
-    make it faster, while the copies fit in `memory_bytes`. Returns how many were replaced. A layer whose packed
-    result differs is left as it is. Set the number of threads that decode before.
+class Layout(NamedTuple):
+    """`turned`: whether few rows take the turned form rather than the plain one. `packed_from`: rows from which on the
+    packed form is taken, None if never."""
+
+    turned: bool
+    packed_from: int | None
+
+    @property
+    def num_copies(self) -> int:
+        return self.turned + (self.packed_from is not None)
+
+
+Judge = Callable[["LaidOutLinear"], Layout]
+
+
+def lay_out_linears(model: nn.Module, memory_bytes: int, judge: Judge | None = None) -> int:
+    """Replaces the forward of float32 linear layers on a CPU by one that takes the fastest form for its rows, while
+    the copies fit in `memory_bytes`. Returns how many were replaced. A layer whose forms give other results is left as
+    it is. Set the number of threads that decode before.
     """
-    judge = judge or packed_from
-    num_packed = 0
-    judged: dict[tuple[int, ...], int | None] = {}
+    judge = judge or timed_layout
+    num_replaced = 0
+    judged: dict[tuple[int, ...], Layout] = {}
     for module in model.modules():
         if (
             type(module) is not nn.Linear
@@ -49,46 +72,62 @@ def pack_linears(model: nn.Module, memory_bytes: int, judge: Judge | None = None
         ):
             continue
         shape = tuple(module.weight.shape)
-        if shape in judged and judged[shape] is None:
+        if shape in judged and not judged[shape].num_copies:
             continue
-        if memory_bytes < module.weight.nbytes:
+        if memory_bytes < module.weight.nbytes * (judged[shape].num_copies if shape in judged else 2):
             break
-        packed = _packed(module)
-        if packed is None:
+        laid_out = _laid_out(module)
+        if laid_out is None:
             break
-        if not _agrees(module, packed):
-            log.warning("a %s layer gave other results when packed; it stays plain", shape)
+        if not _agrees(module, laid_out):
+            log.warning("a %s layer gave other results in another layout; it stays plain", shape)
             continue
         if shape not in judged:
-            judged[shape] = judge(packed.plain, packed.packed, module.in_features)
-            log.info("%s layers are packed from %s rows on", shape, judged[shape])
-        num_rows = judged[shape]
-        if num_rows is not None:
-            packed.from_rows = num_rows
-            memory_bytes -= module.weight.nbytes
-            object.__setattr__(module, "forward", packed.forward)
-            num_packed += 1
-    return num_packed
+            judged[shape] = judge(laid_out)
+            log.info("%s layers: %s", shape, judged[shape])
+        layout = judged[shape]
+        if layout.num_copies:
+            laid_out.keep(layout)
+            memory_bytes -= layout.num_copies * module.weight.nbytes
+            object.__setattr__(module, "forward", laid_out.forward)
+            num_replaced += 1
+    return num_replaced
 
 
-class PackedLinear:
-    """The forward of one linear layer: packed weights from `from_rows` rows on, plain ones below."""
+class LaidOutLinear:
+    """The forward of one linear layer, whose weights are there in several layouts until `keep` drops some."""
 
     def __init__(self, module: nn.Linear) -> None:
-        self.from_rows = 1
-        self._multiply = torch.ops.mkldnn._linear_pointwise.default
+        self.in_features = module.in_features
         self._weight = module.weight.detach()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACKED_FOR_ROWS)
         self._bias = module.bias.detach() if module.bias is not None else None
-        self._in_features = module.in_features
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
+        self._packed: Tensor | None = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACKED_FOR_ROWS)
+        self._turned: Tensor | None = self._weight.t().contiguous()
+        self._few, self._from_rows = self.plain, 1
+
+    def keep(self, layout: Layout) -> None:
+        if not layout.turned:
+            self._turned = None
+        if layout.packed_from is None:
+            self._packed = None
+        self._few = self.turned if layout.turned else self.plain
+        self._from_rows = sys.maxsize if layout.packed_from is None else max(1, layout.packed_from)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]. Returns [..., out_features]."""
-        num_rows = x.numel() // self._in_features
-        return self.plain(x) if num_rows < max(1, self.from_rows) else self.packed(x)
+        num_rows = x.numel() // self.in_features
+        if num_rows >= self._from_rows:
+            return self.packed(x)
+        return self._few(x) if num_rows else self.plain(x)
 
     def plain(self, x: Tensor) -> Tensor:
         return linear(x, self._weight, self._bias)
+
+    def turned(self, x: Tensor) -> Tensor:
+        assert self._turned is not None, "this form was not kept"
+        out = torch.matmul(x, self._turned)
+        return out if self._bias is None else out.add_(self._bias)
 
     def packed(self, x: Tensor) -> Tensor:
         out: Tensor = self._multiply(x, self._packed, self._bias, "none", [], "")
@@ -96,53 +135,56 @@ class PackedLinear:
 
 
 @torch.inference_mode()
-def packed_from(plain: Multiply, packed: Multiply, in_features: int) -> int | None:
-    """Times both forms here and now."""
-    best = {(form, rows): float("inf") for form in (plain, packed) for rows in TIMED_ROWS}
-    inputs = {rows: torch.randn(rows, in_features) for rows in TIMED_ROWS}
+def timed_layout(layer: LaidOutLinear) -> Layout:
+    """Times all forms here and now."""
+    forms: tuple[Multiply, ...] = (layer.plain, layer.turned, layer.packed)
+    best = {(at, rows): float("inf") for rows in TIMED_ROWS for at in range(len(forms))}
+    inputs = {rows: torch.randn(rows, layer.in_features) for rows in TIMED_ROWS}
     began = time.perf_counter()
     for turn in range(NUM_TURNS):
-        for form, rows in best:
+        for at, rows in best:
             started = time.perf_counter()
-            form(inputs[rows])
-            best[form, rows] = min(best[form, rows], time.perf_counter() - started)
+            forms[at](inputs[rows])
+            best[at, rows] = min(best[at, rows], time.perf_counter() - started)
         if turn + 1 >= MIN_TURNS and time.perf_counter() - began > MAX_TIMED_S:
             break
-    return turning_point(
-        [best[plain, rows] for rows in TIMED_ROWS], [best[packed, rows] for rows in TIMED_ROWS]
-    )
+    return fastest(*([best[at, rows] for rows in TIMED_ROWS] for at in range(len(forms))))
 
 
-def turning_point(plain_s: Sequence[float], packed_s: Sequence[float]) -> int | None:
-    """The number of rows from which on the packed form loses least against the faster of both, over all that were
-    timed. `plain_s`, `packed_s`: seconds by TIMED_ROWS. None where that is never."""
-    ratios = [packed / plain for plain, packed in zip(plain_s, packed_s, strict=True)]
+def fastest(plain_s: Sequence[float], turned_s: Sequence[float], packed_s: Sequence[float]) -> Layout:
+    """What loses least against the fastest form, over all numbers of rows that were timed. Seconds by TIMED_ROWS."""
+    quickest = [min(times) for times in zip(plain_s, turned_s, packed_s, strict=True)]
 
-    def lost(turn: int) -> float:
-        below = sum(max(0.0, 1.0 / ratio - 1.0) for ratio in ratios[:turn])
-        return below + sum(max(0.0, ratio - 1.0) for ratio in ratios[turn:])
+    def lost(few_s: Sequence[float], turn: int) -> float:
+        taken = (*few_s[:turn], *packed_s[turn:])
+        return sum(one / best - 1.0 for one, best in zip(taken, quickest, strict=True))
 
-    turn = min(range(len(ratios) + 1), key=lambda at: (lost(at), -at))
-    return TIMED_ROWS[turn] if turn < len(ratios) else None
+    turns = range(len(TIMED_ROWS) + 1)
+    plain = min((lost(plain_s, turn), -turn) for turn in turns)
+    turned = min((lost(turned_s, turn), -turn) for turn in turns)
+    is_turned = turned[0] + MIN_GAIN < plain[0]
+    turn = -(turned if is_turned else plain)[1]
+    return Layout(is_turned, TIMED_ROWS[turn] if turn < len(TIMED_ROWS) else None)
 
 
-def _packed(module: nn.Linear) -> PackedLinear | None:
+def _laid_out(module: nn.Linear) -> LaidOutLinear | None:
     """None where this build of PyTorch has no such layout."""
     if not torch.backends.mkldnn.is_available():
         return None
     try:
-        return PackedLinear(module)
+        return LaidOutLinear(module)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         log.info("linear layers stay plain: %s", str(error).splitlines()[0])
         return None
 
 
 @torch.inference_mode()
-def _agrees(module: nn.Linear, packed: PackedLinear) -> bool:
+def _agrees(module: nn.Linear, laid_out: LaidOutLinear) -> bool:
     for num_rows in (1, 5):
         x = torch.randn(1, num_rows, module.in_features, generator=torch.Generator().manual_seed(0))
         expected = linear(x, module.weight, module.bias)
-        error = (packed.packed(x) - expected).abs().max()
-        if not error <= MAX_RELATIVE_ERROR * expected.abs().max().clamp(min=1e-6):
-            return False
+        for form in (laid_out.turned, laid_out.packed):
+            error = (form(x) - expected).abs().max()
+            if not error <= MAX_RELATIVE_ERROR * expected.abs().max().clamp(min=1e-6):
+                return False
     return True

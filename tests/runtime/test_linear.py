@@ -1,74 +1,93 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from runtime import linear
-from runtime.linear import TIMED_ROWS, Multiply, pack_linears, packed_from, turning_point
+from runtime.linear import LaidOutLinear, Layout, fastest, lay_out_linears, timed_layout
 
 needs_mkldnn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
 )
 
 
-def from_three(plain: Multiply, packed: Multiply, in_features: int) -> int | None:
-    return 3
+def all_forms(layer: LaidOutLinear) -> Layout:
+    return Layout(turned=True, packed_from=3)
 
 
-def always(plain: Multiply, packed: Multiply, in_features: int) -> int | None:
-    return 1
+def always_packed(layer: LaidOutLinear) -> Layout:
+    return Layout(turned=False, packed_from=1)
+
+
+def turned(layer: LaidOutLinear) -> Layout:
+    return Layout(turned=True, packed_from=None)
 
 
 @needs_mkldnn
 @pytest.mark.parametrize("rows", [0, 1, 3, 40])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_packed_layer_computes_what_the_plain_one_does(rows: int, bias: bool) -> None:
+@pytest.mark.parametrize("judge", [all_forms, always_packed, turned])
+def test_a_layer_computes_the_same_in_every_layout(
+    rows: int, bias: bool, judge: Callable[[LaidOutLinear], Layout]
+) -> None:
     layer = nn.Linear(24, 40, bias=bias)
     x = torch.randn(1, rows, 24)
     with torch.inference_mode():
         expected = layer(x)
-        assert pack_linears(nn.Sequential(layer), 10**6, from_three) == 1
+        assert lay_out_linears(nn.Sequential(layer), 10**6, judge) == 1
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_mkldnn
 def test_packs_only_as_much_as_memory_allows() -> None:
     layers = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
-    assert pack_linears(layers, 1500, always) == 1
+    assert lay_out_linears(layers, 2500, all_forms) == 1
 
 
 def test_leaves_other_types_of_weights_alone() -> None:
-    assert pack_linears(nn.Sequential(nn.Linear(16, 16, dtype=torch.float64)), 10**6) == 0
+    assert lay_out_linears(nn.Sequential(nn.Linear(16, 16, dtype=torch.float64)), 10**6) == 0
 
 
 @needs_mkldnn
 def test_keeps_the_plain_layer_when_the_packed_result_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "MAX_RELATIVE_ERROR", -1.0)
-    assert pack_linears(nn.Sequential(nn.Linear(16, 16)), 10**6, always) == 0
+    assert lay_out_linears(nn.Sequential(nn.Linear(16, 16)), 10**6, always_packed) == 0
 
 
-def test_packs_from_where_it_pays() -> None:
+def test_takes_the_form_that_loses_least_over_all_rows() -> None:
     plain = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
-    assert turning_point(plain, [2.0, 3.0, 3.9, 4.0, 8.0, 16.0]) == 4
-    assert turning_point(plain, [0.5] * 6) == 1
-    assert turning_point(plain, [2 * one for one in plain]) is None
-    assert turning_point(plain, [2.0, 1.9, 8.0, 4.0, 8.0, 16.0]) == 8, "one lucky timing decides nothing"
+    slow = [9.0 * one for one in plain]
+    assert fastest(plain, slow, [2.0, 3.0, 3.9, 4.0, 8.0, 16.0]) == Layout(False, 4)
+    assert fastest(plain, slow, [0.5] * 6) == Layout(False, 1)
+    assert fastest(plain, slow, slow) == Layout(False, None)
+    assert fastest(plain, slow, [2.0, 1.9, 8.0, 4.0, 8.0, 16.0]).packed_from == 8, (
+        "one lucky timing decides nothing"
+    )
+    assert fastest(plain, [0.6, 1.5, 5.0, 9.0, 17.0, 33.0], [2.0, 2.5, 3.0, 4.0, 8.0, 16.0]) == Layout(
+        True, 4
+    )
+    assert fastest(plain, [0.99, *plain[1:]], slow) == Layout(False, None), "not worth a copy"
 
 
-def test_a_layer_that_is_faster_plain_is_not_packed() -> None:
-    def fast(x: torch.Tensor) -> torch.Tensor:
-        return x
+def test_times_what_is_there() -> None:
+    class Timed(LaidOutLinear):
+        def plain(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(200):
+                x = x + 1.0
+            return x
 
-    def slow(x: torch.Tensor) -> torch.Tensor:
-        for _ in range(200):
-            x = x + 1.0
-        return x
+        def turned(self, x: torch.Tensor) -> torch.Tensor:
+            return x if len(x) == 1 else self.plain(x)
 
-    assert packed_from(fast, slow, 16) is None
-    assert packed_from(slow, fast, 16) == TIMED_ROWS[0]
+        def packed(self, x: torch.Tensor) -> torch.Tensor:
+            return self.plain(x) if len(x) == 1 else x
+
+    assert timed_layout(Timed(nn.Linear(16, 16))) == Layout(True, 2)
 
 
 @needs_mkldnn
-def test_layers_that_are_not_worth_packing_take_no_memory() -> None:
+def test_layers_that_gain_nothing_take_no_memory() -> None:
     layers = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    assert pack_linears(layers, 10**6, lambda plain, packed, in_features: None) == 0
+    assert lay_out_linears(layers, 10**6, lambda layer: Layout(False, None)) == 0
     assert "forward" not in vars(layers[0])
