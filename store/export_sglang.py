@@ -66,5 +66,8 @@ SGLANG = Target(
         "kv_watermark": lambda value, values, model: nothing(
             "SGLang keeps free what it guesses that running requests will write (--schedule-conservativeness)"
         ),
+        "overlap_depth": lambda value, values, model: nothing(
+            "SGLang overlaps steps by itself (--disable-overlap-schedule)"
+        ),
     },
 )

@@ -84,6 +84,9 @@ VLLM = Target(
         ),
         # What running requests hold is no obstacle to the first one, there as here.
         "kv_watermark": lambda value, values, model: flag("--watermark", value),
+        "overlap_depth": lambda value, values, model: nothing(
+            "vLLM decides for itself whether steps overlap (--async-scheduling)"
+        ),
     },
     notes=_notes,
 )

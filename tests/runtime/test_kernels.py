@@ -183,7 +183,7 @@ def test_twin_of_rope_does_what_a_layer_of_the_decoder_does(has_norm: bool) -> N
     cached.index_copy_(0, slots, expected[:, num_heads * dim :])
 
     PLAIN.rope_and_cache(
-        qkv, table, positions, rows, slots, kv_heads, norm._weight if has_norm else None, 1e-6
+        qkv, table, positions, rows, slots, kv_heads, norm.weight if has_norm else None, 1e-6
     )
     torch.testing.assert_close(qkv, expected)
     torch.testing.assert_close(rows, cached)

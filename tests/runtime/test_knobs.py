@@ -32,6 +32,7 @@ NAMES = (
     "replicas",
     "long_prompt_threshold",
     "kv_watermark",
+    "overlap_depth",
 )
 
 
