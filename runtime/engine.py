@@ -41,6 +41,13 @@ PREPARE_POLL_S = 0.005  # an idle engine looks so often whether a preparation ha
 MODEL_ERROR_EXIT_CODE = 66  # EX_NOINPUT: the folder is missing or damaged; starting again cannot help
 # Set before torch is loaded: idle OpenMP threads must sleep, not spin on the cores of the front end.
 THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+# Also before torch: of each product that oneDNN compiled, it and PyTorch's binding keep half a megabyte. 1024 each by
+# default, which is more than half a gigabyte once steps of that many sizes were seen.
+CACHED_PRODUCTS = 256
+CACHE_ENVIRONMENT = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(CACHED_PRODUCTS),
+    "LRU_CACHE_CAPACITY": str(CACHED_PRODUCTS),
+}
 
 
 @dataclass(eq=False)
@@ -382,7 +389,7 @@ def _prepare(
     options: argparse.Namespace, hello: Frame
 ) -> "tuple[Executor, PlanRunner, list[dict[str, Any]]]":
     """Loads the model and decides the first configuration: our default, then what the front end insists on."""
-    for name, value in THREAD_ENVIRONMENT.items():
+    for name, value in (THREAD_ENVIRONMENT | CACHE_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch

@@ -9,6 +9,10 @@ depends on the CPU and on the shape, so it is timed. Measured in float32, plain 
                       896 x 4864   503 / 543   1047 / 589    1601 / 1058  2375 / 1803
 
 The packed copy stands beside the original, so it is made only where memory is plentiful.
+
+oneDNN compiles a product anew for each number of rows: 0.6 ms, and half a megabyte that stays in two caches of 1024
+products each. With steps of all sizes an engine grew by 0.9 GB, and compiled at every other step. So rows are padded
+to one of few numbers, and an engine keeps CACHED_PRODUCTS (runtime/engine.py) at most.
 """
 
 import logging
@@ -17,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +29,7 @@ PACKED_FOR_ROWS = 16  # the layout chosen for 16 rows was best or equal at every
 MAX_RELATIVE_ERROR = 1e-4  # float32, another order of summation
 TIMED_ROWS = (1, 2, 4, 8, 16, 32)
 NUM_TURNS = 5  # each form is timed so often, in turns; the fastest counts
+EXACT_ROWS = 16  # up to here each number of rows has its own product; above, they are an eighth apart
 MAX_TIMED_S = 0.25  # a shape; later turns are left out when they are passed
 
 Multiply = Callable[[Tensor], Tensor]
@@ -84,7 +89,13 @@ class PackedLinear:
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]. Returns [..., out_features]."""
         num_rows = x.numel() // self._in_features
-        return self.plain(x) if num_rows < max(1, self.from_rows) else self.packed(x)
+        if num_rows < max(1, self.from_rows):
+            return self.plain(x)
+        num_more = padded_rows(num_rows) - num_rows
+        if not num_more:
+            return self.packed(x)
+        rows = pad(x.reshape(num_rows, -1), (0, 0, 0, num_more))
+        return self.packed(rows)[:num_rows].view(*x.shape[:-1], -1)
 
     def plain(self, x: Tensor) -> Tensor:
         return linear(x, self._weight, self._bias)
@@ -92,6 +103,14 @@ class PackedLinear:
     def packed(self, x: Tensor) -> Tensor:
         out: Tensor = self._multiply(x, self._packed, self._bias, "none", [], "")
         return out
+
+
+def padded_rows(num_rows: int) -> int:
+    """The next number of rows that has a product of its own: 1 to 16, 18, 20, .. 32, 36, .. 64, 72, .. 128, 144, .."""
+    if num_rows <= EXACT_ROWS:
+        return num_rows
+    step = 1 << ((num_rows - 1).bit_length() - 4)
+    return -(-num_rows // step) * step
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from runtime import linear
-from runtime.linear import TIMED_ROWS, Multiply, pack_linears, packed_from, turning_point
+from runtime.linear import TIMED_ROWS, Multiply, pack_linears, packed_from, padded_rows, turning_point
 
 needs_mkldnn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
@@ -19,7 +19,7 @@ def always(plain: Multiply, packed: Multiply, in_features: int) -> int | None:
 
 
 @needs_mkldnn
-@pytest.mark.parametrize("rows", [0, 1, 3, 40])
+@pytest.mark.parametrize("rows", [0, 1, 3, 35, 40])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_layer_computes_what_the_plain_one_does(rows: int, bias: bool) -> None:
     layer = nn.Linear(24, 40, bias=bias)
@@ -44,6 +44,13 @@ def test_leaves_other_types_of_weights_alone() -> None:
 def test_keeps_the_plain_layer_when_the_packed_result_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "MAX_RELATIVE_ERROR", -1.0)
     assert pack_linears(nn.Sequential(nn.Linear(16, 16)), 10**6, always) == 0
+
+
+def test_steps_of_any_size_compile_few_products() -> None:
+    sizes = [padded_rows(num_rows) for num_rows in range(1, 2049)]
+    assert len(set(sizes)) == 72
+    assert all(rows <= size <= rows * 9 / 8 for rows, size in enumerate(sizes, 1))
+    assert sizes[:17] == [*range(1, 17), 18]
 
 
 def test_packs_from_where_it_pays() -> None:
