@@ -413,8 +413,10 @@ def _prepare(
     gc.collect()
     gc.freeze()  # a collection that walks all of transformers would pause every stream
     warm = executor.warm
+    # Of the fitted pool: engines that start later, on what `kv_tokens` is by then, must tell the same limit.
+    fitted_blocks = executor.fitted_kv_tokens // executor.pool.block_tokens
     reports = knob_reports(
-        cores, min(1024, executor.pool.num_blocks), executor.identity()["fitted_knobs"],
+        cores, min(1024, fitted_blocks), executor.identity()["fitted_knobs"],
         warm.max_blocks * executor.pool.block_tokens, warm.formats, warm.fixed_knobs, executor.max_model_len,
     )  # fmt: skip
     limits = {
