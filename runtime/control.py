@@ -109,7 +109,7 @@ def create_control(
     async def plan(request: Request) -> Response:
         body = await read_object(request)
         value = await engine.call("plan", body, CALL_LIMIT_S)
-        front.engine.plan_id = value["plan_id"]
+        front.engine.accepted(value["plan_id"])
         return JSONResponse(value)
 
     @app.post("/control/lease")

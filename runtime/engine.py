@@ -41,6 +41,13 @@ PREPARE_POLL_S = 0.005  # an idle engine looks so often whether a preparation ha
 MODEL_ERROR_EXIT_CODE = 66  # EX_NOINPUT: the folder is missing or damaged; starting again cannot help
 # Set before torch is loaded: idle OpenMP threads must sleep, not spin on the cores of the front end.
 THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+# Also before torch: of each product that oneDNN compiled, it and PyTorch's binding keep half a megabyte. 1024 each by
+# default, which is more than half a gigabyte once steps of that many sizes were seen.
+CACHED_PRODUCTS = 256
+CACHE_ENVIRONMENT = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(CACHED_PRODUCTS),
+    "LRU_CACHE_CAPACITY": str(CACHED_PRODUCTS),
+}
 
 
 @dataclass(eq=False)
@@ -420,7 +427,7 @@ def _prepare(
     options: argparse.Namespace, hello: Frame
 ) -> "tuple[Executor, PlanRunner, list[dict[str, Any]]]":
     """Loads the model and decides the first configuration: our default, then what the front end insists on."""
-    for name, value in THREAD_ENVIRONMENT.items():
+    for name, value in (THREAD_ENVIRONMENT | CACHE_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -444,8 +451,10 @@ def _prepare(
     gc.collect()
     gc.freeze()  # a collection that walks all of transformers would pause every stream
     warm = executor.warm
+    # Of the fitted pool: engines that start later, on what `kv_tokens` is by then, must tell the same limit.
+    fitted_blocks = executor.fitted_kv_tokens // executor.pool.block_tokens
     reports = knob_reports(
-        cores, min(1024, executor.pool.num_blocks), executor.identity()["fitted_knobs"],
+        cores, min(1024, fitted_blocks), executor.identity()["fitted_knobs"],
         warm.max_blocks * executor.pool.block_tokens, warm.formats, warm.fixed_knobs, executor.max_model_len,
     )  # fmt: skip
     limits = {

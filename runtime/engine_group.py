@@ -113,7 +113,10 @@ class EngineGroup:
             raise _first_error(answers) or EngineNotReady("No engine answered. Try again.")
         for process, answer in zip(processes, answers, strict=True):
             if not isinstance(answer, dict) or answer["config_id"] != done[0]["config_id"]:
-                log.error("%s did not follow the others to %s: killed", process, done[0]["config_id"])
+                told = answer if isinstance(answer, BaseException) else f"it is at {answer['config_id']}"
+                log.error(
+                    "%s did not follow the others to %s, killed: %s", process, done[0]["config_id"], told
+                )
                 process.kill()  # it comes back with the champion
         return {**done[0], "prepare_s": max(prepare_s, *(one["prepare_s"] for one in done))}
 

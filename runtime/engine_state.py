@@ -33,6 +33,7 @@ class EngineState:
     plan_id: str | None = None
     plan_replicas: int = 1  # engines that the plan in force needs: the first ones
     lease_expires_at: float | None = None
+    _ended_plan_id: str | None = None  # the last one whose end was told
     _lost_plan_id: str | None = None  # ended here as an engine died; what the others still say of it is late
     _lost_totals: Counter[str] = field(
         default_factory=Counter
@@ -114,6 +115,11 @@ class EngineState:
             return bool(event["slice_id"] != self.slice_id)
         return self._lost_plan_id is not None and event.get("plan_id") == self._lost_plan_id
 
+    def accepted(self, plan_id: str) -> None:
+        """All engines answered that they have the plan. While the slowest was waited for, it may have ended."""
+        if plan_id not in (self._ended_plan_id, self._lost_plan_id):
+            self.plan_id = plan_id
+
     def event(self, frame: Frame) -> None:
         kind = frame["kind"]
         if kind == "config_committed":
@@ -135,7 +141,7 @@ class EngineState:
             kind in ("plan_finished", "plan_aborted", "lease_lapsed") and frame.get("plan_id") == self.plan_id
         ):
             self._back_to_champion()
-            self.plan_id = self.lease_expires_at = None
+            self._ended_plan_id, self.plan_id, self.lease_expires_at = self.plan_id, None, None
 
     def gauge(self, replica: Replica, frame: Frame) -> None:
         """Gauges are sums and may lag an event by a fraction of a second; what is in force comes from events."""

@@ -15,6 +15,10 @@ float32, plain against packed, µs a layer:
 One row on one Zen 4 core, beyond its caches, GB/s plain / turned / packed: 9728 x 896 13.2 / 19.6 / 13.2, 151936 x 896
 13.9 / 22.4 / 16.6, 896 x 4864 17.7 / 15.5 / 12.7. The copies stand beside the original, so they are made only where
 memory is plentiful.
+
+oneDNN compiles a product anew for each number of rows: 0.6 ms, and half a megabyte that stays in two caches of 1024
+products each. With steps of all sizes an engine grew by 0.9 GB, and compiled at every other step. So rows are padded
+to one of few numbers, and an engine keeps CACHED_PRODUCTS (runtime/engine.py) at most.
 """
 
 import logging
@@ -25,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ NUM_TURNS = 5  # each form is timed so often, in turns; the fastest counts
 MIN_TURNS = 2  # the first call of a form for a number of rows makes what later ones use again
 MAX_TIMED_S = 0.25  # a shape; further turns are left out when they are passed
 
+EXACT_ROWS = 16  # up to here each number of rows has its own product; above, they are an eighth apart
 MIN_GAIN = 0.05  # of the time of few rows, for which it is worth to hold a turned copy
 
 Multiply = Callable[[Tensor], Tensor]
@@ -117,9 +122,13 @@ class LaidOutLinear:
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]. Returns [..., out_features]."""
         num_rows = x.numel() // self.in_features
-        if num_rows >= self._from_rows:
+        if num_rows < self._from_rows:
+            return self._few(x) if num_rows else self.plain(x)
+        num_more = padded_rows(num_rows) - num_rows
+        if not num_more:
             return self.packed(x)
-        return self._few(x) if num_rows else self.plain(x)
+        rows = pad(x.reshape(num_rows, -1), (0, 0, 0, num_more))
+        return self.packed(rows)[:num_rows].view(*x.shape[:-1], -1)
 
     def plain(self, x: Tensor) -> Tensor:
         return linear(x, self._weight, self._bias)
@@ -132,6 +141,14 @@ class LaidOutLinear:
     def packed(self, x: Tensor) -> Tensor:
         out: Tensor = self._multiply(x, self._packed, self._bias, "none", [], "")
         return out
+
+
+def padded_rows(num_rows: int) -> int:
+    """The next number of rows that has a product of its own: 1 to 16, 18, 20, .. 32, 36, .. 64, 72, .. 128, 144, .."""
+    if num_rows <= EXACT_ROWS:
+        return num_rows
+    step = 1 << ((num_rows - 1).bit_length() - 4)
+    return -(-num_rows // step) * step
 
 
 @torch.inference_mode()

@@ -106,6 +106,9 @@ class HeaderLimited(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_limit()
         super().connection_lost(exc)
+        # uvicorn leaves this timer to a connection that was reset, and with it all that the connection held: 12 kB
+        # a client for KEEP_ALIVE_S.
+        self._unset_keepalive_if_required()
 
     def _forget_limit(self) -> None:
         if self._header_limit is not None:

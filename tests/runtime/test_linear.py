@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from runtime import linear
-from runtime.linear import LaidOutLinear, Layout, fastest, lay_out_linears, timed_layout
+from runtime.linear import LaidOutLinear, Layout, fastest, lay_out_linears, padded_rows, timed_layout
 
 needs_mkldnn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
@@ -25,7 +25,7 @@ def turned(layer: LaidOutLinear) -> Layout:
 
 
 @needs_mkldnn
-@pytest.mark.parametrize("rows", [0, 1, 3, 40])
+@pytest.mark.parametrize("rows", [0, 1, 3, 35, 40])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("judge", [all_forms, always_packed, turned])
 def test_a_layer_computes_the_same_in_every_layout(
@@ -53,6 +53,13 @@ def test_leaves_other_types_of_weights_alone() -> None:
 def test_keeps_the_plain_layer_when_the_packed_result_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "MAX_RELATIVE_ERROR", -1.0)
     assert lay_out_linears(nn.Sequential(nn.Linear(16, 16)), 10**6, always_packed) == 0
+
+
+def test_steps_of_any_size_compile_few_products() -> None:
+    sizes = [padded_rows(num_rows) for num_rows in range(1, 2049)]
+    assert len(set(sizes)) == 72
+    assert all(rows <= size <= rows * 9 / 8 for rows, size in enumerate(sizes, 1))
+    assert sizes[:17] == [*range(1, 17), 18]
 
 
 def test_takes_the_form_that_loses_least_over_all_rows() -> None:

@@ -1,4 +1,8 @@
 import asyncio
+import gc
+import socket
+import struct
+import weakref
 from typing import Any
 
 import pytest
@@ -45,6 +49,33 @@ def test_a_connection_with_both_lengths_is_refused() -> None:
         b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
     )
     assert asyncio.run(talk(request)).startswith(b"HTTP/1.1 400")
+
+
+async def is_kept_after_a_reset() -> bool:
+    """Whether a connection is still in memory once its client broke it off between two requests."""
+    with bind("127.0.0.1", 0) as sock:
+        serving = Listener(hello, sock)
+        running = asyncio.create_task(serving.run_until_stopped())
+        reader, writer = await asyncio.open_connection("127.0.0.1", sock.getsockname()[1])
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.wait_for(reader.readuntil(b"hi"), 30.0)
+        kept = weakref.ref(next(iter(serving.server_state.connections)))
+        own = writer.get_extra_info("socket")
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.close()
+        async with asyncio.timeout(30.0):
+            while serving.server_state.connections:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0)  # the transport lets go of it after it was told
+        gc.collect()
+        is_kept = kept() is not None
+        serving.should_exit = True
+        await running
+        return is_kept
+
+
+def test_nothing_is_kept_of_a_connection_that_was_reset() -> None:
+    assert not asyncio.run(is_kept_after_a_reset())
 
 
 def test_an_address_that_is_not_ours_is_one_clear_error() -> None:

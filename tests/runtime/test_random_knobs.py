@@ -32,10 +32,10 @@ MIN_GAP = 1e-4  # of the two likeliest tokens: what float32 may turn round
 CLOCK_STEP_S = 0.0005
 # What a run on two cores and a model of a few thousand parameters can tell apart.
 CEILINGS = {"max_num_seqs": 64, "max_batched_tokens": 512, "prefill_chunk": 128, "threads_decode": 2,
-            "threads_prefill": 2, "kv_tokens": 2048, "max_queued_requests": 64,
+            "threads_prefill": 2, "kv_tokens": 2048, "max_queued_requests": 64, "replicas": 3,
             "long_prompt_threshold": CONTEXT}  # fmt: skip
 FLOORS = {"kv_tokens": CONTEXT}
-NOT_OF_ONE_ENGINE = {"replicas"}  # the front end's, tried where there is one
+NOT_OF_ONE_ENGINE = {"replicas"}  # the front end's: tests/runtime/test_random_replicas.py
 
 
 @dataclass(frozen=True)
@@ -171,16 +171,15 @@ class Changes:
     def _value(self, knob: Knob) -> KnobValue:
         if knob.name == "weight_format":
             return str(self.rng.choice(self.formats))
-        if knob.choices is not None:
-            return str(self.rng.choice(knob.choices))
-        low = FLOORS.get(knob.name, knob.low)
-        high = min(knob.high, CEILINGS.get(knob.name, knob.high))
-        value = (
-            float(np.exp(self.rng.uniform(np.log(low), np.log(high))))
-            if knob.log
-            else self.rng.uniform(low, high)
-        )
-        return knob.check(round(value) if knob.kind == "int" else value)
+        low, high = FLOORS.get(knob.name, knob.low), min(knob.high, CEILINGS.get(knob.name, knob.high))
+        return random_value(knob, self.rng, low, high)
+
+
+def random_value(knob: Knob, rng: np.random.Generator, low: float, high: float) -> KnobValue:
+    if knob.choices is not None:
+        return str(rng.choice(knob.choices))
+    value = float(np.exp(rng.uniform(np.log(low), np.log(high)))) if knob.log else rng.uniform(low, high)
+    return knob.check(round(value) if knob.kind == "int" else value)
 
 
 def random_load(num: int, rng: np.random.Generator, wants_gaps: bool) -> list[Asked]:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.bert import BertConfig
 from transformers.models.bloom import BloomConfig
 from transformers.models.deepseek_v2 import DeepseekV2Config
@@ -114,6 +115,12 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedMod
 def save_tiny_model(family: str, folder: Path) -> Path:
     tiny_model(family, torch.float32).save_pretrained(folder)
     return folder
+
+
+def save_tiny_tokenizer(folder: Path) -> None:
+    """Beside a model: every token is a word of its own, none is special, so that a text says which tokens it is."""
+    words = models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(folder)
 
 
 @torch.inference_mode()
