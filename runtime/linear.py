@@ -1,7 +1,8 @@
 """Linear layers of a CPU model with their weights laid out as the number of rows wants them.
 
     plain    as loaded, [out, in]
-    turned   [in, out]: a matrix times one row reads whole vectors of the output
+    parted   the same, a part of the outputs for each thread: one row keeps a single thread busy otherwise
+    turned   [in, out] of each part: a matrix times one row reads whole vectors of the output
     packed   oneDNN's blocks, for several rows
 
 Which is faster from how many rows on depends on the CPU, its libraries and the shape, so it is timed. Measured in
@@ -12,9 +13,9 @@ float32, plain against packed, µs a layer:
     Sapphire Rapids  1408 x 256     23 / 30      32 / 41      155 / 109    148 / 102
                       896 x 4864   503 / 543   1047 / 589    1601 / 1058  2375 / 1803
 
-One row on one Zen 4 core, beyond its caches, GB/s plain / turned / packed: 9728 x 896 13.2 / 19.6 / 13.2, 151936 x 896
-13.9 / 22.4 / 16.6, 896 x 4864 17.7 / 15.5 / 12.7. The copies stand beside the original, so they are made only where
-memory is plentiful.
+One row on two Zen 4 cores, weights beyond their caches, GB/s plain / parted / turned / packed: 9728 x 896 11 / 22 /
+37 / 20, 4096 x 256 8 / 13 / 27 / 20, 256 x 704 12 / 18 / 11 / 13, 896 x 4864 17 / 23 / 18 / 19. The copies stand beside
+the original, so they are made only where memory is plentiful.
 
 oneDNN compiles a product anew for each number of rows: 0.6 ms, and half a megabyte that stays in two caches of 1024
 products each. With steps of all sizes an engine grew by 0.9 GB, and compiled at every other step. So rows are padded
@@ -24,8 +25,8 @@ to one of few numbers, and an engine keeps CACHED_PRODUCTS (runtime/engine.py) a
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,27 +39,36 @@ MAX_RELATIVE_ERROR = 1e-4  # float32, another order of summation
 TIMED_ROWS = (1, 2, 4, 8, 16, 32)
 NUM_TURNS = 5  # each form is timed so often, in turns; the fastest counts
 MIN_TURNS = 2  # the first call of a form for a number of rows makes what later ones use again
-MAX_TIMED_S = 0.25  # a shape; further turns are left out when they are passed
+MAX_TIMED_S = 1.0  # further turns are left out when they are passed
+SAMPLED_BYTES = 2**26  # of weights that are timed one after the other: more than caches hold
 
 EXACT_ROWS = 16  # up to here each number of rows has its own product; above, they are an eighth apart
 MIN_GAIN = 0.05  # of the time of few rows, for which it is worth to hold a turned copy
 
+FewRows = Literal["plain", "parted", "turned"]
+FEW_ROWS: tuple[FewRows, ...] = ("plain", "parted", "turned")  # the simplest first
+FORMS = (*FEW_ROWS, "packed")
 Multiply = Callable[[Tensor], Tensor]
 
 
 class Layout(NamedTuple):
-    """`turned`: whether few rows take the turned form rather than the plain one. `packed_from`: rows from which on the
-    packed form is taken, None if never."""
+    """`few`: the form for few rows. `packed_from`: rows from which on the packed form is taken, None if never."""
 
-    turned: bool
+    few: FewRows
     packed_from: int | None
 
     @property
     def num_copies(self) -> int:
-        return self.turned + (self.packed_from is not None)
+        return (self.few == "turned") + (self.packed_from is not None)
+
+    @property
+    def is_as_loaded(self) -> bool:
+        return self == ("plain", None)
 
 
-Judge = Callable[["LaidOutLinear"], Layout]
+Shape = tuple[int, int]
+# From layers in the order in which a step computes them to the layout of each shape.
+Judge = Callable[[Sequence["LaidOutLinear"]], dict[Shape, Layout]]
 
 
 def lay_out_linears(model: nn.Module, memory_bytes: int, judge: Judge | None = None) -> int:
@@ -66,58 +76,73 @@ def lay_out_linears(model: nn.Module, memory_bytes: int, judge: Judge | None = N
     the copies fit in `memory_bytes`. Returns how many were replaced. A layer whose forms give other results is left as
     it is. Set the number of threads that decode before.
     """
-    judge = judge or timed_layout
+    modules = [module for module in model.modules() if _can_be_laid_out(module)]
+    sample = _sample(modules)
+    if 2 * sum(module.weight.nbytes for module in sample) > memory_bytes:
+        return 0
+    tried = [laid_out for module in sample if (laid_out := _laid_out(module)) is not None]
+    layouts = (judge or timed_layouts)(tried)
+    del tried
+    for shape, layout in layouts.items():
+        log.info("%s layers: %s", shape, layout)
     num_replaced = 0
-    judged: dict[tuple[int, ...], Layout] = {}
-    for module in model.modules():
-        if (
-            type(module) is not nn.Linear
-            or module.weight.device.type != "cpu"
-            or module.weight.dtype != torch.float32
-        ):
+    for module in modules:
+        layout = layouts.get(_shape(module))
+        if layout is None or layout.is_as_loaded:
             continue
-        shape = tuple(module.weight.shape)
-        if shape in judged and not judged[shape].num_copies:
-            continue
-        if memory_bytes < module.weight.nbytes * (judged[shape].num_copies if shape in judged else 2):
+        memory_bytes -= layout.num_copies * module.weight.nbytes
+        if memory_bytes < 0:
             break
-        laid_out = _laid_out(module)
-        if laid_out is None:
-            break
-        if not _agrees(module, laid_out):
-            log.warning("a %s layer gave other results in another layout; it stays plain", shape)
-            continue
-        if shape not in judged:
-            judged[shape] = judge(laid_out)
-            log.info("%s layers: %s", shape, judged[shape])
-        layout = judged[shape]
-        if layout.num_copies:
-            laid_out.keep(layout)
-            memory_bytes -= layout.num_copies * module.weight.nbytes
+        laid_out = _laid_out(module, layout)
+        if laid_out is not None:
             object.__setattr__(module, "forward", laid_out.forward)
             num_replaced += 1
     return num_replaced
 
 
+def _can_be_laid_out(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear:
+        return False
+    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+
+
+def _shape(module: nn.Linear) -> Shape:
+    return module.out_features, module.in_features
+
+
+def _sample(modules: Sequence[nn.Linear]) -> list[nn.Linear]:
+    """Enough of the layers to leave every cache behind, and one at least of each shape."""
+    sample, num_bytes, seen = [], 0, set()
+    for module in modules:
+        if num_bytes < SAMPLED_BYTES or _shape(module) not in seen:
+            sample.append(module)
+            seen.add(_shape(module))
+            num_bytes += module.weight.nbytes
+    return sample
+
+
 class LaidOutLinear:
     """The forward of one linear layer, whose weights are there in several layouts until `keep` drops some."""
 
-    def __init__(self, module: nn.Linear) -> None:
-        self.in_features = module.in_features
+    def __init__(self, module: nn.Linear, layout: Layout | None = None) -> None:
+        """With the copies that the layout needs; with all of them without one."""
+        self.in_features, self.shape = module.in_features, _shape(module)
         self._weight = module.weight.detach()
         self._bias = module.bias.detach() if module.bias is not None else None
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
-        self._packed: Tensor | None = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACKED_FOR_ROWS)
-        self._turned: Tensor | None = self._weight.t().contiguous()
-        self._few, self._from_rows = self.plain, 1
-
-    def keep(self, layout: Layout) -> None:
-        if not layout.turned:
-            self._turned = None
-        if layout.packed_from is None:
-            self._packed = None
-        self._few = self.turned if layout.turned else self.plain
-        self._from_rows = sys.maxsize if layout.packed_from is None else max(1, layout.packed_from)
+        self._packed: Tensor | None = None
+        if layout is None or layout.packed_from is not None:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACKED_FOR_ROWS)
+        parts = torch.get_num_threads() if self.shape[0] % torch.get_num_threads() == 0 else 1
+        self._parts = self._weight.view(parts, -1, self.in_features).transpose(
+            1, 2
+        )  # [parts, in, out / parts]
+        self._turned: Tensor | None = None
+        if layout is None or layout.few == "turned":
+            self._turned = self._parts.contiguous()
+        self._few: Multiply = self.plain if layout is None else getattr(self, layout.few)
+        packed_from = 1 if layout is None else layout.packed_from
+        self._from_rows = sys.maxsize if packed_from is None else max(1, packed_from)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]. Returns [..., out_features]."""
@@ -135,7 +160,15 @@ class LaidOutLinear:
 
     def turned(self, x: Tensor) -> Tensor:
         assert self._turned is not None, "this form was not kept"
-        out = torch.matmul(x, self._turned)
+        return self._in_parts(x, self._turned)
+
+    def parted(self, x: Tensor) -> Tensor:
+        return self._in_parts(x, self._parts)
+
+    def _in_parts(self, x: Tensor, weight: Tensor) -> Tensor:
+        """weight: [parts, in, out / parts]."""
+        rows = x.reshape(1, -1, self.in_features).expand(len(weight), -1, -1)
+        out = torch.bmm(rows, weight).transpose(0, 1).reshape(*x.shape[:-1], -1)
         return out if self._bias is None else out.add_(self._bias)
 
     def packed(self, x: Tensor) -> Tensor:
@@ -152,55 +185,85 @@ def padded_rows(num_rows: int) -> int:
 
 
 @torch.inference_mode()
-def timed_layout(layer: LaidOutLinear) -> Layout:
-    """Times all forms here and now."""
-    forms: tuple[Multiply, ...] = (layer.plain, layer.turned, layer.packed)
-    best = {(at, rows): float("inf") for rows in TIMED_ROWS for at in range(len(forms))}
-    inputs = {rows: torch.randn(rows, layer.in_features) for rows in TIMED_ROWS}
+def timed_layouts(layers: Sequence[LaidOutLinear]) -> dict[Shape, Layout]:
+    """Times all forms here and now, one layer after the other as in a step: a weight that was read just before would
+    still lie in a cache, where another form is fastest."""
+    best: dict[tuple[Shape, str, int], float] = {}
+    inputs = {
+        (rows, layer.in_features): torch.randn(rows, layer.in_features)
+        for rows in TIMED_ROWS
+        for layer in layers
+    }
     began = time.perf_counter()
     for turn in range(NUM_TURNS):
-        for at, rows in best:
-            started = time.perf_counter()
-            forms[at](inputs[rows])
-            best[at, rows] = min(best[at, rows], time.perf_counter() - started)
+        for rows in TIMED_ROWS:
+            for form in FORMS:
+                for shape, seconds in _passed(layers, form, rows, inputs).items():
+                    key = (shape, form, rows)
+                    best[key] = min(best.get(key, seconds), seconds)
         if turn + 1 >= MIN_TURNS and time.perf_counter() - began > MAX_TIMED_S:
             break
-    return fastest(*([best[at, rows] for rows in TIMED_ROWS] for at in range(len(forms))))
+    shapes = dict.fromkeys(layer.shape for layer in layers)
+    return {
+        shape: fastest({form: [best[shape, form, rows] for rows in TIMED_ROWS] for form in FORMS})
+        for shape in shapes
+    }
 
 
-def fastest(plain_s: Sequence[float], turned_s: Sequence[float], packed_s: Sequence[float]) -> Layout:
-    """What loses least against the fastest form, over all numbers of rows that were timed. Seconds by TIMED_ROWS."""
-    quickest = [min(times) for times in zip(plain_s, turned_s, packed_s, strict=True)]
+def _passed(
+    layers: Sequence[LaidOutLinear], form: str, rows: int, inputs: Mapping[tuple[int, int], Tensor]
+) -> dict[Shape, float]:
+    """Seconds of all layers of a shape together, in one pass over all of them."""
+    taken: dict[Shape, float] = {}
+    for layer in layers:
+        multiply, x = getattr(layer, form), inputs[rows, layer.in_features]
+        started = time.perf_counter()
+        multiply(x)
+        taken[layer.shape] = taken.get(layer.shape, 0.0) + time.perf_counter() - started
+    return taken
 
-    def lost(few_s: Sequence[float], turn: int) -> float:
-        taken = (*few_s[:turn], *packed_s[turn:])
+
+def fastest(seconds: Mapping[str, Sequence[float]]) -> Layout:
+    """What loses least against the fastest form, over all numbers of rows that were timed; the simplest of those that
+    lose about the same. seconds: by form, and in it by TIMED_ROWS."""
+    quickest = [min(times) for times in zip(*seconds.values(), strict=True)]
+
+    def lost(few: str, turn: int) -> float:
+        taken = (*seconds[few][:turn], *seconds["packed"][turn:])
         return sum(one / best - 1.0 for one, best in zip(taken, quickest, strict=True))
 
-    turns = range(len(TIMED_ROWS) + 1)
-    plain = min((lost(plain_s, turn), -turn) for turn in turns)
-    turned = min((lost(turned_s, turn), -turn) for turn in turns)
-    is_turned = turned[0] + MIN_GAIN < plain[0]
-    turn = -(turned if is_turned else plain)[1]
-    return Layout(is_turned, TIMED_ROWS[turn] if turn < len(TIMED_ROWS) else None)
+    turns = range(len(TIMED_ROWS), -1, -1)
+    best: tuple[float, FewRows, int] | None = None
+    for few in FEW_ROWS:
+        loss, turn = min((lost(few, turn), -turn) for turn in turns)
+        if best is None or loss + MIN_GAIN < best[0]:
+            best = loss, few, -turn
+    assert best is not None
+    _, few, turn = best
+    return Layout(few if turn else "plain", TIMED_ROWS[turn] if turn < len(TIMED_ROWS) else None)
 
 
-def _laid_out(module: nn.Linear) -> LaidOutLinear | None:
-    """None where this build of PyTorch has no such layout."""
+def _laid_out(module: nn.Linear, layout: Layout | None = None) -> LaidOutLinear | None:
+    """None where this build of PyTorch has no such layout, or where it gives other results."""
     if not torch.backends.mkldnn.is_available():
         return None
     try:
-        return LaidOutLinear(module)
+        laid_out = LaidOutLinear(module, layout)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         log.info("linear layers stay plain: %s", str(error).splitlines()[0])
         return None
+    if layout is not None or _agrees(module, laid_out):
+        return laid_out
+    log.warning("a %s layer gave other results in another layout; it stays plain", _shape(module))
+    return None
 
 
 @torch.inference_mode()
 def _agrees(module: nn.Linear, laid_out: LaidOutLinear) -> bool:
     for num_rows in (1, 5):
         x = torch.randn(1, num_rows, module.in_features, generator=torch.Generator().manual_seed(0))
-        expected = linear(x, module.weight, module.bias)
-        for form in (laid_out.turned, laid_out.packed):
+        expected = laid_out.plain(x)
+        for form in (laid_out.parted, laid_out.turned, laid_out.packed):
             error = (form(x) - expected).abs().max()
             if not error <= MAX_RELATIVE_ERROR * expected.abs().max().clamp(min=1e-6):
                 return False
