@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from runtime.attention import StepTensors
 from runtime.decode_graph import DecodeGraphs
-from runtime.decoder import Decoder, JointCache
+from runtime.decoder import Decoder
 from runtime.fused_pass import DecodeInputs, fused_pass
 from runtime.hf_model import HFModel
 from runtime.kv_cache import BLOCK_TOKENS
@@ -58,7 +58,7 @@ class DecoderModel(PagedModel):
         caches = self._caches_of(pools)
         if self._fused is None:
             return self.decoder.forward(step, caches)
-        return self._fused.forward(step, _joint(caches))
+        return self._fused.forward(step, caches)
 
     @torch.inference_mode()
     def prepare_steps(self, max_num_seqs: int) -> None:
@@ -69,17 +69,21 @@ class DecoderModel(PagedModel):
         self._graphs.prepare(max_num_seqs, id(self.pools), self.weights_key, self._decode)
 
     def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
+        if pools is not None and self._caches[0] is pools:
+            self._caches = (
+                {},
+                [],
+            )  # its views would keep a pool in memory that has to make room for the next
         if self._graphs is not None:
             self._graphs.forget(None if pools is None else id(pools), weights_key)
 
     def release(self) -> None:
         self.forget(self.pools)
         super().release()
-        self._caches = ({}, [])
 
     def _decode(self, inputs: DecodeInputs) -> Tensor:
         assert self._fused is not None
-        return self._fused.decode(inputs, _joint(self._caches_of(self.pools)))
+        return self._fused.decode(inputs, self._caches_of(self.pools))
 
     def _caches_of(self, pools: KVPools) -> list[Any]:
         if self._caches[0] is not pools:
@@ -87,7 +91,3 @@ class DecoderModel(PagedModel):
             caches = [part.cache_of(pool[0][0]) for part, pool in zip(parts, pools.values(), strict=True)]
             self._caches = (pools, caches)
         return self._caches[1]
-
-
-def _joint(caches: list[Any]) -> list[JointCache]:
-    return [cache for cache in caches if isinstance(cache, JointCache)]

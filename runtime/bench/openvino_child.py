@@ -5,7 +5,7 @@ of JSON in, a load; one line out, its seconds and tokens. The first line out say
 Python 3.11, with openvino 2026.4.1, openvino-genai 2026.4.1, optimum-intel 2.2.0, transformers 5.5.4:
 
     python3.11 -m venv ov
-    ov/bin/pip install torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+    ov/bin/pip install torch==2.13.0  (a build for CPUs)
     ov/bin/pip install torch==2.13.0 openvino openvino-genai "optimum-intel[openvino]"
     ov/bin/pip uninstall --yes torchvision
     ov/bin/optimum-cli export openvino --model runtime/demo_model --task text-generation-with-past \\

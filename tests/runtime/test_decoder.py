@@ -1,5 +1,6 @@
 """Our own forward pass beside the model's: the same tokens in float64, the same logits, weights held once."""
 
+import weakref
 from copy import deepcopy
 from typing import Any
 
@@ -211,6 +212,15 @@ def test_two_models_in_one_process_do_not_share_a_pool() -> None:
     expected = [generate(reference, prompt, 8) for reference in references]
     models = [decoder(reference) for reference in references]
     assert [serve(model, [prompt], 8, 64)[0][0] for model in models] == expected
+
+
+def test_a_pool_that_is_forgotten_gives_its_memory_back() -> None:
+    model = decoder(tiny_model("qwen3"))
+    serve(model, prompts(20), 2, 64)
+    rows = [weakref.ref(cache.rows) for cache in model._caches_of(model.pools)]
+    gone, model.pools = model.pools, model.new_pools(64)
+    model.forget(gone)
+    assert [row() for row in rows] == [None] * len(rows)
 
 
 def test_scoring_area_is_apart_from_the_pool_that_serves() -> None:
