@@ -4,9 +4,27 @@ None of them waits for the device, so that a CUDA graph can capture them too. Ar
 rounded once, where the result is written.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+
+from runtime.expert_choice import Chosen, Rule
+
+
+class Layout(NamedTuple):
+    """Pairs of a token and one of its experts, sorted by expert; each expert begins a block of its own.
+
+    `rows`: int32 [blocks * block_rows], the pair (token * top_k + place) in each row, -1 in rows that are left over;
+    `experts`: int32 [blocks], that of each block, -1 for the blocks at the end that nobody needs; `ends`: int32
+    [experts], the row behind the last block of each; `places`: int32 [pairs], the row of each pair.
+    """
+
+    rows: Tensor
+    experts: Tensor
+    ends: Tensor
+    places: Tensor
 
 
 def paged_decode(
@@ -80,12 +98,35 @@ def rope_and_cache(
         x = _normal(x, eps) * norm_weight
     cos, sin = table[positions].unsqueeze(2).unbind(1)
     turned.copy_(x * cos + x.roll(dim // 2, -1) * sin)
-    # Padding repeats the first real token, or where there is none, what lies in the first slot.
-    real = slots >= 0
-    source = torch.where(real, torch.arange(len(slots), device=slots.device), real.int().argmax())
-    target = slots[source].clamp(min=0)
-    new = qkv[:, (num_turned - kv_heads) * dim :]
-    rows.index_copy_(0, target, torch.where(real.any(), new[source], rows[target]))
+    _write(rows, slots, qkv[:, (num_turned - kv_heads) * dim :])
+
+
+def latent_rope_and_cache(
+    target: Tensor,
+    turn: Tensor,
+    new: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    is_interleaved: bool,
+) -> None:
+    """The same for latents (MLA): turns the last part of each query, and of the one key, and norms the latent.
+
+    turn: [T, heads, D], what is turned of the queries; target: the same shape, where it goes, `turn` itself if wanted;
+    new: [T, rank + D], latents and keys that are not turned yet; table, positions, slots: as above, but pairs lie side
+    by side where `is_interleaved`; rows: [slots, rank + D]; norm_weight: [rank]. Rows may lie apart in all of them.
+    """
+    rank, dim = len(norm_weight), table.shape[2]
+    x = torch.cat((turn, new[:, None, rank:]), 1).to(_wide(turn))
+    other = x.unflatten(2, (-1, 2)).flip(3).flatten(2) if is_interleaved else x.roll(dim // 2, 2)
+    cos, sin = table[positions].unsqueeze(2).unbind(1)
+    turned = (x * cos + other * sin).to(turn.dtype)
+    target.copy_(turned[:, :-1])
+    latent = _normal(new[:, :rank].to(_wide(new)), eps) * norm_weight
+    _write(rows, slots, torch.cat((latent.to(new.dtype), turned[:, -1]), 1))
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -112,6 +153,100 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def greedy(logits: Tensor) -> Tensor:
     """The likeliest token of each row. logits: [B, vocab]. Returns int64 [B]."""
     return logits.argmax(-1)
+
+
+# -- experts -----------------------------------------------------------------------------------------------------
+
+
+def route(x: Tensor, router: Tensor, rule: Rule) -> Chosen:
+    """Which experts each token goes to, in any order. Logits are in float32 at least, whatever the model is.
+
+    x: [T, hidden]; router: [experts, hidden]. Returns weights, float32, and indices, [T, top_k] each.
+    """
+    wide = _wide(x)
+    return rule.choose(torch.nn.functional.linear(x.to(wide), router.to(wide)))
+
+
+def num_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
+    """Blocks that so many pairs need at most, however they are shared out among experts."""
+    return min(num_pairs, (num_pairs + num_experts * (block_rows - 1)) // block_rows)
+
+
+def lay_out(index: Tensor, num_experts: int, block_rows: int) -> Layout:
+    """index: int [T, top_k]. The shapes of what it returns follow from its arguments' shapes alone."""
+    pairs = index.flatten().long()
+    at, all_experts = (torch.arange(size, device=index.device) for size in (len(pairs), num_experts))
+    counts = (pairs[:, None] == all_experts).sum(0)
+    ends = (-(-counts // block_rows)).cumsum(0)  # in blocks
+    starts = ends - -(-counts // block_rows)
+    order = pairs.argsort(stable=True)
+    owner = pairs[order]
+    place = starts[owner] * block_rows + at - (counts.cumsum(0) - counts)[owner]
+    size = num_blocks(len(pairs), num_experts, block_rows)
+    rows = torch.full((size * block_rows,), -1, dtype=torch.int32, device=index.device)
+    rows.index_copy_(0, place, order.int())
+    places = torch.empty_like(order).index_copy_(0, order, place)
+    block = torch.arange(size, device=index.device)
+    experts = torch.where(block < ends[-1], torch.searchsorted(ends, block, right=True), -1)
+    return Layout(rows, experts.int(), (ends * block_rows).int(), places.int())
+
+
+def expert_gate_up(
+    x: Tensor, weight: Tensor, shared: Tensor | None, index: Tensor, layout: Layout | None
+) -> Tensor:
+    """silu(gate) * up of each token in each of its experts, and in those that all tokens share.
+
+    x: [T, hidden]; weight: [experts, 2 * I, hidden], gates first; shared: [2 * num_shared * I, hidden], the gates of
+    all shared experts and then their ups; index: int [T, top_k]; layout: that of `index`, or None where each pair is to
+    be a block of its own. Returns [T, top_k + num_shared, I].
+    """
+    wide = _wide(x)
+    every = x.to(wide) @ weight.to(wide).transpose(1, 2)  # [experts, T, 2 * I]
+    at = torch.arange(len(x), device=x.device)[:, None]
+    gate, up = every[index.long(), at].chunk(2, 2)
+    if shared is not None:
+        own_gate, own_up = (x.to(wide) @ shared.to(wide).T).unflatten(1, (-1, gate.shape[2])).chunk(2, 1)
+        gate, up = torch.cat((gate, own_gate), 1), torch.cat((up, own_up), 1)
+    return (silu(gate) * up).to(x.dtype)
+
+
+def expert_down(
+    x: Tensor, weight: Tensor, shared: Tensor | None, index: Tensor, layout: Layout | None
+) -> Tensor:
+    """What comes back from each expert. x: [T, top_k + num_shared, I], as `expert_gate_up` gives it; weight: [experts,
+    hidden, I]; shared: [hidden, num_shared * I]. Returns [T, top_k + num_shared, hidden]."""
+    wide, top_k = _wide(x), index.shape[1]
+    at, place = torch.meshgrid(*(torch.arange(n, device=x.device) for n in index.shape), indexing="ij")
+    every = torch.einsum("tki,ehi->etkh", x[:, :top_k].to(wide), weight.to(wide))
+    found = every[index.long(), at, place]
+    if shared is not None:
+        own = torch.einsum("tsi,hsi->tsh", x[:, top_k:].to(wide), shared.to(wide).unflatten(1, (-1, x.shape[2])))
+        found = torch.cat((found, own), 1)
+    return found.to(x.dtype)
+
+
+def weigh(
+    found: Tensor, weights: Tensor, places: Tensor | None = None, shared: Tensor | None = None
+) -> Tensor:
+    """The sum of what experts gave for each token, in the order of its choice.
+
+    found: [rows, hidden]; weights: [T, top_k]; places: int [T * top_k], the row of each pair, or None where rows follow
+    token after token; those of a token beyond its top_k then count as they are, as does shared: [T, hidden]. Returns
+    [T, hidden].
+    """
+    wide, (num_tokens, top_k) = _wide(found), weights.shape
+    rows = found if places is None else found[places.long()]
+    rows = rows.unflatten(0, (num_tokens, -1)).to(wide)
+    out = (rows[:, :top_k] * weights.unsqueeze(2)).sum(1) + rows[:, top_k:].sum(1)
+    return (out if shared is None else out + shared).to(found.dtype)
+
+
+def _write(rows: Tensor, slots: Tensor, new: Tensor) -> None:
+    """Padding repeats the first real token, or where there is none, what lies in the first slot."""
+    real = slots >= 0
+    source = torch.where(real, torch.arange(len(slots), device=slots.device), real.int().argmax())
+    target = slots[source].clamp(min=0)
+    rows.index_copy_(0, target, torch.where(real.any(), new[source], rows[target]))
 
 
 def _slots(

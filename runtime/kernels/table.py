@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from runtime.expert_choice import Chosen, Rule
 from runtime.kernels import plain
+from runtime.kernels.expert_trials import ExpertShape, Trial, expert_trials, latent_trials
+from runtime.kernels.plain import Layout
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,17 @@ class Kernels(NamedTuple):
     silu_mul: Callable[[Tensor], Tensor]
     skinny_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x of at most 64 rows, weight, bias)
     greedy: Callable[[Tensor], Tensor]
+    # (target, turn, new, table, positions, rows, slots, norm_weight, eps, is_interleaved)
+    latent_rope_and_cache: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], None
+    ]
+    route: Callable[[Tensor, Tensor, Rule], Chosen]  # (x, router, rule)
+    lay_out: Callable[[Tensor, int, int], Layout]  # (index, num_experts, block_rows)
+    # (x, weight, shared weight, index, layout)
+    expert_gate_up: Callable[[Tensor, Tensor, Tensor | None, Tensor, Layout | None], Tensor]
+    expert_down: Callable[[Tensor, Tensor, Tensor | None, Tensor, Layout | None], Tensor]
+    # (found, weights, places, shared)
+    weigh: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 PLAIN = Kernels(
@@ -38,20 +52,32 @@ PLAIN = Kernels(
     plain.silu_mul,
     plain.linear,
     plain.greedy,
+    plain.latent_rope_and_cache,
+    plain.route,
+    plain.lay_out,
+    plain.expert_gate_up,
+    plain.expert_down,
+    plain.weigh,
 )
 
 
 def _triton_kernels() -> Kernels:
     """Raises ImportError where Triton is missing or does not load."""
     from runtime.kernels.add_norm import add_norm
+    from runtime.kernels.expert_linear import expert_down, expert_gate_up
+    from runtime.kernels.latent_rope import latent_rope_and_cache
+    from runtime.kernels.lay_out import lay_out
     from runtime.kernels.paged_decode import paged_decode, paged_latent_decode
     from runtime.kernels.rope_and_cache import rope_and_cache
+    from runtime.kernels.route import route
     from runtime.kernels.silu_mul import silu_mul
     from runtime.kernels.skinny_linear import skinny_linear
+    from runtime.kernels.weigh import weigh
 
     return Kernels(
-        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, plain.greedy
-    )
+        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, plain.greedy,
+        latent_rope_and_cache, route, lay_out, expert_gate_up, expert_down, weigh,
+    )  # fmt: skip
 
 
 TRITON: Kernels | None = None
@@ -77,6 +103,8 @@ class Shape(NamedTuple):
         None  # MLA: values of a cached row, of which the first `latent_value_dim` are the value
     )
     latent_value_dim: int = 512
+    has_own_heads: bool = True  # whether any layer has keys and values of its heads, and not latents
+    experts: ExpertShape | None = None
 
 
 def checked(
@@ -98,6 +126,8 @@ def self_check(
         return []
     failed = []
     for name, run in _trials(device, dtype, shape):
+        if name in ("paged_decode", "rope_and_cache") and not shape.has_own_heads:
+            continue
         expected = run(getattr(PLAIN, name))
         try:
             actual = run(getattr(kernels, name))
@@ -116,9 +146,6 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest value expected; NaN where one of both is none."""
     actual, expected = actual.double(), expected.double()
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-
-
-Trial = Callable[[Callable[..., Tensor | None]], list[Tensor]]
 
 
 def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[tuple[str, Trial]]:
@@ -174,6 +201,10 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
     matrix = normal(shape.intermediate, hidden) * hidden**-0.5
     yield "skinny_linear", _returned(x, matrix, None)
     yield "skinny_linear", _returned(normal(64, hidden), matrix, normal(shape.intermediate))
+    if shape.latent_dim is not None:
+        yield from latent_trials(normal, device, num_heads, shape.latent_dim, shape.latent_value_dim)
+    if shape.experts is not None:
+        yield from expert_trials(normal, device, hidden, shape.experts)
 
 
 def _returned(*given: object) -> Trial:
