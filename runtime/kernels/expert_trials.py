@@ -11,8 +11,8 @@ from runtime.kernels import plain
 
 Trial = Callable[[Callable[..., Any]], list[Tensor]]  # runs a kernel; returns all that it changed or returned
 Normal = Callable[..., Tensor]  # random values of a size, where and as the model is
-MAX_EXPERTS = 32  # of a trial: weights of all would take gigabytes
-BLOCK_ROWS = (None, 16, 32, 64)  # None: a block a pair
+MAX_EXPERTS = 8  # of a trial: weights of all would take gigabytes
+BLOCK_ROWS = (None, 16, 32, 64, 128)  # None: a block a pair
 
 
 class ExpertShape(NamedTuple):
@@ -57,7 +57,7 @@ def expert_trials(
     shared = (normal(2 * num_shared * size, hidden) * hidden**-0.5, normal(hidden, num_shared * size) * size**-0.5)
     own_up, own_down = shared if num_shared else (None, None)
     for block_rows in BLOCK_ROWS:
-        num_tokens = 1 if block_rows is None else 3 * block_rows
+        num_tokens = 1 if block_rows is None else block_rows + 5
         index = normal(num_tokens, few).float().topk(top_k)[1].int()
         layout = None
         if block_rows is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import runtime.fused_latent
 import runtime.fused_pass
 from runtime.attention import Pieces, StepTensors, allowed_positions, attend_plain
 from runtime.decode_graph import BUCKETS, Captured, DecodeGraphs, Key
@@ -24,7 +25,8 @@ from runtime.sampling import draw, tokens_of
 from runtime.scheduler import Batch, PackedBatch, Scheduler
 from tests.runtime.tiny_models import VOCAB, tiny_model
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen2_window", "qwen3")
+DEEPSEEK = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen2_window", "qwen3", "mixtral", "qwen3_moe", *DEEPSEEK)
 
 
 def decoder(family: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> DecoderModel:
@@ -61,7 +63,8 @@ def written_out(
 def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
     family: str, packs_pieces: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.fused_pass, "attend_pieces", written_out)
+    for module in (runtime.fused_pass, runtime.fused_latent):
+        monkeypatch.setattr(module, "attend_pieces", written_out)
     model = decoder(family)
     fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
     scheduler, _ = mixed_steps(40)
