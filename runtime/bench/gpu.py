@@ -22,6 +22,7 @@ import torch
 from torch.nn.functional import linear
 from transformers.utils import logging as transformers_logging
 
+from runtime.bench.experts import experts_touched
 from runtime.bench.loads import WORKLOADS, Load, workload
 from runtime.bench.peers import Generate, steps_of
 from runtime.bench.shapes import SHAPES, random_model
@@ -118,6 +119,13 @@ class Bench:
               f"{self.executor.identity()['tier']}, KV {self.executor.pool.num_tokens} tokens",
               file=sys.stderr, flush=True)  # fmt: skip
         self.weight_bytes, self.active_weights = weights_of(self.loaded)
+
+    def print_experts(self, rows: Sequence[int]) -> None:
+        """How many experts of a layer a step of so many rows goes to; nothing where there are none."""
+        counts = [experts_touched(self.loaded.model, num) for num in rows]
+        told = [f"{count:.1f} by {num} rows" for num, count in zip(rows, counts, strict=True) if count is not None]
+        if told:
+            print(f"{self.shape}: experts of a layer that are touched: {', '.join(told)}", flush=True)
 
     def run(self, load: Load) -> tuple[float, list[Step], list[float]]:
         """Seconds, the steps, and the seconds to each request's first token."""
@@ -254,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells: list[Cell] = []
     for shape in options.shape:
         bench = Bench(shape, device, dtype, config)
+        bench.print_experts((1, 32, 256))
         for name in options.workload:
             cells.append(measure(bench, name, ceilings, options.runs, options.seed, name in options.generate))
             print_cells(cells[-1:])
