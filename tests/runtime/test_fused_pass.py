@@ -16,6 +16,7 @@ from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import DecodeInputs, FusedPass
 from runtime.hf_model import HFModel
 from runtime.kernels import PLAIN
+from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.paged_model import relative_error
@@ -58,12 +59,19 @@ def written_out(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("packs_pieces", [False, True])
+@pytest.mark.parametrize("in_parts", [False, True])
 def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
-    family: str, packs_pieces: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, packs_pieces: bool, in_parts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime.fused_pass, "attend_pieces", written_out)
     model = decoder(family)
     fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
+    if in_parts:
+        fused.linears.choices = {
+            LinearShape(*layer.weight.shape, rows, torch.float64): Choice(1.0, 9.0)
+            for layer in (model.decoder.layers[0].attention.out, model.decoder.layers[0].mlp.down)
+            for rows in TIMED_ROWS
+        }
     scheduler, _ = mixed_steps(40)
     model.allocate(40)
     pools = model.new_pools(40)
