@@ -19,7 +19,7 @@ from runtime.scheduler import PackedBatch
 
 log = logging.getLogger(__name__)
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 WARM_UPS = 2  # runs before a capture: kernels are compiled, libraries take their workspace
 
 Run = Callable[[DecodeInputs], Tensor]

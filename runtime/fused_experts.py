@@ -1,22 +1,26 @@
 """Experts by kernels: the router, the rows of each expert, and their sum, without a word from the device to the host.
 
-    1 row          route ▶ gate, up ▶ down ▶ weigh              each of its experts is a block
-    several        route ▶ lay out ▶ gate, up ▶ down ▶ weigh    blocks of rows of one expert; the shared ones among them
-    a prompt's     route ▶ lay out ▶ grouped_mm ▶ silu ▶ grouped_mm ▶ weigh    the shared ones as an MLP beside
+    1 row         route ▶ gate, up ▶ down               each of its experts is a block; the shared ones are experts too
+    several       route ▶ lay out ▶ gate, up ▶ down     blocks of rows of one expert
+    a prompt's    route ▶ lay out ▶ grouped_mm ▶ silu ▶ grouped_mm ▶ weigh    the shared ones are an MLP beside
 
 It computes what `Experts.forward` computes, except that logits and weights of the routers are in float32 in all models.
 """
 
+import torch
 from torch import Tensor, nn
 
 from runtime.experts import Experts, multiply_grouped
 from runtime.kernels import Kernels
+from runtime.kernels.linear_table import is_plain
 from runtime.layer_parts import Mlp
 
 PAIR_A_BLOCK_MAX_ROWS = 1  # several rows may share an expert, whose weights would be read for each
 GROUPED_MIN_ROWS = 1024  # not measured: there a block of 128 rows an expert is full in DeepSeek-V2-Lite
 BLOCK_ROWS = (16, 32, 64, 128)
-ROOM = 4 / 3  # a block holds so much more than the mean, so that most experts need one: a second reads weights again
+ROOM = (
+    4 / 3
+)  # a block holds so much more than the mean, so that most experts need one: a second reads weights again
 
 
 class FusedExperts:
@@ -26,7 +30,8 @@ class FusedExperts:
         self._kernels = kernels
 
     def forward(self, x: Tensor, layer: Experts) -> Tensor:
-        """x: [T, hidden], normed. Returns the same shape."""
+        """x: [T, hidden], normed. Returns the same shape, or parts [S, T, hidden] in float32, as `add_norm` takes
+        both."""
         if layer.has_grouped_form and x.is_cuda and len(x) >= GROUPED_MIN_ROWS:
             return self._many(x, layer)
         return self._few(x, layer)
@@ -44,8 +49,8 @@ class FusedExperts:
         elif shared is not None:
             beside = self._mlp(x, shared)
         inner = kernels.expert_gate_up(x, layer.gate_up, up, index, layout)
-        found = kernels.expert_down(inner, layer.down, down, index, layout)
-        return kernels.weigh(found.flatten(0, 1), weights, None, beside)
+        parts = kernels.expert_down(inner, layer.down, down, index, weights, layout)
+        return parts if beside is None else torch.cat((parts, beside.unsqueeze(0).to(parts.dtype)))
 
     def _many(self, x: Tensor, layer: Experts) -> Tensor:
         kernels = self._kernels
@@ -72,6 +77,4 @@ def are_experts(shared: Mlp, layer: Experts) -> bool:
     """Whether the shared MLP can be taken for experts of the routed ones' size: its weights are as loaded and those of
     several such experts side by side."""
     parts: tuple[nn.Linear, ...] = (shared.gate_up, shared.down)
-    are_plain = all(getattr(part.forward, "__func__", None) is nn.Linear.forward for part in parts)
-    is_whole = shared.down.in_features % layer.down.shape[2] == 0
-    return are_plain and is_whole and all(part.bias is None for part in parts)
+    return all(is_plain(part) for part in parts) and shared.down.in_features % layer.down.shape[2] == 0

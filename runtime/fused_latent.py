@@ -3,7 +3,7 @@
     one linear layer ▶ turn, norm, cache ▶ rows of one token: kv_b into the query ▶ latents where they lie ▶ kv_b out
                                          ▶ pieces of prompts: keys and values of all heads ▶ one call for all pieces
 
-It computes what `LatentAttention.forward` computes, except that pieces are never absorbed.
+It computes what `LatentAttention.forward` computes before its last linear layer, except that pieces are never absorbed.
 """
 
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ class FusedLatent:
         self._kernels, self._angles = kernels, angles
         self._block_tokens, self._num_sms = block_tokens, num_sms
 
-    def forward(
+    def attend(
         self,
         x: Tensor,
         cache: LatentCache,
@@ -38,7 +38,8 @@ class FusedLatent:
         inputs: "DecodeInputs",
         step: StepTensors | None,
     ) -> Tensor:
-        """x: [T, hidden], normed; step: None where all rows are of one token. Returns [T, hidden]."""
+        """x: [T, hidden], normed; step: None where all rows are of one token. Returns [T, heads * value], which
+        `layer.out` takes."""
         query, new = layer.down.forward(x).split((layer.sizes[0], layer.rank + layer.rope), 1)
         if layer.query is not None:
             norm = layer.query_norm
@@ -64,8 +65,7 @@ class FusedLatent:
         for row in step.rows if step is not None else ():
             plain, turned = query[row.first : row.last].split((layer.plain, layer.rope), 2)
             found.append(layer.attend_expanded(plain, turned, cache, row))
-        out: Tensor = layer.out.forward(found[0] if len(found) == 1 else torch.cat(found))
-        return out
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _apart(
         self, query: Tensor, absorbed: Tensor, cache: LatentCache, layer: LatentAttention, inputs: "DecodeInputs"
@@ -83,7 +83,12 @@ class FusedLatent:
         return out.flatten(1)
 
     def _pieces(
-        self, query: Tensor, cache: LatentCache, layer: LatentAttention, inputs: "DecodeInputs", pieces: Pieces
+        self,
+        query: Tensor,
+        cache: LatentCache,
+        layer: LatentAttention,
+        inputs: "DecodeInputs",
+        pieces: Pieces,
     ) -> Tensor:
         """query: of the pieces' tokens. Returns [tokens, heads * value]."""
         slots = inputs.slots[pieces.first :] if pieces.slots is None else pieces.slots

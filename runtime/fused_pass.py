@@ -20,6 +20,7 @@ from runtime.fused_experts import FusedExperts
 from runtime.fused_latent import FusedLatent
 from runtime.kernels import TRITON, Kernels, Shape, checked
 from runtime.kernels.expert_trials import ExpertShape
+from runtime.kernels.linear_table import LinearTable
 from runtime.kernels.splits import choose_splits
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.latent_attention import LatentAttention
@@ -49,6 +50,7 @@ class FusedPass:
     ) -> None:
         self._decoder, self._kernels, self._block_tokens = decoder, kernels, block_tokens
         self._num_sms = num_sms
+        self.linears = LinearTable(kernels.skinny_linear)
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
         self._latent = FusedLatent(kernels, self._angles, block_tokens, num_sms)
@@ -125,7 +127,7 @@ class FusedPass:
             attention, mlp = layer.attention, layer.mlp
             y = kernels.add_norm(x, delta, layer.before.weight, layer.before.eps)
             if isinstance(attention, LatentAttention):
-                delta = self._latent.forward(y, cache, attention, inputs, step)
+                found = self._latent.attend(y, cache, attention, inputs, step)
             else:
                 qkv = attention.qkv.forward(y)
                 norm = attention.qk_norm
@@ -133,12 +135,13 @@ class FusedPass:
                     qkv, self._angles, inputs.positions, cache.rows, inputs.slots, attention.kv_heads,
                     None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
                 )  # fmt: skip
-                delta = attention.out.forward(attend(qkv, cache, attention))
+                found = attend(qkv, cache, attention)
+            delta = self.linears.added(attention.out, found)
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
             if isinstance(mlp, Experts):
                 delta = self._experts.forward(y, mlp)
             else:
-                delta = mlp.down.forward(kernels.silu_mul(mlp.gate_up.forward(y)))
+                delta = self.linears.added(mlp.down, kernels.silu_mul(mlp.gate_up.forward(y)))
         return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -158,7 +161,12 @@ def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> Fu
         return None
     kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape_of(decoder))
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
+    found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
+    for layer in decoder.layers:
+        found.linears.measure(
+            (layer.attention.out, *((layer.mlp.down,) if isinstance(layer.mlp, Mlp) else ()))
+        )
+    return found
 
 
 def shape_of(decoder: Decoder) -> Shape:

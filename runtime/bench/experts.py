@@ -1,7 +1,7 @@
 """Mixtures of experts, one layer at a time: python -m runtime.bench.experts.
 
     touched    how many experts of a layer the tokens of a step go to, by the model's own routers
-    timed      the parts of a layer's experts at each number of rows, and with --tiles other ways to share out their work
+    timed      the parts of a layer's experts at each number of rows; with --tiles, ways to share out their work
 
 Random weights; inputs in turns, so that experts change from call to call as they do from step to step. On a GPU calls
 follow one another in a CUDA graph. `TB/s` counts the weights of the experts touched, once.
@@ -34,9 +34,11 @@ CPU_CALLS = 3
 
 @torch.inference_mode()
 def experts_touched(model: PreTrainedModel, num_rows: int, seed: int = 0) -> float | None:
-    """Experts of a layer that the last tokens of so many random prompts go to, mean over layers; None where no layer has
-    any. By transformers' own forward pass, whose attention is another meanwhile."""
-    gates = [module.gate for module in model.modules() if hasattr(module, "experts") and hasattr(module, "gate")]
+    """Experts of a layer that the last tokens of so many random prompts go to, mean over layers; None where no layer
+    has any. By transformers' own forward pass, whose attention is another meanwhile."""
+    gates = [
+        module.gate for module in model.modules() if hasattr(module, "experts") and hasattr(module, "gate")
+    ]
     if not gates:
         return None
     found: list[int] = []
@@ -103,10 +105,11 @@ class Load(NamedTuple):
     """Inputs of a layer, in turns: what is given to each kernel."""
 
     x: list[Tensor]
-    index: list[Tensor]
+    indices: list[Tensor]
     layouts: list[Any]
     inner: list[Tensor]
     shared: tuple[Tensor | None, Tensor | None]
+    weights: list[Tensor]
 
 
 def load_of(kernels: Kernels, layer: Experts, num_rows: int, rows: int) -> Load:
@@ -115,27 +118,28 @@ def load_of(kernels: Kernels, layer: Experts, num_rows: int, rows: int) -> Load:
         torch.randn(num_rows, hidden, device=layer.gate_up.device, dtype=layer.gate_up.dtype)
         for _ in range(NUM_INPUTS)
     ]
-    index = [kernels.route(one, layer.router, layer.rule).index for one in x]
+    chosen = [kernels.route(one, layer.router, layer.rule) for one in x]
+    index = [one.index for one in chosen]
     is_single = num_rows <= PAIR_A_BLOCK_MAX_ROWS
     layouts = [None if is_single else kernels.lay_out(one, num_experts, rows) for one in index]
-    shared = (
-        (None, None)
-        if layer.shared is None
-        else (layer.shared.gate_up.weight, layer.shared.down.weight)
-    )
+    shared = (None, None) if layer.shared is None else (layer.shared.gate_up.weight, layer.shared.down.weight)
     inner = [
         kernels.expert_gate_up(one, layer.gate_up, shared[0], own, layout)
         for one, own, layout in zip(x, index, layouts, strict=True)
     ]
-    return Load(x, index, layouts, inner, shared)
+    return Load(x, index, layouts, inner, shared, [one.weights for one in chosen])
 
 
-def calls_of(kernel: Callable[..., Tensor], weight: Tensor, shared: Tensor | None, given: Sequence[Tensor],
-             load: Load, *more: object) -> list[Callable[[], object]]:  # fmt: skip
-    return [
-        partial(kernel, x, weight, shared, index, layout, *more)
-        for x, index, layout in zip(given, load.index, load.layouts, strict=True)
-    ]
+def gate_up_calls(kernels: Kernels, layer: Experts, load: Load, *tiles: object) -> list[Callable[[], object]]:
+    kernel: Callable[..., Tensor] = kernels.expert_gate_up
+    given = zip(load.x, load.indices, load.layouts, strict=True)
+    return [partial(kernel, x, layer.gate_up, load.shared[0], *more, *tiles) for x, *more in given]
+
+
+def down_calls(kernels: Kernels, layer: Experts, load: Load, *tiles: object) -> list[Callable[[], object]]:
+    kernel: Callable[..., Tensor] = kernels.expert_down
+    given = zip(load.inner, load.indices, load.weights, load.layouts, strict=True)
+    return [partial(kernel, x, layer.down, load.shared[1], *more, *tiles) for x, *more in given]
 
 
 @torch.inference_mode()
@@ -144,10 +148,10 @@ def timing_of(kernels: Kernels, layer: Experts, num_rows: int) -> Timing:
     rows = block_rows(num_rows * layer.rule.top_k, num_experts)
     load, fused = load_of(kernels, layer, num_rows, rows), FusedExperts(kernels)
     timed = partial(mean_us, device)
-    gate_up_us = timed(calls_of(kernels.expert_gate_up, layer.gate_up, load.shared[0], load.x, load))
-    down_us = timed(calls_of(kernels.expert_down, layer.down, load.shared[1], load.inner, load))
+    gate_up_us = timed(gate_up_calls(kernels, layer, load))
+    down_us = timed(down_calls(kernels, layer, load))
     many_us = timed([partial(fused._many, x, layer) for x in load.x]) if layer.has_grouped_form else None
-    touched = sum(len(one.unique()) for one in load.index) / len(load.index)
+    touched = sum(len(one.unique()) for one in load.indices) / len(load.indices)
     up_bytes, down_bytes = (
         touched * weight[0].nbytes + (0 if shared is None else shared.nbytes)
         for weight, shared in zip((layer.gate_up, layer.down), load.shared, strict=True)
@@ -155,7 +159,7 @@ def timing_of(kernels: Kernels, layer: Experts, num_rows: int) -> Timing:
     return Timing(
         num_rows, rows, round(touched),
         timed([partial(kernels.route, x, layer.router, layer.rule) for x in load.x]),
-        timed([partial(kernels.lay_out, index, num_experts, rows) for index in load.index]),
+        timed([partial(kernels.lay_out, index, num_experts, rows) for index in load.indices]),
         gate_up_us, down_us, timed([partial(fused._few, x, layer) for x in load.x]), many_us,
         up_bytes / gate_up_us / 1e6, down_bytes / down_us / 1e6,
     )  # fmt: skip
@@ -177,15 +181,11 @@ def print_tilings(kernels: Kernels, layer: Experts, num_rows: int) -> None:
     device = layer.gate_up.device
     rows = block_rows(num_rows * layer.rule.top_k, len(layer.gate_up))
     load = load_of(kernels, layer, num_rows, rows)
-    parts = (
-        ("gate_up", kernels.expert_gate_up, layer.gate_up, load.shared[0], load.x),
-        ("down", kernels.expert_down, layer.down, load.shared[1], load.inner),
-    )
-    for name, kernel, weight, shared, given in parts:
+    for name, calls in (("gate_up", gate_up_calls), ("down", down_calls)):
         found: list[tuple[float, ExpertTiles]] = []
         for tiles in map(ExpertTiles._make, tilings(rows)):
             try:
-                found.append((mean_us(device, calls_of(kernel, weight, shared, given, load, tiles)), tiles))
+                found.append((mean_us(device, calls(kernels, layer, load, tiles)), tiles))
             except Exception as raised:  # too much shared memory, or whatever else the compiler finds
                 if isinstance(raised, torch.cuda.OutOfMemoryError):
                     raise
@@ -199,7 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="deepseek-v2-lite")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
-    parser.add_argument("--tiles", nargs="*", type=int, default=[], help="numbers of rows to try all tilings at")
+    parser.add_argument(
+        "--tiles", nargs="*", type=int, default=[], help="numbers of rows to try all tilings at"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     options = parser.parse_args(arguments)
@@ -210,8 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timings = []
     for num_rows in options.rows:
         timings.append(timing_of(kernels, layer, num_rows))
-        cells = zip(Timing._fields, timings[-1], strict=True)
-        print("".join(f"{'-' if value is None else f'{value:.4g}':>{len(name) + 2}}" for name, value in cells), flush=True)
+        values = ("-" if value is None else f"{value:.4g}" for value in timings[-1])
+        print(
+            "".join(f"{value:>{len(name) + 2}}" for name, value in zip(Timing._fields, values, strict=True)),
+            flush=True,
+        )
     for num_rows in options.tiles if kernels is TRITON else ():
         print_tilings(kernels, layer, num_rows)
     print(json.dumps({"shape": options.shape, "timings": [timing._asdict() for timing in timings]}))

@@ -123,7 +123,9 @@ class Bench:
     def print_experts(self, rows: Sequence[int]) -> None:
         """How many experts of a layer a step of so many rows goes to; nothing where there are none."""
         counts = [experts_touched(self.loaded.model, num) for num in rows]
-        told = [f"{count:.1f} by {num} rows" for num, count in zip(rows, counts, strict=True) if count is not None]
+        told = [
+            f"{count:.1f} by {num} rows" for num, count in zip(rows, counts, strict=True) if count is not None
+        ]
         if told:
             print(f"{self.shape}: experts of a layer that are touched: {', '.join(told)}", flush=True)
 

@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from runtime.kernels.early_start import early_start
 from runtime.kernels.plain import Layout
 
 MIN_DOT = 16
@@ -52,27 +54,27 @@ def expert_gate_up(
         index if layout is None else layout.experts, out, num_tokens, num_routed, x.stride(0),
         TOP_K=top_k, SHARED=num_shared, SIZE=size, HIDDEN=hidden, HAS_LAYOUT=layout is not None,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages, **early_start(x),
     )  # fmt: skip
     return out
 
 
 def expert_down(
-    x: Tensor, weight: Tensor, shared: Tensor | None, index: Tensor, layout: Layout | None,
+    x: Tensor, weight: Tensor, shared: Tensor | None, index: Tensor, weights: Tensor, layout: Layout | None,
     tiles: ExpertTiles | None = None,
 ) -> Tensor:  # fmt: skip
     (num_tokens, slots, size), top_k, hidden = x.shape, index.shape[1], weight.shape[1]
     block_m, num_routed = _blocks(index, layout)
     block_n, block_k, num_warps, num_stages = tiles or TILES[block_m][1]
-    out = torch.empty(num_tokens, slots, hidden, dtype=x.dtype, device=x.device)
+    out = torch.empty(slots, num_tokens, hidden, dtype=torch.float32, device=x.device)
     block_k = _fitting(block_k, x, size)
     grid = (num_routed + (slots - top_k) * triton.cdiv(num_tokens, block_m), triton.cdiv(hidden, block_n))
     _down[grid](
         x, weight, weight if shared is None else shared, index if layout is None else layout.rows,
-        index if layout is None else layout.experts, out, num_tokens, num_routed,
+        index if layout is None else layout.experts, weights, out, num_tokens, num_routed,
         TOP_K=top_k, SHARED=slots - top_k, SIZE=size, HIDDEN=hidden, HAS_LAYOUT=layout is not None,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages, **early_start(x),
     )  # fmt: skip
     return out
 
@@ -96,12 +98,11 @@ def _rows_of_block(
     num_tokens: tl.tensor,
     num_routed: tl.tensor,
     TOP_K: tl.constexpr,
-    SHARED: tl.constexpr,
     HAS_LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The expert (among routed or shared ones; negative where the block is empty), whether it is routed, and of each
-    row its token, its place among all tokens' pairs, and whether it is one."""
+    row its token, which of the token's experts this is, and whether it is one."""
     block, lane = tl.program_id(0), tl.arange(0, BLOCK_M)
     past = block - num_routed
     is_routed = past < 0
@@ -114,8 +115,7 @@ def _rows_of_block(
     token = tl.where(is_routed, pair // TOP_K, past % num_own * BLOCK_M + lane)
     is_real = tl.where(is_routed, pair >= 0, token < num_tokens)
     place = tl.where(is_routed, pair % TOP_K, TOP_K + past // num_own)
-    token = tl.where(is_real, token, 0).to(tl.int64)
-    place = token * (TOP_K + SHARED) + tl.where(is_real, place, 0)
+    token, place = tl.where(is_real, token, 0).to(tl.int64), tl.where(is_real, place, 0)
     return tl.where(is_routed, expert, (past // num_own).to(tl.int64)), is_routed, token, place, is_real
 
 
@@ -138,9 +138,13 @@ def _gate_up(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     expert, is_routed, token, place, is_real = _rows_of_block(
-        rows, experts, num_tokens, num_routed, TOP_K, SHARED, HAS_LAYOUT, BLOCK_M
+        rows, experts, num_tokens, num_routed, TOP_K, HAS_LAYOUT, BLOCK_M
     )
     if expert < 0:
         return
@@ -164,7 +168,7 @@ def _gate_up(
         gate = tl.dot(some_x, some_gate, gate, input_precision="ieee")
         up = tl.dot(some_x, some_up, up, input_precision="ieee")
     value = gate / (1.0 + tl.exp(-gate)) * up
-    at = out + place[:, None] * SIZE + n[None]
+    at = out + (token * (TOP_K + SHARED) + place)[:, None] * SIZE + n[None]
     tl.store(at, value.to(out.dtype.element_ty), mask=is_real[:, None] & (n < SIZE)[None])
 
 
@@ -175,6 +179,7 @@ def _down(
     shared: tl.tensor,
     rows: tl.tensor,
     experts: tl.tensor,
+    weights: tl.tensor,
     out: tl.tensor,
     num_tokens: int,
     num_routed: int,
@@ -186,9 +191,13 @@ def _down(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
-    expert, is_routed, _, place, is_real = _rows_of_block(
-        rows, experts, num_tokens, num_routed, TOP_K, SHARED, HAS_LAYOUT, BLOCK_M
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    expert, is_routed, token, place, is_real = _rows_of_block(
+        rows, experts, num_tokens, num_routed, TOP_K, HAS_LAYOUT, BLOCK_M
     )
     if expert < 0:
         return
@@ -196,7 +205,7 @@ def _down(
     weight = tl.where(is_routed, routed + expert * (SIZE * HIDDEN), shared + expert * SIZE)
     stride = tl.where(is_routed, SIZE, SHARED * SIZE)
     weight_at = weight + tl.minimum(n, HIDDEN - 1)[None] * stride + k[:, None]
-    x_at = x + place[:, None] * SIZE + k[None]
+    x_at = x + (token * (TOP_K + SHARED) + place)[:, None] * SIZE + k[None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for done in range(0, SIZE, BLOCK_K):
         if SIZE % BLOCK_K == 0:
@@ -206,5 +215,7 @@ def _down(
             some_x = tl.load(x_at + done, mask=left[None], other=0.0)
             some = tl.load(weight_at + done, mask=left[:, None], other=0.0)
         acc = tl.dot(some_x, some, acc, input_precision="ieee")
-    at = out + place[:, None] * HIDDEN + n[None]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=is_real[:, None] & (n < HIDDEN)[None])
+    is_weighed = is_real & (place < TOP_K)
+    acc *= tl.load(weights + token * TOP_K + place, mask=is_weighed, other=1.0).to(tl.float32)[:, None]
+    at = out + (place * num_tokens + token)[:, None] * HIDDEN + n[None]
+    tl.store(at, acc, mask=is_real[:, None] & (n < HIDDEN)[None])

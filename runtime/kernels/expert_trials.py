@@ -51,10 +51,13 @@ def expert_trials(
     router = normal(num_experts, hidden) * hidden**-0.5
     for num_tokens in (1, 40):
         x = normal(num_tokens, hidden)
-        yield "route", lambda kernel, x=x: [by_expert(kernel(x, router, rule), num_experts)]
+        yield "route", _chosen(x, router, rule)
     few, top_k = min(num_experts, MAX_EXPERTS), min(rule.top_k, MAX_EXPERTS)
     gate_up, down = normal(few, 2 * size, hidden) * hidden**-0.5, normal(few, hidden, size) * size**-0.5
-    shared = (normal(2 * num_shared * size, hidden) * hidden**-0.5, normal(hidden, num_shared * size) * size**-0.5)
+    shared = (
+        normal(2 * num_shared * size, hidden) * hidden**-0.5,
+        normal(hidden, num_shared * size) * size**-0.5,
+    )
     own_up, own_down = shared if num_shared else (None, None)
     for block_rows in BLOCK_ROWS:
         num_tokens = 1 if block_rows is None else block_rows + 5
@@ -62,14 +65,13 @@ def expert_trials(
         layout = None
         if block_rows is not None:
             layout = plain.lay_out(index, few, block_rows)
-            yield "lay_out", lambda kernel, index=index, rows=block_rows: list(kernel(index, few, rows))
+            yield "lay_out", _laid_out(index, few, block_rows)
         x, inner = normal(num_tokens, hidden), normal(num_tokens, top_k + num_shared, size)
         yield "expert_gate_up", _returned(x, gate_up, own_up, index, layout)
-        yield "expert_down", _returned(inner, down, own_down, index, layout)
-    found, weights = normal(5 * (top_k + num_shared), hidden), normal(5, top_k).float()
-    yield "weigh", _returned(found, weights, None, None)
-    places = torch.randperm(5 * top_k, device=device).int()
-    yield "weigh", _returned(found, weights, places, normal(5, hidden))
+        weights = normal(num_tokens, top_k).float()
+        yield "expert_down", _returned(inner, down, own_down, index, weights, layout)
+    found, places = normal(5 * top_k, hidden), torch.randperm(5 * top_k, device=device).int()
+    yield "weigh", _returned(found, normal(5, top_k).float(), places, normal(5, hidden))
 
 
 def by_expert(chosen: Chosen, num_experts: int) -> Tensor:
@@ -78,6 +80,14 @@ def by_expert(chosen: Chosen, num_experts: int) -> Tensor:
     return torch.zeros(len(weights), num_experts, device=weights.device).scatter_(
         1, index.long(), weights.float()
     )
+
+
+def _chosen(x: Tensor, router: Tensor, rule: Rule) -> Trial:
+    return lambda kernel: [by_expert(kernel(x, router, rule), len(router))]
+
+
+def _laid_out(index: Tensor, num_experts: int, block_rows: int) -> Trial:
+    return lambda kernel: list(kernel(index, num_experts, block_rows))
 
 
 def _returned(*given: object) -> Trial:

@@ -6,6 +6,9 @@ Contract: `latent_rope_and_cache` in `runtime.kernels.plain`.
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from runtime.kernels.early_start import early_start
 
 VALUES_PER_PROGRAM = 1024
 
@@ -30,7 +33,7 @@ def latent_rope_and_cache(
         target.stride(0), target.stride(1), turn.stride(0), turn.stride(1), new.stride(0), rows.stride(0), eps,
         HEADS=heads, RANK=rank, DIM=dim, IS_INTERLEAVED=is_interleaved,
         HEAD_BLOCK=head_block, HALF_BLOCK=half_block, RANK_BLOCK=triton.next_power_of_2(rank),
-        num_warps=4,
+        num_warps=4, **early_start(turn),
     )  # fmt: skip
 
 
@@ -58,10 +61,14 @@ def _latent_rope(
     HEAD_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """The first program of a token caches its latent and key, the others turn its queries."""
     STEP: tl.constexpr = 2 if IS_INTERLEAVED else 1
     RIGHT: tl.constexpr = 1 if IS_INTERLEAVED else DIM // 2  # from a value to its partner
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     half = tl.arange(0, HALF_BLOCK)
     inside = half < DIM // 2

@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from runtime.kernels.early_start import early_start
 from runtime.kernels.plain import Layout, num_blocks
 
 MAX_CHUNK = 2048
@@ -28,7 +30,7 @@ def lay_out(index: Tensor, num_experts: int, block_rows: int) -> Layout:
     _lay_out[(num_experts + 1,)](
         index, *found, num_pairs, size,
         EXPERTS=num_experts, BLOCK_ROWS=block_rows, CHUNK=chunk, BINS=triton.next_power_of_2(num_experts + 1),
-        num_warps=4 if chunk <= 512 else 8,
+        num_warps=4 if chunk <= 512 else 8, **early_start(index),
     )  # fmt: skip
     return found
 
@@ -46,7 +48,11 @@ def _lay_out(
     BLOCK_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     own, bins, lane = tl.program_id(0), tl.arange(0, BINS), tl.arange(0, CHUNK)
     counts = tl.zeros([BINS], tl.int32)
     for first in range(0, num_pairs, CHUNK):

@@ -132,10 +132,10 @@ def latent_rope_and_cache(
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """Adds `delta` to x in place, and returns the root mean square norm of the sum, times `weight`.
 
-    x, delta: [T, hidden]; weight: [hidden].
+    x: [T, hidden]; delta: the same, or parts [S, T, hidden] in float32; weight: [hidden].
     """
     if delta is not None:
-        x += delta
+        x += delta if delta.ndim == 2 else delta.sum(0)
     return (_normal(x.to(_wide(x)), eps) * weight).to(x.dtype)
 
 
@@ -145,9 +145,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (silu(gate) * up).to(gate_up.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: [M, K]; weight: [N, K]; bias: [N]. Returns [M, N]."""
-    return torch.nn.functional.linear(x, weight, bias)
+def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The product in parts that have yet to be added up. x: [M, K], M at most 64; weight: [N, K].
+
+    Returns [S, M, N] float32.
+    """
+    return torch.nn.functional.linear(x.to(_wide(x)), weight.to(_wide(x)))[None]
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -211,33 +214,33 @@ def expert_gate_up(
 
 
 def expert_down(
-    x: Tensor, weight: Tensor, shared: Tensor | None, index: Tensor, layout: Layout | None
+    x: Tensor, weight: Tensor, shared: Tensor | None, index: Tensor, weights: Tensor, layout: Layout | None
 ) -> Tensor:
-    """What comes back from each expert. x: [T, top_k + num_shared, I], as `expert_gate_up` gives it; weight: [experts,
-    hidden, I]; shared: [hidden, num_shared * I]. Returns [T, top_k + num_shared, hidden]."""
+    """What each expert adds to each token, as parts that have yet to be added up (`add_norm`).
+
+    x: [T, top_k + num_shared, I], as `expert_gate_up` gives it; weight: [experts, hidden, I]; shared: [hidden,
+    num_shared * I]; weights: [T, top_k], of the routed experts' parts. Returns [top_k + num_shared, T, hidden] float32.
+    """
     wide, top_k = _wide(x), index.shape[1]
     at, place = torch.meshgrid(*(torch.arange(n, device=x.device) for n in index.shape), indexing="ij")
     every = torch.einsum("tki,ehi->etkh", x[:, :top_k].to(wide), weight.to(wide))
-    found = every[index.long(), at, place]
+    found = every[index.long(), at, place] * weights.unsqueeze(2)
     if shared is not None:
-        own = torch.einsum("tsi,hsi->tsh", x[:, top_k:].to(wide), shared.to(wide).unflatten(1, (-1, x.shape[2])))
+        own = torch.einsum(
+            "tsi,hsi->tsh", x[:, top_k:].to(wide), shared.to(wide).unflatten(1, (-1, x.shape[2]))
+        )
         found = torch.cat((found, own), 1)
-    return found.to(x.dtype)
+    return found.transpose(0, 1).contiguous()
 
 
-def weigh(
-    found: Tensor, weights: Tensor, places: Tensor | None = None, shared: Tensor | None = None
-) -> Tensor:
+def weigh(found: Tensor, weights: Tensor, places: Tensor, shared: Tensor | None = None) -> Tensor:
     """The sum of what experts gave for each token, in the order of its choice.
 
-    found: [rows, hidden]; weights: [T, top_k]; places: int [T * top_k], the row of each pair, or None where rows follow
-    token after token; those of a token beyond its top_k then count as they are, as does shared: [T, hidden]. Returns
-    [T, hidden].
+    found: [pairs, hidden]; weights: [T, top_k]; places: int [T * top_k], the row of each pair; shared: [T, hidden],
+    added as it is. Returns [T, hidden].
     """
-    wide, (num_tokens, top_k) = _wide(found), weights.shape
-    rows = found if places is None else found[places.long()]
-    rows = rows.unflatten(0, (num_tokens, -1)).to(wide)
-    out = (rows[:, :top_k] * weights.unsqueeze(2)).sum(1) + rows[:, top_k:].sum(1)
+    rows = found[places.long()].unflatten(0, weights.shape).to(_wide(found))
+    out = (rows * weights.unsqueeze(2)).sum(1)
     return (out if shared is None else out + shared).to(found.dtype)
 
 

@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.expert_choice import Chosen, Rule
+from runtime.kernels.early_start import early_start
 
 MIN_DOT = 16
 MAX_ROWS = 64  # of one program
@@ -25,14 +27,16 @@ def route(x: Tensor, router: Tensor, rule: Rule) -> Chosen:
     block_k = min(128 if x.element_size() == 2 else 64, max(MIN_DOT, triton.next_power_of_2(hidden)))
     tiles = triton.cdiv(num_tokens, block_m), triton.cdiv(num_experts, EXPERTS_PER_PROGRAM)
     split = 1
-    while split < MAX_SPLIT and tiles[0] * tiles[1] * split < WANTED_PROGRAMS and hidden > 2 * split * block_k:
+    while (
+        split < MAX_SPLIT and tiles[0] * tiles[1] * split < WANTED_PROGRAMS and hidden > 2 * split * block_k
+    ):
         split *= 2
     parts = torch.empty(split, num_tokens, num_experts, dtype=torch.float32, device=x.device)
     _logits[(*tiles, split)](
         x, router, parts, num_tokens, x.stride(0), router.stride(0),
         EXPERTS=num_experts, HIDDEN=hidden, PART=triton.cdiv(triton.cdiv(hidden, split), block_k) * block_k,
         BLOCK_M=block_m, BLOCK_N=EXPERTS_PER_PROGRAM, BLOCK_K=block_k,
-        num_warps=4, num_stages=4,
+        num_warps=4, num_stages=4, **early_start(x),
     )  # fmt: skip
     weights = torch.empty(num_tokens, rule.top_k, dtype=torch.float32, device=x.device)
     index = torch.empty(num_tokens, rule.top_k, dtype=torch.int32, device=x.device)
@@ -43,7 +47,7 @@ def route(x: Tensor, router: Tensor, rule: Rule) -> Chosen:
         IS_SIGMOID=rule.bias is not None, IS_NORMALISED=rule.is_normalised,
         GROUP_BLOCK=triton.next_power_of_2(rule.num_groups), SIZE_BLOCK=triton.next_power_of_2(size),
         SLOT_BLOCK=triton.next_power_of_2(rule.top_k),
-        num_warps=1,
+        num_warps=1, **early_start(x),
     )  # fmt: skip
     return Chosen(weights, index)
 
@@ -62,7 +66,11 @@ def _logits(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     part = tl.program_id(2)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -115,7 +123,11 @@ def _choose(
     GROUP_BLOCK: tl.constexpr,
     SIZE_BLOCK: tl.constexpr,
     SLOT_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     SIZE: tl.constexpr = EXPERTS // GROUPS
     token = tl.program_id(0).to(tl.int64)
     group, member, slot = tl.arange(0, GROUP_BLOCK), tl.arange(0, SIZE_BLOCK), tl.arange(0, SLOT_BLOCK)

@@ -29,7 +29,7 @@ class Kernels(NamedTuple):
     rope_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None, float], None]
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]  # (x, delta, weight, eps)
     silu_mul: Callable[[Tensor], Tensor]
-    skinny_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x of at most 64 rows, weight, bias)
+    skinny_linear: Callable[[Tensor, Tensor], Tensor]  # (x of at most 64 rows, weight)
     greedy: Callable[[Tensor], Tensor]
     # (target, turn, new, table, positions, rows, slots, norm_weight, eps, is_interleaved)
     latent_rope_and_cache: Callable[
@@ -39,9 +39,9 @@ class Kernels(NamedTuple):
     lay_out: Callable[[Tensor, int, int], Layout]  # (index, num_experts, block_rows)
     # (x, weight, shared weight, index, layout)
     expert_gate_up: Callable[[Tensor, Tensor, Tensor | None, Tensor, Layout | None], Tensor]
-    expert_down: Callable[[Tensor, Tensor, Tensor | None, Tensor, Layout | None], Tensor]
-    # (found, weights, places, shared)
-    weigh: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    # (x, weight, shared weight, index, weights of the choice, layout)
+    expert_down: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Layout | None], Tensor]
+    weigh: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # (found, weights, places, shared)
 
 
 PLAIN = Kernels(
@@ -50,7 +50,7 @@ PLAIN = Kernels(
     plain.rope_and_cache,
     plain.add_norm,
     plain.silu_mul,
-    plain.linear,
+    plain.skinny_linear,
     plain.greedy,
     plain.latent_rope_and_cache,
     plain.route,
@@ -197,10 +197,21 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         return [_given(kernel(whole, delta, scale_of, 1e-6)), whole]
 
     yield "add_norm", added
+    parts = torch.randn(3, 4, hidden, generator=random, device=device)
+
+    def added_parts(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        whole = x.clone()
+        return [_given(kernel(whole, parts, scale_of, 1e-6)), whole]
+
+    yield "add_norm", added_parts
     yield "silu_mul", _returned(normal(4, 2 * shape.intermediate))
     matrix = normal(shape.intermediate, hidden) * hidden**-0.5
-    yield "skinny_linear", _returned(x, matrix, None)
-    yield "skinny_linear", _returned(normal(64, hidden), matrix, normal(shape.intermediate))
+
+    def multiplied(some: Tensor) -> Trial:
+        return lambda kernel: [_given(kernel(some, matrix)).sum(0).to(dtype)]
+
+    yield "skinny_linear", multiplied(x)
+    yield "skinny_linear", multiplied(normal(64, hidden))
     if shape.latent_dim is not None:
         yield from latent_trials(normal, device, num_heads, shape.latent_dim, shape.latent_value_dim)
     if shape.experts is not None:

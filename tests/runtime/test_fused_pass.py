@@ -18,12 +18,14 @@ from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import DecodeInputs, FusedPass
 from runtime.hf_model import HFModel
 from runtime.kernels import PLAIN
+from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.paged_model import relative_error
 from runtime.request import Request
 from runtime.sampling import draw, tokens_of
 from runtime.scheduler import Batch, PackedBatch, Scheduler
+from runtime.weights import linear_layers
 from tests.runtime.test_latent_attention import deepseek
 from tests.runtime.tiny_models import VOCAB, tiny_model
 
@@ -67,12 +69,19 @@ def written_out(
 
 
 def compare_steps(
-    model: DecoderModel, packs_pieces: bool, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, int]:
-    """Both passes on the same steps. Returns how many steps were mixed, and how many had pieces behind cached tokens."""
+    model: DecoderModel, packs_pieces: bool, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch,
+    in_parts: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    """Both passes on the same steps. Returns how many were mixed, and how many had pieces behind cached tokens."""
     for module in (runtime.fused_pass, runtime.fused_latent):
         monkeypatch.setattr(module, "attend_pieces", written_out)
     fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
+    if in_parts:
+        fused.linears.choices = {
+            LinearShape(*layer.weight.shape, rows, torch.float64): Choice(1.0, 9.0)
+            for layer in linear_layers(model.decoder)
+            for rows in TIMED_ROWS
+        }
     scheduler, _ = mixed_steps(40)
     model.allocate(40)
     pools = model.new_pools(40)
@@ -96,10 +105,12 @@ def compare_steps(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("packs_pieces", [False, True])
+@pytest.mark.parametrize("in_parts", [False, True])
 def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
-    family: str, packs_pieces: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, packs_pieces: bool, in_parts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    num_mixed, num_behind = compare_steps(decoder(family), packs_pieces, limits_of(family), monkeypatch)
+    limits = limits_of(family)
+    num_mixed, num_behind = compare_steps(decoder(family), packs_pieces, limits, monkeypatch, in_parts)
     assert num_mixed > 0 and (num_behind > 0) == packs_pieces, "the test must reach what it claims"
 
 
@@ -173,11 +184,13 @@ def test_padding_rows_change_nothing(family: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_steps_are_as_close_to_exact_ones_as_the_decoders_own(family: str) -> None:
-    """Where a token's experts are a near tie, one rounding sends it elsewhere: so no two passes in bfloat16 agree in all
-    rows, and both are compared with float64."""
+    """Where a token's experts are a near tie, one rounding sends it elsewhere: so no two passes in bfloat16 agree in
+    all rows, and both are compared with float64."""
     reference = tiny_model(family, torch.bfloat16)
     exact = DecoderModel(HFModel(deepcopy(reference).double()), max_model_len=200)
-    model, plain = (DecoderModel(HFModel(deepcopy(reference).to("cuda")), max_model_len=200) for _ in range(2))
+    model, plain = (
+        DecoderModel(HFModel(deepcopy(reference).to("cuda")), max_model_len=200) for _ in range(2)
+    )
     assert model._fused is not None
     plain._fused = None
     scheduler, _ = mixed_steps(40)
