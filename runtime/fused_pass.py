@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
 from runtime.decoder import Attention, Decoder, JointCache
@@ -26,7 +25,8 @@ Attend = Callable[[Tensor, JointCache, Attention], Tensor]
 class DecodeInputs(NamedTuple):
     """Rows of one token each, on the device. Padding rows have slot -1 and context 0.
 
-    `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks].
+    `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks]; `drawn`: int64, the tokens
+    that token ids below 0 stand for.
     """
 
     token_ids: Tensor
@@ -34,6 +34,7 @@ class DecodeInputs(NamedTuple):
     slots: Tensor
     contexts: Tensor
     tables: Tensor
+    drawn: Tensor
 
 
 class FusedPass:
@@ -57,6 +58,7 @@ class FusedPass:
             step.slots,
             step.contexts[:num_single],
             step.tables[:num_single],
+            drawn=step.token_ids[0],  # all are known
         )
         splits = self._splits(num_single)
 
@@ -109,7 +111,7 @@ class FusedPass:
     def _hidden(self, inputs: DecodeInputs, caches: Sequence[JointCache], attend: Attend) -> Tensor:
         """Returns the normed output of the last layer, [T, hidden]."""
         kernels, decoder = self._kernels, self._decoder
-        x = embedding(inputs.token_ids, decoder.embedding)
+        x = kernels.embed(inputs.token_ids, inputs.drawn, decoder.embedding)
         delta: Tensor | None = None
         for layer, cache in zip(decoder.layers, caches, strict=True):
             attention, mlp = layer.attention, layer.mlp
@@ -124,6 +126,10 @@ class FusedPass:
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
             delta = self.linears.added(mlp.down, kernels.silu_mul(mlp.gate_up.forward(y)))
         return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        """The likeliest tokens, and whether each may be taken: int64 [2, rows]."""
+        return self._kernels.greedy(logits)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits: Tensor = self._decoder.head.forward(x)

@@ -72,7 +72,9 @@ class LinearTable:
     def _timed(self, shape: LinearShape, weights: Sequence[Tensor]) -> Choice:
         x = torch.randn(shape.num_rows, shape.in_features, device=weights[0].device, dtype=shape.dtype)
         in_turns = [weights[i % len(weights)] for i in range(NUM_CALLS)]
-        ours, cublas = (graphed_us([partial(call, x, one) for one in in_turns]) for call in (self.skinny, linear))
+        ours, cublas = (
+            graphed_us([partial(call, x, one) for one in in_turns]) for call in (self.skinny, linear)
+        )
         return Choice(ours, cublas)
 
 

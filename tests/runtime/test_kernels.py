@@ -116,7 +116,7 @@ def test_check_finds_nothing_in_the_twins_themselves() -> None:
     assert self_check(CPU, torch.float32, SMALL, PLAIN) == []
 
 
-@pytest.mark.parametrize("name", [name for name in Kernels._fields if name != "greedy"])
+@pytest.mark.parametrize("name", Kernels._fields)
 @pytest.mark.parametrize("fault", ["raises", "differs", "gives NaN", "does nothing"])
 def test_check_names_and_replaces_a_kernel_that(
     fault: str, name: str, caplog: pytest.LogCaptureFixture
