@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
 from runtime.decoder import Attention, Decoder, JointCache
@@ -32,7 +31,8 @@ Attend = Callable[[Tensor, JointCache, Attention], Tensor]
 class DecodeInputs(NamedTuple):
     """Rows of one token each, on the device. Padding rows have slot -1 and context 0.
 
-    `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks].
+    `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks]; `drawn`: int64, the tokens
+    that token ids below 0 stand for.
     """
 
     token_ids: Tensor
@@ -40,6 +40,7 @@ class DecodeInputs(NamedTuple):
     slots: Tensor
     contexts: Tensor
     tables: Tensor
+    drawn: Tensor
 
 
 class FusedPass:
@@ -65,6 +66,7 @@ class FusedPass:
             step.slots,
             step.contexts[:num_single],
             step.tables[:num_single],
+            drawn=step.token_ids[0],  # all are known
         )
         splits = self._splits(num_single)
 
@@ -121,7 +123,7 @@ class FusedPass:
     ) -> Tensor:
         """`step`: None where all rows are of one token. Returns the normed output of the last layer, [T, hidden]."""
         kernels, decoder = self._kernels, self._decoder
-        x = embedding(inputs.token_ids, decoder.embedding)
+        x = kernels.embed(inputs.token_ids, inputs.drawn, decoder.embedding)
         delta: Tensor | None = None
         for layer, cache in zip(decoder.layers, caches, strict=True):
             attention, mlp = layer.attention, layer.mlp
@@ -143,6 +145,10 @@ class FusedPass:
             else:
                 delta = self.linears.added(mlp.down, kernels.silu_mul(mlp.gate_up.forward(y)))
         return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        """The likeliest tokens, and whether each may be taken: int64 [2, rows]."""
+        return self._kernels.greedy(logits)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits: Tensor = self._decoder.head.forward(x)

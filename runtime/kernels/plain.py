@@ -154,8 +154,20 @@ def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token of each row. logits: [B, vocab]. Returns int64 [B]."""
-    return logits.argmax(-1)
+    """The likeliest token of each row, the first of equals, and whether it may be taken: not where a logit is NaN or
+    none is finite. logits: [B, vocab]. Returns int64 [2, B].
+    """
+    best, tokens = logits.max(dim=-1)  # NaN wins a max, so `best` tells of it
+    return torch.stack((tokens, torch.isfinite(best).to(tokens.dtype)))
+
+
+def embed(token_ids: Tensor, drawn: Tensor, table: Tensor) -> Tensor:
+    """token_ids: int64 [T], in which -1 - k is the k-th of `drawn`, int64; table: [vocab, hidden].
+
+    Returns [T, hidden].
+    """
+    known = torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)], token_ids)
+    return torch.nn.functional.embedding(known, table)
 
 
 # -- experts -----------------------------------------------------------------------------------------------------

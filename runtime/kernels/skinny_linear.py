@@ -23,7 +23,9 @@ MIN_DOT = 16
 COLUMN_BYTES = 256  # of a tile's row: 128 values of two bytes
 MAX_SPLIT = 8
 MIN_STEPS = 2  # tiles of a part, so that one is loaded while another is multiplied
-WANTED_PROGRAMS = 192  # of 132 SMs; llama-8b's 4096 x 4096 took 10.5 to 10.8 us with 128 to 256, 14 in cuBLAS (H200)
+WANTED_PROGRAMS = (
+    192  # of 132 SMs; llama-8b's 4096 x 4096 took 10.5 to 10.8 us with 128 to 256, 14 in cuBLAS (H200)
+)
 
 
 class Tiles(NamedTuple):

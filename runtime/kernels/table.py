@@ -31,6 +31,7 @@ class Kernels(NamedTuple):
     silu_mul: Callable[[Tensor], Tensor]
     skinny_linear: Callable[[Tensor, Tensor], Tensor]  # (x of at most 64 rows, weight)
     greedy: Callable[[Tensor], Tensor]
+    embed: Callable[[Tensor, Tensor, Tensor], Tensor]  # (token_ids, drawn, table)
     # (target, turn, new, table, positions, rows, slots, norm_weight, eps, is_interleaved)
     latent_rope_and_cache: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], None
@@ -52,6 +53,7 @@ PLAIN = Kernels(
     plain.silu_mul,
     plain.skinny_linear,
     plain.greedy,
+    plain.embed,
     plain.latent_rope_and_cache,
     plain.route,
     plain.lay_out,
@@ -64,7 +66,9 @@ PLAIN = Kernels(
 def _triton_kernels() -> Kernels:
     """Raises ImportError where Triton is missing or does not load."""
     from runtime.kernels.add_norm import add_norm
+    from runtime.kernels.embed import embed
     from runtime.kernels.expert_linear import expert_down, expert_gate_up
+    from runtime.kernels.greedy import greedy
     from runtime.kernels.latent_rope import latent_rope_and_cache
     from runtime.kernels.lay_out import lay_out
     from runtime.kernels.paged_decode import paged_decode, paged_latent_decode
@@ -75,7 +79,7 @@ def _triton_kernels() -> Kernels:
     from runtime.kernels.weigh import weigh
 
     return Kernels(
-        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, plain.greedy,
+        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, greedy, embed,
         latent_rope_and_cache, route, lay_out, expert_gate_up, expert_down, weigh,
     )  # fmt: skip
 
@@ -210,6 +214,17 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
     def multiplied(some: Tensor) -> Trial:
         return lambda kernel: [_given(kernel(some, matrix)).sum(0).to(dtype)]
 
+    logits = normal(4, 5000)
+
+    def likeliest(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        tokens, may_be_taken = _given(kernel(logits))
+        return [(tokens[:, None] == torch.arange(5000, device=device)).float(), may_be_taken]
+
+    yield "greedy", likeliest
+    yield (
+        "embed",
+        _returned(*(torch.tensor(one, device=device) for one in ([3, -1, 0, -3], [1, 0, 2])), matrix),
+    )
     yield "skinny_linear", multiplied(x)
     yield "skinny_linear", multiplied(normal(64, hidden))
     if shape.latent_dim is not None:

@@ -259,6 +259,38 @@ add("linear_more_splits_than_columns", skinny, m=2, k=64, block_n=16, block_k=64
 add("linear_split_even", skinny, m=5, k=512, block_n=16, block_k=64, split_k=4)
 
 
+def likeliest(
+    device: torch.device, dtype: torch.dtype, vocab: int, fill: float | None = None, at: int = 0
+) -> None:
+    """`fill`: what stands at `at` in the second row."""
+    torch.manual_seed(0)
+    logits = (
+        torch.randn(3, vocab + 5).round_(decimals=1).to(device, dtype)[:, :vocab]
+    )  # rows lie apart, many equal
+    if fill is not None:
+        logits[1, at] = fill
+    tokens, may_be_taken = kernels().greedy(logits)
+    expected_may = PLAIN.greedy(logits)[1]
+    assert may_be_taken.tolist() == expected_may.tolist()
+    assert torch.equal(tokens[expected_may == 1], logits.argmax(-1)[expected_may == 1])
+
+
+for vocab in (1, 100, 4096, 9000):
+    add(f"greedy_of_{vocab}", likeliest, vocab=vocab)
+for name, value in {"nan": float("nan"), "inf": float("inf"), "minus_inf": float("-inf")}.items():
+    add(f"greedy_with_{name}", likeliest, vocab=5000, fill=value, at=4999)
+add("greedy_of_minus_inf_alone", likeliest, vocab=1, fill=float("-inf"))
+
+
+def embedded(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
+    torch.manual_seed(0)
+    table = torch.randn(20, hidden + 8).to(device, dtype)[:, :hidden]
+    token_ids, drawn = (torch.tensor(one, device=device) for one in ([7, -1, 0, -3, 19], [4, 2**40, 11]))
+    assert torch.equal(kernels().embed(token_ids, drawn, table), table[[7, 4, 0, 11, 19]])
+
+
+for hidden in (8, 1000, 2048):
+    add(f"embed_{hidden}", embedded, hidden=hidden)
 # -- latents and experts ------------------------------------------------------------------------------------------
 
 
@@ -548,6 +580,10 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
             empty(2, 4096), empty(8, 2, 4096, dtype=torch.float32), empty(4096), 1e-6
         ),
         "norm_without_delta": lambda: kernels().add_norm(empty(2, 8192), None, empty(8192), 1e-6),
+        "greedy": lambda: kernels().greedy(empty(2, 128256)),
+        "embed": lambda: kernels().embed(
+            empty(2, dtype=torch.int64), empty(8, dtype=torch.int64), empty(9, 4096)
+        ),
         "silu": lambda: kernels().silu_mul(empty(2, 2 * 14336)),
     }
     for rows in (1, 32, 64):

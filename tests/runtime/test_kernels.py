@@ -18,8 +18,8 @@ from runtime.attention import attend_plain
 from runtime.decoder import Norm
 from runtime.expert_choice import Rule
 from runtime.kernels import PLAIN, WHY_NO_TRITON, Kernels, Shape, checked, self_check
-from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape, LinearTable
 from runtime.kernels.expert_trials import ExpertShape
+from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape, LinearTable
 from runtime.kernels.splits import MAX_SPLITS, choose_splits
 from tests.runtime.kernel_cases import CASES, kernels
 
@@ -120,7 +120,7 @@ def test_check_finds_nothing_in_the_twins_themselves() -> None:
     assert self_check(CPU, torch.float32, SMALL, PLAIN) == []
 
 
-@pytest.mark.parametrize("name", [name for name in Kernels._fields if name != "greedy"])
+@pytest.mark.parametrize("name", Kernels._fields)
 @pytest.mark.parametrize("fault", ["raises", "differs", "gives NaN", "does nothing"])
 def test_check_names_and_replaces_a_kernel_that(
     fault: str, name: str, caplog: pytest.LogCaptureFixture
