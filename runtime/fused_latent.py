@@ -1,7 +1,8 @@
 """Latent attention (DeepSeek) by kernels: one that turns and caches, one that attends absorbed decode rows.
 
-    one linear layer ▶ turn, norm, cache ▶ rows of one token: kv_b into the query ▶ latents where they lie ▶ kv_b out
-                                         ▶ pieces of prompts: keys and values of all heads ▶ one call for all pieces
+    a few rows of one token    turn, norm, cache, kv_b into the query ▶ latents where they lie, kv_b out
+    several                    turn, norm, cache ▶ kv_b into the query ▶ latents where they lie ▶ kv_b out
+    pieces of prompts          turn, norm, cache ▶ keys and values of all heads ▶ one call for all pieces
 
 It computes what `LatentAttention.forward` computes before its last linear layer, except that pieces are never absorbed.
 """
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from runtime.fused_pass import DecodeInputs
 
 HEADS_PER_PROGRAM = 64  # of the kernel for decode rows
+FEW_MAX_ROWS = (
+    4  # not measured: each row reads the half of kv_b again that makes values, 2 MB in DeepSeek-V2-Lite
+)
 
 
 class FusedLatent:
@@ -46,6 +50,8 @@ class FusedLatent:
             assert norm is not None
             query = layer.query.forward(self._kernels.add_norm(query, None, norm.weight, norm.eps))
         query = query.unflatten(1, (layer.num_heads, -1))
+        if len(inputs.contexts) == len(x) <= FEW_MAX_ROWS:
+            return self._few(query, new, cache, layer, inputs)
         turn = query.narrow(2, layer.plain, layer.rope)
         num_apart = len(inputs.contexts)
         absorbed = x.new_empty(num_apart, layer.num_heads, layer.rank + layer.rope)
@@ -67,6 +73,23 @@ class FusedLatent:
             found.append(layer.attend_expanded(plain, turned, cache, row))
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def _few(
+        self, query: Tensor, new: Tensor, cache: LatentCache, layer: LatentAttention, inputs: "DecodeInputs"
+    ) -> Tensor:
+        """Rows of one token, so few that launches count for more than what is read twice. As `attend`."""
+        absorbed = self._kernels.absorb_and_cache(
+            query, new, layer.key_up, self._angles, inputs.positions, cache.rows, inputs.slots,
+            layer.latent_norm.weight, layer.latent_norm.eps, layer.is_interleaved,
+        )  # fmt: skip
+        return self._kernels.latent_values(
+            absorbed, cache.rows, inputs.tables, inputs.contexts, self._block_tokens, layer.scaling, layer.value_up,
+            self._splits(absorbed),
+        )  # fmt: skip
+
+    def _splits(self, absorbed: Tensor) -> int:
+        num_rows, heads, _ = absorbed.shape
+        return choose_splits(num_rows, -(-heads // HEADS_PER_PROGRAM), self._num_sms)
+
     def _apart(
         self, query: Tensor, absorbed: Tensor, cache: LatentCache, layer: LatentAttention, inputs: "DecodeInputs"
     ) -> Tensor:  # fmt: skip
@@ -74,9 +97,9 @@ class FusedLatent:
         num_rows, heads = absorbed.shape[:2]
         into = absorbed.narrow(2, 0, layer.rank).transpose(0, 1)
         torch.bmm(query.narrow(2, 0, layer.plain).transpose(0, 1), layer.key_up, out=into)
-        splits = choose_splits(num_rows, -(-heads // HEADS_PER_PROGRAM), self._num_sms)
         latents = self._kernels.paged_latent_decode(
-            absorbed, cache.rows, inputs.tables, inputs.contexts, self._block_tokens, layer.scaling, layer.rank, splits
+            absorbed, cache.rows, inputs.tables, inputs.contexts, self._block_tokens, layer.scaling, layer.rank,
+            self._splits(absorbed),
         )  # fmt: skip
         out = query.new_empty(num_rows, heads, layer.value_dim)
         torch.bmm(latents.transpose(0, 1), layer.value_up, out=out.transpose(0, 1))

@@ -3,7 +3,7 @@
     grid (block of rows of one expert, part of the outputs)     blocks of the shared experts follow those of the routed
 
 A block knows its expert from the layout, so nothing is read of an expert that no token goes to; blocks beyond those in
-use end at once. Contracts: `expert_gate_up` and `expert_down` in `runtime.kernels.plain`.
+use end at once. Contracts: `expert_gate_up` and `expert_down` in `runtime.kernels.plain_experts`.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.kernels.early_start import early_start
-from runtime.kernels.plain import Layout
+from runtime.kernels.plain_experts import Layout
 
 MIN_DOT = 16
 

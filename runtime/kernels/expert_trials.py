@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from runtime.expert_choice import Chosen, Rule
-from runtime.kernels import plain
+from runtime.kernels import plain_experts
 
 Trial = Callable[[Callable[..., Any]], list[Tensor]]  # runs a kernel; returns all that it changed or returned
 Normal = Callable[..., Tensor]  # random values of a size, where and as the model is
@@ -25,8 +25,9 @@ class ExpertShape(NamedTuple):
 
 
 def latent_trials(
-    normal: Normal, device: torch.device, num_heads: int, dim: int, rank: int
+    normal: Normal, device: torch.device, num_heads: int, key_dim: int, dim: int, rank: int
 ) -> Iterator[tuple[str, Trial]]:
+    """key_dim: of an expanded key; dim: of a cached row."""
     rope = dim - rank
     angles = normal(64, 2, rope).float()
     query, new, cache, weight = normal(4, num_heads, rope), normal(4, dim), normal(24, dim), normal(rank)
@@ -40,8 +41,23 @@ def latent_trials(
 
         return run
 
+    whole, key_up = (
+        normal(4, num_heads, max(key_dim, rope + 1)),
+        normal(num_heads, max(key_dim - rope, 1), rank),
+    )
+
+    def absorbed(is_interleaved: bool) -> Trial:
+        def run(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+            rows = cache.clone()
+            found = kernel(whole, new, key_up, angles, positions, rows, slots, weight, 1e-6, is_interleaved)
+            assert found is not None, "a kernel returned nothing"
+            return [found, rows]
+
+        return run
+
     for is_interleaved in (True, False):
         yield "latent_rope_and_cache", turned(is_interleaved)
+        yield "absorb_and_cache", absorbed(is_interleaved)
 
 
 def expert_trials(
@@ -64,7 +80,7 @@ def expert_trials(
         index = normal(num_tokens, few).float().topk(top_k)[1].int()
         layout = None
         if block_rows is not None:
-            layout = plain.lay_out(index, few, block_rows)
+            layout = plain_experts.lay_out(index, few, block_rows)
             yield "lay_out", _laid_out(index, few, block_rows)
         x, inner = normal(num_tokens, hidden), normal(num_tokens, top_k + num_shared, size)
         yield "expert_gate_up", _returned(x, gate_up, own_up, index, layout)

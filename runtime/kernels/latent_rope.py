@@ -38,6 +38,19 @@ def latent_rope_and_cache(
 
 
 @triton.jit
+def _norm_latent(
+    source: tl.tensor, place: tl.tensor, norm_weight: tl.tensor, eps: tl.tensor, RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    value = tl.arange(0, RANK_BLOCK)
+    latent = tl.load(source + value, mask=value < RANK, other=0.0)
+    wide = latent.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
+    normal = wide * scale * tl.load(norm_weight + value, mask=value < RANK, other=0.0).to(tl.float32)
+    tl.store(place + value, normal.to(latent.dtype), mask=value < RANK)
+
+
+@triton.jit
 def _latent_rope(
     target: tl.tensor,
     turn: tl.tensor,
@@ -93,15 +106,10 @@ def _latent_rope(
         slot = tl.load(slots + token).to(tl.int64)
         if slot >= 0:
             source, place = new + token * new_row, rows + slot * row_stride
-            value = tl.arange(0, RANK_BLOCK)
-            latent = tl.load(source + value, mask=value < RANK, other=0.0)
-            wide = latent.to(tl.float32)
-            scale = tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
-            normal = wide * scale * tl.load(norm_weight + value, mask=value < RANK, other=0.0).to(tl.float32)
-            tl.store(place + value, normal.to(latent.dtype), mask=value < RANK)
+            _norm_latent(source, place, norm_weight, eps, RANK, RANK_BLOCK)
             key_left = tl.load(source + RANK + column, mask=inside, other=0.0)
             key_right = tl.load(source + RANK + column + RIGHT, mask=inside, other=0.0).to(tl.float32)
             turned_left = key_left.to(tl.float32) * cos_left + key_right * sin_left
             turned_right = key_right * cos_right + key_left.to(tl.float32) * sin_right
-            tl.store(place + RANK + column, turned_left.to(latent.dtype), mask=inside)
-            tl.store(place + RANK + column + RIGHT, turned_right.to(latent.dtype), mask=inside)
+            tl.store(place + RANK + column, turned_left.to(key_left.dtype), mask=inside)
+            tl.store(place + RANK + column + RIGHT, turned_right.to(key_left.dtype), mask=inside)

@@ -2,7 +2,7 @@
 
 A program an expert counts all pairs, finds its own and writes them where the experts before it end; one more program
 blanks what is left over. Nothing is sorted by comparison and nothing is added up out of order, so equal choices give
-equal layouts. Contract: `lay_out` in `runtime.kernels.plain`.
+equal layouts. Contract: `lay_out` in `runtime.kernels.plain_experts`.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.kernels.early_start import early_start
-from runtime.kernels.plain import Layout, num_blocks
+from runtime.kernels.plain_experts import Layout, num_blocks
 
 MAX_CHUNK = 2048
 

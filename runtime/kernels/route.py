@@ -2,7 +2,7 @@
 
     grid (tokens, experts, parts of the columns) ▶ logits in float32 ▶ grid (token): scores, groups, the best of them
 
-Contract: `route` in `runtime.kernels.plain`.
+Contract: `route` in `runtime.kernels.plain_experts`.
 """
 
 import torch

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from runtime.expert_choice import Chosen, Rule
-from runtime.kernels import plain
+from runtime.kernels import plain, plain_experts
 from runtime.kernels.expert_trials import ExpertShape, Trial, expert_trials, latent_trials
-from runtime.kernels.plain import Layout
+from runtime.kernels.plain_experts import Layout
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,12 @@ class Kernels(NamedTuple):
     # (x, weight, shared weight, index, weights of the choice, layout)
     expert_down: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Layout | None], Tensor]
     weigh: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # (found, weights, places, shared)
+    # (query, new, key_up, table, positions, rows, slots, norm_weight, eps, is_interleaved)
+    absorb_and_cache: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], Tensor
+    ]
+    # (query, rows, block_tables, contexts, block_tokens, scaling, value_up, num_splits)
+    latent_values: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, Tensor, int], Tensor]
 
 
 PLAIN = Kernels(
@@ -55,11 +61,13 @@ PLAIN = Kernels(
     plain.greedy,
     plain.embed,
     plain.latent_rope_and_cache,
-    plain.route,
-    plain.lay_out,
-    plain.expert_gate_up,
-    plain.expert_down,
-    plain.weigh,
+    plain_experts.route,
+    plain_experts.lay_out,
+    plain_experts.expert_gate_up,
+    plain_experts.expert_down,
+    plain_experts.weigh,
+    plain.absorb_and_cache,
+    plain.latent_values,
 )
 
 
@@ -69,6 +77,7 @@ def _triton_kernels() -> Kernels:
     from runtime.kernels.embed import embed
     from runtime.kernels.expert_linear import expert_down, expert_gate_up
     from runtime.kernels.greedy import greedy
+    from runtime.kernels.latent_few import absorb_and_cache, latent_values
     from runtime.kernels.latent_rope import latent_rope_and_cache
     from runtime.kernels.lay_out import lay_out
     from runtime.kernels.paged_decode import paged_decode, paged_latent_decode
@@ -80,7 +89,8 @@ def _triton_kernels() -> Kernels:
 
     return Kernels(
         paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, greedy, embed,
-        latent_rope_and_cache, route, lay_out, expert_gate_up, expert_down, weigh,
+        latent_rope_and_cache, route, lay_out, expert_gate_up, expert_down, weigh, absorb_and_cache,
+        latent_values,
     )  # fmt: skip
 
 
@@ -181,6 +191,8 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
                 "paged_latent_decode",
                 _returned(asked, latents, tables, contexts, size, scaling, shape.latent_value_dim, splits),
             )
+        up = normal(num_heads, shape.latent_value_dim, dim) * shape.latent_value_dim**-0.5
+        yield "latent_values", _returned(asked, latents, tables, contexts, size, scaling, up, 3)
 
     angles = torch.rand(64, dim // 2, generator=random, device=device) * 6.28
     sin = angles.sin()
@@ -228,7 +240,7 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
     yield "skinny_linear", multiplied(x)
     yield "skinny_linear", multiplied(normal(64, hidden))
     if shape.latent_dim is not None:
-        yield from latent_trials(normal, device, num_heads, shape.latent_dim, shape.latent_value_dim)
+        yield from latent_trials(normal, device, num_heads, dim, shape.latent_dim, shape.latent_value_dim)
     if shape.experts is not None:
         yield from expert_trials(normal, device, hidden, shape.experts)
 

@@ -1,6 +1,6 @@
 """What experts gave for each token, weighed and added up in fixed order: no atomic additions, the same bits always.
 
-Contract: `runtime.kernels.plain`.
+Contract: `runtime.kernels.plain_experts`.
 """
 
 import torch

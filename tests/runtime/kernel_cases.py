@@ -327,6 +327,53 @@ add("latent_rope_odd", latent_rope, heads=71, plain=3, dim=6, rank=20)
 add("latent_rope_nothing_but_padding", latent_rope, slots=(-1, -1))
 
 
+def absorbed(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, heads: int = 4, plain: int = 16, dim: int = 8,
+    rank: int = 16, is_interleaved: bool = True,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    whole = torch.randn(num_tokens, heads * (plain + dim) + rank + dim + 8).to(device, dtype)
+    cache = torch.randn(24, rank + dim + 8).to(device, dtype)
+    key_up = torch.randn(heads, plain + 5, rank).mul(plain**-0.5).to(device, dtype)[:, :plain]
+    table, weight = torch.randn(64, 2, dim).to(device), torch.randn(rank).to(device, dtype)
+    slots = torch.randperm(24)[:num_tokens].to(device)
+    slots[num_tokens // 2] = -1
+    results = []
+    for kernel in (kernels().absorb_and_cache, PLAIN.absorb_and_cache):
+        rows = cache.clone()
+        out = kernel(
+            whole[:, : heads * (plain + dim)].unflatten(1, (heads, -1)), whole[:, heads * (plain + dim) : -8], key_up,
+            table, torch.arange(num_tokens, device=device) * 7 % 64, rows[:, :-8], slots, weight, 1e-6, is_interleaved,
+        )  # fmt: skip
+        results.append((out, rows))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
+
+
+for num_tokens in (1, 4, 16):
+    add(f"absorb_{num_tokens}", absorbed, num_tokens=num_tokens)
+add("absorb_halves", absorbed, num_tokens=3, is_interleaved=False)
+add("absorb_of_deepseek", absorbed, num_tokens=2, heads=16, plain=128, dim=64, rank=512)
+add("absorb_odd", absorbed, num_tokens=2, heads=3, plain=20, dim=6, rank=100)
+
+
+def latent_values(
+    device: torch.device, dtype: torch.dtype, contexts: list[int], heads: int = 16, dim: int = 48, rank: int = 32,
+    value: int = 24, splits: int = 4,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    pool = Pool(device, dtype, contexts, dim, 4)
+    query = torch.randn(len(contexts), heads, dim).to(device, dtype)
+    up = torch.randn(heads, value, rank).mul(rank**-0.5).to(device, dtype).transpose(1, 2)
+    given = (query, pool.rows, pool.tables, pool.contexts, 4, dim**-0.5, up, splits)
+    close(kernels().latent_values(*given), PLAIN.latent_values(*given))
+
+
+for splits in (1, 2, 7, 64):
+    add(f"latent_values_in_{splits}", latent_values, contexts=[1, 0, 31, 200], splits=splits)
+add("latent_values_of_deepseek", latent_values, contexts=[50, 129], dim=576, rank=512, value=128, splits=32)
+
+
 def routed(
     device: torch.device, dtype: torch.dtype, rule: Rule, num_experts: int, num_tokens: int = 5, hidden: int = 96,
     is_biased: bool = False,
@@ -556,6 +603,28 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
             empty(512),
             1e-6,
             True,
+        ),
+        "absorb": lambda: kernels().absorb_and_cache(
+            empty(1, 16, 192),
+            empty(1, 576),
+            empty(16, 256, 512)[:, :128],
+            empty(8, 2, 64, dtype=wide),
+            empty(1, dtype=torch.int64),
+            empty(64, 576),
+            empty(1, dtype=torch.int64),
+            empty(512),
+            1e-6,
+            True,
+        ),
+        "latent_values": lambda: kernels().latent_values(
+            empty(1, 16, 576),
+            empty(64, 576),
+            empty(1, 4, dtype=torch.int32),
+            empty(1, dtype=torch.int64),
+            16,
+            0.1,
+            empty(16, 128, 512).transpose(1, 2),
+            64,
         ),
         "route": chosen(1, 64, Rule(6)),
         "route_many": chosen(300, 64, Rule(6)),

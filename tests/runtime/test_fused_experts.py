@@ -10,7 +10,7 @@ from torch import Tensor
 from runtime.experts import Experts
 from runtime.fused_experts import BLOCK_ROWS, GROUPED_MIN_ROWS, FusedExperts, are_experts, block_rows
 from runtime.kernels import PLAIN, TRITON
-from runtime.kernels.plain import num_blocks
+from runtime.kernels.plain_experts import num_blocks
 from runtime.weights import prepared
 from tests.runtime.test_experts import VARIANTS, both, hidden
 from tests.runtime.tiny_models import tiny_model
