@@ -22,6 +22,7 @@ MAX_SPLIT = 16  # the second kernel adds so many parts one after the other
 
 
 def route(x: Tensor, router: Tensor, rule: Rule) -> Chosen:
+    x = x.to(router.dtype)  # equal, in all models but those that keep their routers wider
     (num_tokens, hidden), num_experts = x.shape, len(router)
     block_m = min(MAX_ROWS, max(MIN_DOT, triton.next_power_of_2(num_tokens)))
     block_k = min(128 if x.element_size() == 2 else 64, max(MIN_DOT, triton.next_power_of_2(hidden)))

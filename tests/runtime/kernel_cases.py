@@ -376,11 +376,11 @@ add("latent_values_of_deepseek", latent_values, contexts=[50, 129], dim=576, ran
 
 def routed(
     device: torch.device, dtype: torch.dtype, rule: Rule, num_experts: int, num_tokens: int = 5, hidden: int = 96,
-    is_biased: bool = False,
+    is_biased: bool = False, is_wide: bool = False,
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     x = torch.randn(num_tokens, hidden + 8).to(device, dtype)[:, :hidden]
-    router = torch.randn(num_experts, hidden).mul(hidden**-0.5).to(device, dtype)
+    router = torch.randn(num_experts, hidden).mul(hidden**-0.5).to(device, torch.float32 if is_wide else dtype)
     if is_biased:
         rule = rule._replace(bias=torch.randn(num_experts, device=device))
     actual, expected = (kernel(x, router, rule) for kernel in (kernels().route, PLAIN.route))
@@ -393,6 +393,7 @@ for num_tokens in (1, 17, 70):
 for num_experts in (3, 8, 60, 64, 256):
     add(f"route_experts_{num_experts}", routed, rule=Rule(3, factor=2.0), num_experts=num_experts)
 add("route_normalised", routed, rule=Rule(2, is_normalised=True), num_experts=8, hidden=1000)
+add("route_wider_than_the_model", routed, rule=Rule(2), num_experts=8, is_wide=True)
 add("route_all", routed, rule=Rule(6), num_experts=6)
 add("route_groups", routed, rule=Rule(3, 4, 2), num_experts=16)
 add("route_groups_of_three", routed, rule=Rule(2, 5, 3), num_experts=15)
