@@ -1,7 +1,8 @@
 """How right and how fast the kernels of the decode path are on the GPU at hand: python -m tests.benchmarks.kernels.
 
-Needs torch, triton and numpy. First every claim of tests/runtime/kernel_cases.py, in several processes; then times in a CUDA graph, over so much memory that the L2 cache does not help. "of
-copy" is the share of the bandwidth that a copy reaches here. Exit 1 where a claim does not hold.
+Needs torch, triton and numpy. First every claim of tests/runtime/kernel_cases.py, in several processes; then times in
+a CUDA graph, over so much memory that the L2 cache does not help. "of copy" is the share of the bandwidth that a copy
+reaches here. Exit 1 where a claim does not hold.
 """
 
 import argparse
@@ -260,7 +261,7 @@ def time_linears(device: torch.device, copy_bytes_per_s: float, late: Callable[[
                 rate = num_bytes / min(choice.ours_us, choice.cublas_us) / 1e-6
                 print(
                     f"{model.name:12}{name:10}{out_features:>9} x {in_features:<5}{shape.num_rows:3}"
-                    f"{choice.cublas_us:11.1f}{choice.ours_us:9.1f} {rate / 1e9:6.0f}    {rate / copy_bytes_per_s:4.0%}",
+                    f"{choice.cublas_us:11.1f}{choice.ours_us:9.1f}{rate / 1e9:7.0f}{rate / copy_bytes_per_s:8.0%}",
                     flush=True,
                 )
 
