@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from runtime.experts import Experts, multiply_grouped
 from runtime.kernels import Kernels
-from runtime.kernels.linear_table import is_plain
+from runtime.kernels.linear_table import LinearTable, is_plain
 from runtime.layer_parts import Mlp
 
 PAIR_A_BLOCK_MAX_ROWS = 1  # several rows may share an expert, whose weights would be read for each
@@ -26,8 +26,8 @@ ROOM = (
 class FusedExperts:
     """The experts of any layer."""
 
-    def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: Kernels, linears: LinearTable) -> None:
+        self._kernels, self._linears = kernels, linears
 
     def forward(self, x: Tensor, layer: Experts) -> Tensor:
         """x: [T, hidden], normed. Returns the same shape, or parts [S, T, hidden] in float32, as `add_norm` takes
@@ -63,7 +63,7 @@ class FusedExperts:
         return kernels.weigh(found, weights, layout.places, beside)
 
     def _mlp(self, x: Tensor, mlp: Mlp) -> Tensor:
-        out: Tensor = mlp.down.forward(self._kernels.silu_mul(mlp.gate_up.forward(x)))
+        out: Tensor = mlp.down.forward(self._linears.gated(mlp.gate_up, x))
         return out
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import linear, pad
 
 from runtime.attention import Pieces, StepTensors, attend_pieces
 from runtime.kernels import Kernels
+from runtime.kernels.linear_table import LinearTable
 from runtime.kernels.splits import choose_splits
 from runtime.latent_attention import EXPANDED_MAX_VALUES, LatentAttention, LatentCache
 
@@ -30,8 +31,10 @@ FEW_MAX_ROWS = (
 class FusedLatent:
     """`angles`: of the model's rope, [positions, 2, D]."""
 
-    def __init__(self, kernels: Kernels, angles: Tensor, block_tokens: int, num_sms: int) -> None:
-        self._kernels, self._angles = kernels, angles
+    def __init__(
+        self, kernels: Kernels, linears: LinearTable, angles: Tensor, block_tokens: int, num_sms: int
+    ) -> None:
+        self._kernels, self._linears, self._angles = kernels, linears, angles
         self._block_tokens, self._num_sms = block_tokens, num_sms
 
     def attend(
@@ -44,11 +47,12 @@ class FusedLatent:
     ) -> Tensor:
         """x: [T, hidden], normed; step: None where all rows are of one token. Returns [T, heads * value], which
         `layer.out` takes."""
-        query, new = layer.down.forward(x).split((layer.sizes[0], layer.rank + layer.rope), 1)
+        query, new = self._linears.whole(layer.down, x).split((layer.sizes[0], layer.rank + layer.rope), 1)
         if layer.query is not None:
             norm = layer.query_norm
             assert norm is not None
-            query = layer.query.forward(self._kernels.add_norm(query, None, norm.weight, norm.eps))
+            normed = self._kernels.add_norm(query, None, norm.weight, norm.eps)
+            query = self._linears.whole(layer.query, normed)
         query = query.unflatten(1, (layer.num_heads, -1))
         if len(inputs.contexts) == len(x) <= FEW_MAX_ROWS:
             return self._few(query, new, cache, layer, inputs)

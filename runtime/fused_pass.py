@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
 from runtime.decoder import Attention, Decoder, JointCache
@@ -51,11 +51,11 @@ class FusedPass:
     ) -> None:
         self._decoder, self._kernels, self._block_tokens = decoder, kernels, block_tokens
         self._num_sms = num_sms
-        self.linears = LinearTable(kernels.skinny_linear)
+        self.linears = LinearTable(kernels)
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
-        self._latent = FusedLatent(kernels, self._angles, block_tokens, num_sms)
-        self._experts = FusedExperts(kernels)
+        self._latent = FusedLatent(kernels, self.linears, self._angles, block_tokens, num_sms)
+        self._experts = FusedExperts(kernels, self.linears)
 
     def forward(self, step: StepTensors, caches: Sequence[Any]) -> Tensor:
         """Any rows. Returns logits [last_tokens, vocab]."""
@@ -96,6 +96,15 @@ class FusedPass:
 
         return self._logits(self._hidden(inputs, caches, attend, None))
 
+    def measure_linears(self) -> None:
+        """Finds the faster form of each layer."""
+        attentions = [layer.attention for layer in self._decoder.layers]
+        mlps = [layer.mlp for layer in self._decoder.layers if isinstance(layer.mlp, Mlp)]
+        into = [part for one in attentions for part in layers_into(one)]
+        self.linears.measure("whole", [self._decoder.head, *into])
+        self.linears.measure("gated", [one.gate_up for one in mlps])
+        self.linears.measure("parts", [*(one.out for one in attentions), *(one.down for one in mlps)])
+
     def _pieces(self, qkv: Tensor, cache: JointCache, layer: Attention, pieces: Pieces) -> Tensor:
         """qkv: of the pieces' tokens. Returns [tokens, heads * D]."""
         heads, kv_heads, dim = layer.num_heads, layer.kv_heads, layer.dim
@@ -131,7 +140,7 @@ class FusedPass:
             if isinstance(attention, LatentAttention):
                 found = self._latent.attend(y, cache, attention, inputs, step)
             else:
-                qkv = attention.qkv.forward(y)
+                qkv = self.linears.whole(attention.qkv, y)
                 norm = attention.qk_norm
                 kernels.rope_and_cache(
                     qkv, self._angles, inputs.positions, cache.rows, inputs.slots, attention.kv_heads,
@@ -143,7 +152,7 @@ class FusedPass:
             if isinstance(mlp, Experts):
                 delta = self._experts.forward(y, mlp)
             else:
-                delta = self.linears.added(mlp.down, kernels.silu_mul(mlp.gate_up.forward(y)))
+                delta = self.linears.added(mlp.down, self.linears.gated(mlp.gate_up, y))
         return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
 
     def greedy(self, logits: Tensor) -> Tensor:
@@ -151,14 +160,20 @@ class FusedPass:
         return self._kernels.greedy(logits)
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self._decoder.head.forward(x)
-        return logits
+        return self.linears.whole(self._decoder.head, x)
 
 
 def queries_of(qkv: Tensor, layer: Attention) -> Tensor:
     """A view, [T, kv_heads, group, D]."""
     query = qkv.narrow(1, 0, layer.num_heads * layer.dim)
     return query.unflatten(1, (layer.kv_heads, -1, layer.dim))
+
+
+def layers_into(attention: Attention | LatentAttention) -> list[nn.Module]:
+    """The linear layers before the cache."""
+    if isinstance(attention, Attention):
+        return [attention.qkv]
+    return [attention.down] if attention.query is None else [attention.down, attention.query]
 
 
 def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> FusedPass | None:
@@ -168,10 +183,7 @@ def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> Fu
     kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape_of(decoder))
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
-    for layer in decoder.layers:
-        found.linears.measure(
-            (layer.attention.out, *((layer.mlp.down,) if isinstance(layer.mlp, Mlp) else ()))
-        )
+    found.measure_linears()
     return found
 
 

@@ -24,6 +24,7 @@ from runtime.bench.shapes import SHAPES
 from runtime.experts import Experts
 from runtime.fused_experts import PAIR_A_BLOCK_MAX_ROWS, FusedExperts, block_rows
 from runtime.kernels import PLAIN, TRITON, Kernels
+from runtime.kernels.linear_table import LinearTable, graphed_us
 from runtime.loader import resolve_device, resolve_dtype
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -91,8 +92,6 @@ def layer_of(shape: str, device: torch.device, dtype: torch.dtype) -> Experts:
 def mean_us(device: torch.device, calls: list[Callable[[], object]]) -> float:
     """Microseconds of one call."""
     if device.type == "cuda":
-        from runtime.kernels.linear_table import graphed_us
-
         return graphed_us(calls)
     started = time.perf_counter()
     for _ in range(CPU_CALLS):
@@ -146,7 +145,7 @@ def down_calls(kernels: Kernels, layer: Experts, load: Load, *tiles: object) -> 
 def timing_of(kernels: Kernels, layer: Experts, num_rows: int) -> Timing:
     device, num_experts = layer.gate_up.device, len(layer.gate_up)
     rows = block_rows(num_rows * layer.rule.top_k, num_experts)
-    load, fused = load_of(kernels, layer, num_rows, rows), FusedExperts(kernels)
+    load, fused = load_of(kernels, layer, num_rows, rows), FusedExperts(kernels, LinearTable(kernels))
     timed = partial(mean_us, device)
     gate_up_us = timed(gate_up_calls(kernels, layer, load))
     down_us = timed(down_calls(kernels, layer, load))

@@ -10,6 +10,7 @@ from torch import Tensor
 from runtime.experts import Experts
 from runtime.fused_experts import BLOCK_ROWS, GROUPED_MIN_ROWS, FusedExperts, are_experts, block_rows
 from runtime.kernels import PLAIN, TRITON
+from runtime.kernels.linear_table import LinearTable
 from runtime.kernels.plain_experts import num_blocks
 from runtime.weights import prepared
 from tests.runtime.test_experts import VARIANTS, both, hidden
@@ -21,6 +22,10 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # routers compute in float32
 def whole(found: Tensor) -> Tensor:
     """Parts added up, as the next norm does."""
     return found if found.ndim == 2 else found.sum(0)
+
+
+def fused(kernels: Any) -> FusedExperts:
+    return FusedExperts(kernels, LinearTable(kernels))
 
 
 class Counted:
@@ -46,7 +51,7 @@ def test_fused_experts_give_what_those_of_the_decoder_do(
 ) -> None:
     _, ours = both(family, torch.float64, changes)
     x = hidden(num_tokens, torch.float64)
-    torch.testing.assert_close(whole(FusedExperts(PLAIN).forward(x, ours)), ours(x), **CLOSE)
+    torch.testing.assert_close(whole(fused(PLAIN).forward(x, ours)), ours(x), **CLOSE)
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=str)
@@ -56,14 +61,14 @@ def test_the_form_for_many_rows_gives_the_same(family: str, changes: dict[str, A
     if not ours.has_grouped_form:
         pytest.skip("this build of PyTorch has no grouped_mm")
     x = hidden(50, torch.float32)
-    torch.testing.assert_close(FusedExperts(PLAIN)._many(x, ours), ours(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused(PLAIN)._many(x, ours), ours(x), rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
 def test_one_row_needs_no_layout_and_shared_experts_no_mlp_of_their_own() -> None:
     _, ours = both("deepseek_v3", torch.float64, {"n_shared_experts": 2})
     kernels = Counted()
-    FusedExperts(kernels).forward(hidden(1, torch.float64), ours)  # type: ignore[arg-type]
+    fused(kernels).forward(hidden(1, torch.float64), ours)
     assert kernels.called == ["route", "expert_gate_up", "expert_down"]
 
 
@@ -75,7 +80,7 @@ def test_shared_experts_in_another_format_are_computed_beside() -> None:
     prepared(ours, "int8").install()
     assert not are_experts(ours.shared, ours)
     kernels = Counted()
-    found = whole(FusedExperts(kernels).forward(x, ours))  # type: ignore[arg-type]
+    found = whole(fused(kernels).forward(x, ours))
     assert "silu_mul" in kernels.called
     torch.testing.assert_close(found, ours(x), rtol=1e-4, atol=1e-4)
     assert not torch.equal(found, assembled(x))
@@ -86,7 +91,7 @@ def test_shared_experts_of_another_size_or_with_biases_are_computed_beside() -> 
     _, ours = both("deepseek_v2", torch.float64, {"mlp_bias": True})
     assert ours.shared is not None and not are_experts(ours.shared, ours)
     x = hidden(5, torch.float64)
-    torch.testing.assert_close(whole(FusedExperts(PLAIN).forward(x, ours)), ours(x), **CLOSE)
+    torch.testing.assert_close(whole(fused(PLAIN).forward(x, ours)), ours(x), **CLOSE)
 
 
 def test_blocks_have_room_for_more_than_the_mean_and_never_more_rows_than_the_largest() -> None:
@@ -120,7 +125,7 @@ def test_bfloat16_experts_on_a_gpu_are_as_close_as_the_decoders_own(family: str,
     ours = Experts(model.model.layers[1].mlp, model.config)
     x = hidden(num_tokens, torch.bfloat16).to("cuda")
     exact = Experts(deepcopy(model).double().model.layers[1].mlp, model.config)(x.double())
-    found = whole(FusedExperts(TRITON).forward(x, ours))
+    found = whole(fused(TRITON).forward(x, ours))
     # A token whose choice is a near tie goes elsewhere: most do not.
     errors = ((found.double() - exact).norm(dim=1) / exact.norm(dim=1)).sort()[0]
     assert float(errors[: -(-9 * num_tokens // 10)].max()) < 0.03
@@ -132,15 +137,15 @@ def test_a_graph_serves_choices_that_change_after_its_capture() -> None:
     assert TRITON is not None
     torch.manual_seed(0)
     model = tiny_model("deepseek_v2_lite", torch.bfloat16).to("cuda")
-    ours, fused = Experts(model.model.layers[1].mlp, model.config), FusedExperts(TRITON)
+    ours, layer = Experts(model.model.layers[1].mlp, model.config), fused(TRITON)
     for num_tokens in (1, 24):
         x = torch.randn(num_tokens, 32, device="cuda", dtype=torch.bfloat16)
-        fused.forward(x, ours)
+        layer.forward(x, ours)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = fused.forward(x, ours)
+            out = layer.forward(x, ours)
         for _ in range(3):
             x.copy_(torch.randn_like(x))
             graph.replay()
-            again: Tensor = fused.forward(x, ours)
+            again: Tensor = layer.forward(x, ours)
             assert torch.equal(out, again), "the same input gives the same bits"

@@ -79,7 +79,8 @@ def compare_steps(
     fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
     if in_parts:
         fused.linears.choices = {
-            LinearShape(*layer.weight.shape, rows, torch.float64): Choice(1.0, 9.0)
+            LinearShape(use, *layer.weight.shape, rows, torch.float64): Choice(1.0, 9.0)
+            for use in ("whole", "gated", "parts")
             for layer in linear_layers(model.decoder)
             for rows in TIMED_ROWS
         }
