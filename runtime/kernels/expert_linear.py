@@ -119,7 +119,7 @@ def _rows_of_block(
     return tl.where(is_routed, expert, (past // num_own).to(tl.int64)), is_routed, token, place, is_real
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_routed"])
 def _gate_up(
     x: tl.tensor,
     routed: tl.tensor,
@@ -172,7 +172,7 @@ def _gate_up(
     tl.store(at, value.to(out.dtype.element_ty), mask=is_real[:, None] & (n < SIZE)[None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_routed"])
 def _down(
     x: tl.tensor,
     routed: tl.tensor,

@@ -98,7 +98,7 @@ def _turn(
     tl.store(place + RIGHT, new_right.to(left.dtype), mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _absorb(
     query: tl.tensor,
     new: tl.tensor,

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from runtime.kernels.early_start import early_start
 from runtime.kernels.plain_experts import Layout, num_blocks
 
-MAX_CHUNK = 2048
+CHUNKS = (256, 2048)  # pairs that a program looks at at once: few sizes, as each is compiled by itself
 
 
 def lay_out(index: Tensor, num_experts: int, block_rows: int) -> Layout:
@@ -26,16 +26,16 @@ def lay_out(index: Tensor, num_experts: int, block_rows: int) -> Layout:
         torch.empty(num_experts, dtype=torch.int32, device=device),
         torch.empty(num_pairs, dtype=torch.int32, device=device),
     )
-    chunk = min(MAX_CHUNK, max(64, triton.next_power_of_2(num_pairs)))
+    chunk = CHUNKS[0] if num_pairs <= CHUNKS[0] else CHUNKS[1]
     _lay_out[(num_experts + 1,)](
         index, *found, num_pairs, size,
         EXPERTS=num_experts, BLOCK_ROWS=block_rows, CHUNK=chunk, BINS=triton.next_power_of_2(num_experts + 1),
-        num_warps=4 if chunk <= 512 else 8, **early_start(index),
+        num_warps=4 if chunk == CHUNKS[0] else 8, **early_start(index),
     )  # fmt: skip
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
 def _lay_out(
     index: tl.tensor,
     rows: tl.tensor,

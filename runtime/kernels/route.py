@@ -53,7 +53,7 @@ def route(x: Tensor, router: Tensor, rule: Rule) -> Chosen:
     return Chosen(weights, index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _logits(
     x: tl.tensor,
     router: tl.tensor,
@@ -106,7 +106,7 @@ def _kept(ranked: tl.tensor, group: tl.tensor, member: tl.tensor, GROUPS: tl.con
     return kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _choose(
     parts: tl.tensor,
     bias: tl.tensor,
