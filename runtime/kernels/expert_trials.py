@@ -104,7 +104,9 @@ def _chosen(x: Tensor, router: Tensor, rule: Rule) -> Trial:
 
 def _laid_out(index: Tensor, num_experts: int, block_rows: int) -> Trial:
     """Neighbouring numbers are made to differ by much: the comparison is relative to the largest."""
-    return lambda kernel: [(part.long() * 37 % 101).float() for part in kernel(index, num_experts, block_rows)]
+    return lambda kernel: [
+        (part.long() * 37 % 101).float() for part in kernel(index, num_experts, block_rows)
+    ]
 
 
 def _returned(*given: object) -> Trial:

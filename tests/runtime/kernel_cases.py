@@ -384,7 +384,9 @@ def routed(
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     x = torch.randn(num_tokens, hidden + 8).to(device, dtype)[:, :hidden]
-    router = torch.randn(num_experts, hidden).mul(hidden**-0.5).to(device, torch.float32 if is_wide else dtype)
+    router = (
+        torch.randn(num_experts, hidden).mul(hidden**-0.5).to(device, torch.float32 if is_wide else dtype)
+    )
     if is_biased:
         rule = rule._replace(bias=torch.randn(num_experts, device=device))
     actual, expected = (kernel(x, router, rule) for kernel in (kernels().route, PLAIN.route))
