@@ -428,23 +428,30 @@ def _prepare(
     options: argparse.Namespace, hello: Frame
 ) -> "tuple[Executor, PlanRunner, list[dict[str, Any]]]":
     """Loads the model and decides the first configuration."""
-    set_environment()
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from runtime.loader import load_model, resolve_device, resolve_dtype
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    torch.set_num_interop_threads(1)
-    device = resolve_device(options.device)
-    loaded = load_model(options.model, device, resolve_dtype(options.dtype, device), options.max_model_len)
+    loaded = load(options)
     parts = engine_parts(
         loaded, options.kv_tokens, hello.get("config") or {}, int(hello.get("version") or 0)
     )
     gc.collect()
     gc.freeze()  # a collection that walks all of transformers would pause every stream
     return parts
+
+
+def load(options: argparse.Namespace, stage_ended: Callable[[str], None] = lambda name: None) -> "LoadedModel":
+    """The model on its device. `stage_ended` is called when all libraries are there."""
+    set_environment()
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from runtime.executor import Executor  # noqa: F401 - needed next, and counted as a library
+    from runtime.loader import load_model, resolve_device, resolve_dtype
+
+    stage_ended("imports")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_interop_threads(1)
+    device = resolve_device(options.device)
+    return load_model(options.model, device, resolve_dtype(options.dtype, device), options.max_model_len)
 
 
 def set_environment() -> None:

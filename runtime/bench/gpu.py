@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from runtime.bench.cells import MAX_MODEL_LEN, Bench, measure, print_cells
 from runtime.bench.loads import WORKLOADS
 from runtime.bench.serving import Serving
 from runtime.bench.shapes import SHAPES, save_random, source_of
+from runtime.bench.start import START_BAR_S, print_starts, read_once, start_once
 from runtime.bench.traffic import ROWS, TRAFFIC_MODEL_LEN, Scale, print_rows, traffic
 from runtime.bench.words import patches_of
 from runtime.host import cpu_model
@@ -36,7 +38,7 @@ CELLS: dict[str, dict[str, Sequence[str]]] = {  # by part: workloads of shapes
     "dense": {"qwen3-0.6b": (*BATCHES, "nano256"), "llama-8b": BATCHES},
     "deepseek": {"deepseek-v2-lite": BATCHES},
 }
-PARTS = (*CELLS, "traffic")
+PARTS = (*CELLS, "traffic", "start")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if options.part == "traffic":
         about |= traffic_part(options, knobs, variants)
+    elif options.part == "start":
+        about |= start_part(options, knobs)
     else:
         about |= cells_part(options, knobs)
     print(json.dumps(about))
@@ -162,6 +166,24 @@ def traffic_part(
         "model": serving.executor.identity()["model"]["name"], "config": serving.config.values(),
         "kv_tokens": serving.executor.pool.num_tokens, "scale": scale._asdict(),
         "rows": [{**row._asdict(), "missed": row.missed()} for row in rows],
+    }  # fmt: skip
+
+
+def start_part(options: argparse.Namespace, knobs: Mapping[str, KnobValue]) -> dict[str, Any]:
+    shape = (options.shape or ["llama-8b"])[0]
+    with TemporaryDirectory() as passing:
+        folder = options.model
+        if folder is None:
+            folder = Path(passing) / shape
+            save_random(shape, folder, options.device_found, options.dtype_found)
+            let_go(options.device_found)
+        num_bytes = read_once(folder)
+        dtype = name_of(options.dtype_found)
+        starts = [start_once(folder, options.device, dtype, knobs) for _ in range(options.runs)]
+    print_starts(starts)
+    return {
+        "model": folder.name, "weight_bytes": num_bytes, "bar_s": START_BAR_S,
+        "starts": [one._asdict() for one in starts],
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from runtime.bench.ceilings import Ceilings
 from runtime.bench.cells import Step, Weights, floor_s, weights_of
 from runtime.bench.serving import Answer, percentile_ms
 from runtime.bench.shapes import random_model
+from runtime.bench.start import start_of
 from runtime.bench.traffic import Row
 from runtime.bench.words import patches_of
 
@@ -141,3 +142,22 @@ def test_traffic_is_served_under_each_variant(capsys: pytest.CaptureFixture[str]
     assert rows[2]["hit_ratio"] > 0.5 and rows[0]["hit_ratio"] is None and rows[4]["itl_p99_ms"] > 0
     config = found["config"]
     assert (config["max_num_seqs"], config["prefill_chunk"]) == (8, 256)  # type: ignore[index]
+
+
+def test_a_start_says_where_its_seconds_went(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([*TINY, "--part", "start", "--runs", "1", "--knob", "max_num_seqs=4"]) == 0
+    found = last_line(capsys)
+    starts = found["starts"]
+    assert isinstance(starts, list)
+    (start,) = starts
+    assert sum(start["stages_s"].values()) == pytest.approx(start["first_token_s"])
+    assert all(seconds > 0 for seconds in start["stages_s"].values()) and start["tier"] == "A"
+
+
+def test_stages_are_the_differences_of_their_ends() -> None:
+    ended = {"python": 0.5, "imports": 3.0, "weights": 4.0, "engine": 7.0, "first_token": 7.25}
+    start = start_of({"ended_s": ended, "longest_gap_s": 0.2, "last_gap_s": 0.1, "tier": "A"})
+    assert start.stages_s == {
+        "python": 0.5, "imports": 2.5, "weights": 1.0, "engine": 3.0, "first_token": 0.25,
+    }  # fmt: skip
+    assert start.first_token_s == 7.25
