@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from runtime.clock import Clock
@@ -441,6 +442,10 @@ def load(options: argparse.Namespace, stage_ended: Callable[[str], None] = lambd
     """The model on its device. `stage_ended` is called when all libraries are there."""
     set_environment()
     import torch
+
+    from runtime.head_start import begin
+
+    reading = begin(Path(options.model), options.device)
     from transformers.utils import logging as transformers_logging
 
     from runtime.executor import Executor  # noqa: F401 - needed next, and counted as a library
@@ -451,7 +456,8 @@ def load(options: argparse.Namespace, stage_ended: Callable[[str], None] = lambd
     transformers_logging.disable_progress_bar()
     torch.set_num_interop_threads(1)
     device = resolve_device(options.device)
-    return load_model(options.model, device, resolve_dtype(options.dtype, device), options.max_model_len)
+    dtype = resolve_dtype(options.dtype, device)
+    return load_model(options.model, device, dtype, options.max_model_len, reading)
 
 
 def set_environment() -> None:
