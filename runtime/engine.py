@@ -441,6 +441,7 @@ def _prepare(
 def load(options: argparse.Namespace, stage_ended: Callable[[str], None] = lambda name: None) -> "LoadedModel":
     """The model on its device. `stage_ended` is called when all libraries are there."""
     set_environment()
+    gc.disable()  # or a quarter of the imports is walking over what they have made so far
     import torch
 
     from runtime.head_start import begin
@@ -451,6 +452,7 @@ def load(options: argparse.Namespace, stage_ended: Callable[[str], None] = lambd
     from runtime.executor import Executor  # noqa: F401 - needed next, and counted as a library
     from runtime.loader import load_model, resolve_device, resolve_dtype
 
+    gc.enable()
     stage_ended("imports")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

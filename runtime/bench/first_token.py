@@ -5,15 +5,19 @@ monotonic clock, at the end of each stage. Started by runtime/bench/start.py.
 """
 
 import argparse
+import cProfile
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from pstats import Stats
 
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 32
+PROFILED_LINES = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--kv-tokens", type=int)
     parser.add_argument("--knobs", type=json.loads, default={})
+    parser.add_argument("--profile", action="store_true", help="print where the time went, function by function")
     parser.add_argument("--began", type=float, required=True)
     options = parser.parse_args(arguments)
     ended: dict[str, float] = {}
@@ -32,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ended[name] = time.monotonic() - options.began
 
     stage_ended("python")
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(name)s: %(message)s")
+    profile = cProfile.Profile()
+    if options.profile:
+        profile.enable()
     from runtime.clock import Clock
     from runtime.engine import Engine, engine_parts, load
 
@@ -52,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     })  # fmt: skip
     while engine.step():
         pass
+    if options.profile:
+        profile.disable()
+        Stats(profile, stream=sys.stderr).sort_stats("cumulative").print_stats(PROFILED_LINES)
     gaps_s = [later - earlier for earlier, later in pairwise(told_at)]
     print(json.dumps({
         "ended_s": {**ended, "first_token": told_at[0]}, "longest_gap_s": max(gaps_s), "last_gap_s": gaps_s[-1],

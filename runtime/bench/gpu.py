@@ -103,6 +103,7 @@ def parser_of() -> argparse.ArgumentParser:
         help="workloads that generate does too",
     )
     add("--knob", nargs="+", default=[], metavar="NAME=VALUE", help="knobs that are not at their default")
+    add("--profile", action="store_true", help="one more start, which says where its time went by function")
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="kinds of traffic")
     add("--variant", nargs="+", default=[], metavar="NAME=VALUE,...",
         help="knobs under which each kind of traffic is served in turn, changed while the engine runs")  # fmt: skip
@@ -180,6 +181,8 @@ def start_part(options: argparse.Namespace, knobs: Mapping[str, KnobValue]) -> d
         num_bytes = read_once(folder)
         dtype = name_of(options.dtype_found)
         starts = [start_once(folder, options.device, dtype, knobs) for _ in range(options.runs)]
+        if options.profile:
+            start_once(folder, options.device, dtype, knobs, ["--profile"])
     print_starts(starts)
     return {
         "model": folder.name, "weight_bytes": num_bytes, "bar_s": START_BAR_S,
