@@ -452,6 +452,7 @@ def load(options: argparse.Namespace, stage_ended: Callable[[str], None] = lambd
     from runtime.executor import Executor  # noqa: F401 - needed next, and counted as a library
     from runtime.loader import load_model, resolve_device, resolve_dtype
 
+    gc.freeze()  # so that no later collection walks over the libraries
     gc.enable()
     stage_ended("imports")
     transformers_logging.set_verbosity_error()

@@ -6,6 +6,7 @@ monotonic clock, at the end of each stage. Started by runtime/bench/start.py.
 
 import argparse
 import cProfile
+import gc
 import json
 import logging
 import sys
@@ -28,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--kv-tokens", type=int)
     parser.add_argument("--knobs", type=json.loads, default={})
-    parser.add_argument("--profile", action="store_true", help="print where the time went, function by function")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where the time went, function by function"
+    )
     parser.add_argument("--began", type=float, required=True)
     options = parser.parse_args(arguments)
     ended: dict[str, float] = {}
@@ -47,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loaded = load(options, stage_ended)
     stage_ended("weights")
     executor, runner, _ = engine_parts(loaded, options.kv_tokens, options.knobs)
+    gc.collect()
+    gc.freeze()  # as the engine's process does
     stage_ended("engine")
     told_at: list[float] = []
 

@@ -28,6 +28,7 @@ from runtime.bench.serving import Serving
 from runtime.bench.shapes import SHAPES, save_random, source_of
 from runtime.bench.start import START_BAR_S, print_starts, read_once, start_once
 from runtime.bench.traffic import ROWS, TRAFFIC_MODEL_LEN, Scale, print_rows, traffic
+from runtime.bench.waterfall import print_waterfalls, waterfall
 from runtime.bench.words import patches_of
 from runtime.host import cpu_model
 from runtime.knobs import KnobValue
@@ -103,6 +104,11 @@ def parser_of() -> argparse.ArgumentParser:
         help="workloads that generate does too",
     )
     add("--knob", nargs="+", default=[], metavar="NAME=VALUE", help="knobs that are not at their default")
+    add(
+        "--waterfall",
+        action="store_true",
+        help="say where the time of a cell's decode steps goes on the device",
+    )
     add("--profile", action="store_true", help="one more start, which says where its time went by function")
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="kinds of traffic")
     add("--variant", nargs="+", default=[], metavar="NAME=VALUE,...",
@@ -125,20 +131,25 @@ def cells_part(options: argparse.Namespace, knobs: Mapping[str, KnobValue]) -> d
     device, dtype = options.device_found, options.dtype_found
     ceilings = measure_ceilings(device, dtype)
     print(", ".join(f"{key} {value}" for key, value in told(ceilings).items()))
-    cells = []
+    cells, waterfalls = [], []
     for shape, names in cells_of(options).items():
         bench = Bench(source_of(options.model, shape, device, dtype, MAX_MODEL_LEN), knobs)
         for name in names:
             with_generate = name in options.generate
             cells.append(measure(bench, name, ceilings, options.runs, options.seed, with_generate))
             print_cells(cells[-1:])
+            if options.waterfall and (found := waterfall(bench, name, ceilings, options.seed)) is not None:
+                waterfalls.append(found)
         config = bench.config.values()
         del bench
         let_go(device)
     print()
     print_cells(cells)
+    if waterfalls:
+        print_waterfalls(waterfalls)
     return {
         **told(ceilings), "runs": options.runs, "config": config, "cells": [cell._asdict() for cell in cells],
+        "waterfalls": [one._asdict() for one in waterfalls],
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from runtime.bench.serving import Answer, percentile_ms
 from runtime.bench.shapes import random_model
 from runtime.bench.start import start_of
 from runtime.bench.traffic import Row
+from runtime.bench.waterfall import Kernel, busy_of, kind_of
 from runtime.bench.words import patches_of
 
 TINY = ["--shape", "tiny", "--device", "cpu"]
@@ -103,6 +104,25 @@ def test_a_row_names_the_bars_that_it_misses() -> None:
     assert row._replace(requests_per_s=76.0, ttft_p95_ms=None).missed() == ["ttft_p95_ms"]
 
 
+def test_kernels_are_told_apart_by_their_names() -> None:
+    kinds = {
+        "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": "weights", "skinny_linear_kernel": "weights", "aten::mm": "weights",
+        "ampere_bf16_s16816gemm_bf16": "weights", "paged_decode_kernel": "kv", "add_norm_kernel": "other",
+        "flash_fwd_splitkv_kernel": "kv", "Memcpy HtoD (Pinned -> Device)": "other", "silu_mul": "other",
+    }  # fmt: skip
+    assert {name: kind_of(name) for name in kinds} == kinds
+
+
+def test_gaps_between_kernels_are_launching_or_waiting_for_the_host() -> None:
+    kernels = [
+        Kernel("gemm", 0.0, 10.0), Kernel("paged_decode", 12.0, 20.0), Kernel("add_norm", 15.0, 22.0),
+        Kernel("gemm", 122.0, 130.0),
+    ]  # fmt: skip
+    busy = busy_of(kernels[::-1])
+    assert busy.by_kind == {"weights": 18.0, "kv": 8.0, "other": 7.0}
+    assert (busy.overlap_us, busy.launch_us, busy.host_us) == (5.0, 2.0, 100.0)
+
+
 def test_parts_choose_their_cells() -> None:
     def cells(*words: str) -> dict[str, list[str]]:
         chosen = gpu.cells_of(gpu.parser_of().parse_args(list(words)))
@@ -121,10 +141,14 @@ def test_cells_serve_weights_that_were_saved(tmp_path: Path, capsys: pytest.Capt
     folder = tmp_path / "saved"
     assert gpu.main([*TINY, "--save-weights", str(folder)]) == 0
     assert (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
-    words = ["--model", str(folder), "--device", "cpu", "--workload", "tiny", "--runs", "1"]
+    words = ["--model", str(folder), "--device", "cpu", "--workload", "tiny", "--runs", "1", "--waterfall"]
     assert gpu.main([*words, "--knob", "prefill_chunk=16", "weight_format=bfloat16"]) == 0
     found = last_line(capsys)
     assert [cell["shape"] for cell in found["cells"]] == ["saved"]  # type: ignore[attr-defined]
+    (split,) = found["waterfalls"]  # type: ignore[misc]
+    parts = [split[name] for name in ("weights_ms", "kv_ms", "other_ms", "launch_ms", "host_ms")]
+    assert split["num_steps"] == 4 and split["weights_ms"] > 0
+    assert sum(parts) - split["overlap_ms"] == pytest.approx(split["step_ms"])
     config = found["config"]
     assert (config["prefill_chunk"], config["weight_format"]) == (16, "bfloat16")  # type: ignore[index]
 
