@@ -23,11 +23,16 @@ from runtime.scheduler import Batch, Scheduler
 
 NUM_STEPS = 16
 HOST_GAP_US = 30.0
+NUM_LONGEST, NAME_LENGTH = 10, 80
+# Of libraries and torch by what their names hold, of our own kernels by their names.
 KINDS = (
-    ("kv", re.compile(r"attn|attention|attend|flash|fmha|paged|latent_decode", re.IGNORECASE)),
+    ("kv", re.compile(r"attn|attention|flash|fmha|^_(latent_)?decode$|^_merge$", re.IGNORECASE)),
     (
         "weights",
-        re.compile(r"gemm|gemv|cutlass|nvjet|cublas|splitk|linear|expert|::(add)?mm\b", re.IGNORECASE),
+        re.compile(
+            r"gemm|gemv|cutlass|nvjet|cublas|splitk|linear|::(add)?mm$|^_(skinny|add_parts|gate_up|down)$",
+            re.I,
+        ),
     ),
 )
 
@@ -54,6 +59,7 @@ class Waterfall(NamedTuple):
     host_ms: float
     weights_floor_ms: float
     kv_floor_ms: float
+    longest: dict[str, float]  # milliseconds a step of the kernels that take most, by name
 
 
 def kind_of(name: str) -> str:
@@ -61,9 +67,11 @@ def kind_of(name: str) -> str:
 
 
 class Busy(NamedTuple):
-    """Microseconds by kind of kernel, shared by kernels that overlap, and between kernels by the length of the gap."""
+    """Microseconds by kind of kernel and by name, shared by kernels that overlap, and between kernels by the length of
+    the gap."""
 
     by_kind: dict[str, float]
+    by_name: dict[str, float]
     overlap_us: float
     launch_us: float
     host_us: float
@@ -71,10 +79,13 @@ class Busy(NamedTuple):
 
 def busy_of(kernels: Sequence[Kernel]) -> Busy:
     by_kind = {"weights": 0.0, "kv": 0.0, "other": 0.0}
+    by_name: dict[str, float] = {}
     overlap = launch = host = 0.0
     until: float | None = None
     for kernel in sorted(kernels, key=lambda one: one.start_us):
-        by_kind[kind_of(kernel.name)] += kernel.end_us - kernel.start_us
+        took = kernel.end_us - kernel.start_us
+        by_kind[kind_of(kernel.name)] += took
+        by_name[kernel.name] = by_name.get(kernel.name, 0.0) + took
         if until is not None:
             gap = kernel.start_us - until
             overlap += max(0.0, min(kernel.end_us, until) - kernel.start_us)
@@ -83,7 +94,7 @@ def busy_of(kernels: Sequence[Kernel]) -> Busy:
             else:
                 launch += max(0.0, gap)
         until = kernel.end_us if until is None else max(until, kernel.end_us)
-    return Busy(by_kind, overlap, launch, host)
+    return Busy(by_kind, by_name, overlap, launch, host)
 
 
 def waterfall(bench: Bench, name: str, ceilings: Ceilings, seed: int) -> Waterfall | None:
@@ -127,6 +138,7 @@ def waterfall_of(
     read = [bench.weights.read_bytes(batch.num_tokens) for batch in batches]
     cached = [kv_bytes * batch.context_tokens for batch in batches]
     ms = {kind: us / 1e3 / num for kind, us in busy.by_kind.items()}
+    longest = sorted(busy.by_name.items(), key=lambda item: -item[1])[:NUM_LONGEST]
     between_ms = 1e3 * seconds / num - sum(ms.values()) + (busy.overlap_us - busy.launch_us) / 1e3 / num
     return Waterfall(
         shape=bench.name, workload=name, num_steps=num, step_ms=1e3 * seconds / num, weights_ms=ms["weights"],
@@ -134,6 +146,7 @@ def waterfall_of(
         launch_ms=busy.launch_us / 1e3 / num, host_ms=between_ms,
         weights_floor_ms=1e3 * sum(read) / num / ceilings.copy_bytes_per_s,
         kv_floor_ms=1e3 * sum(cached) / num / ceilings.copy_bytes_per_s,
+        longest={name[:NAME_LENGTH]: us / 1e3 / num for name, us in longest},
     )  # fmt: skip
 
 

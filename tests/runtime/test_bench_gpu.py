@@ -106,16 +106,17 @@ def test_a_row_names_the_bars_that_it_misses() -> None:
 
 def test_kernels_are_told_apart_by_their_names() -> None:
     kinds = {
-        "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": "weights", "skinny_linear_kernel": "weights", "aten::mm": "weights",
-        "ampere_bf16_s16816gemm_bf16": "weights", "paged_decode_kernel": "kv", "add_norm_kernel": "other",
-        "flash_fwd_splitkv_kernel": "kv", "Memcpy HtoD (Pinned -> Device)": "other", "silu_mul": "other",
+        "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": "weights", "_skinny": "weights", "aten::mm": "weights",
+        "ampere_bf16_s16816gemm_bf16": "weights", "_decode": "kv", "_add_norm": "other",
+        "flash_fwd_splitkv_kernel": "kv", "Memcpy HtoD (Pinned -> Device)": "other", "_silu_mul": "other",
+        "_add_parts": "weights", "_merge": "kv", "_down": "weights", "_rope_and_cache": "other",
     }  # fmt: skip
     assert {name: kind_of(name) for name in kinds} == kinds
 
 
 def test_gaps_between_kernels_are_launching_or_waiting_for_the_host() -> None:
     kernels = [
-        Kernel("gemm", 0.0, 10.0), Kernel("paged_decode", 12.0, 20.0), Kernel("add_norm", 15.0, 22.0),
+        Kernel("gemm", 0.0, 10.0), Kernel("_decode", 12.0, 20.0), Kernel("add_norm", 15.0, 22.0),
         Kernel("gemm", 122.0, 130.0),
     ]  # fmt: skip
     busy = busy_of(kernels[::-1])
