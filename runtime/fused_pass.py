@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
 from runtime.decoder import Attention, Decoder, JointCache
 from runtime.kernels import TRITON, Kernels, Shape, checked
+from runtime.kernels.linear_table import LinearTable
 from runtime.kernels.splits import choose_splits
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.layer_parts import Mlp
@@ -25,7 +25,8 @@ Attend = Callable[[Tensor, JointCache, Attention], Tensor]
 class DecodeInputs(NamedTuple):
     """Rows of one token each, on the device. Padding rows have slot -1 and context 0.
 
-    `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks].
+    `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks]; `drawn`: int64, the tokens
+    that token ids below 0 stand for.
     """
 
     token_ids: Tensor
@@ -33,6 +34,7 @@ class DecodeInputs(NamedTuple):
     slots: Tensor
     contexts: Tensor
     tables: Tensor
+    drawn: Tensor
 
 
 class FusedPass:
@@ -43,6 +45,7 @@ class FusedPass:
     ) -> None:
         self._decoder, self._kernels, self._block_tokens = decoder, kernels, block_tokens
         self._num_sms = num_sms
+        self.linears = LinearTable(kernels.skinny_linear)
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
 
@@ -55,6 +58,7 @@ class FusedPass:
             step.slots,
             step.contexts[:num_single],
             step.tables[:num_single],
+            drawn=step.token_ids[0],  # all are known
         )
         splits = self._splits(num_single)
 
@@ -107,7 +111,7 @@ class FusedPass:
     def _hidden(self, inputs: DecodeInputs, caches: Sequence[JointCache], attend: Attend) -> Tensor:
         """Returns the normed output of the last layer, [T, hidden]."""
         kernels, decoder = self._kernels, self._decoder
-        x = embedding(inputs.token_ids, decoder.embedding)
+        x = kernels.embed(inputs.token_ids, inputs.drawn, decoder.embedding)
         delta: Tensor | None = None
         for layer, cache in zip(decoder.layers, caches, strict=True):
             attention, mlp = layer.attention, layer.mlp
@@ -118,10 +122,14 @@ class FusedPass:
                 qkv, self._angles, inputs.positions, cache.rows, inputs.slots, attention.kv_heads,
                 None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
             )  # fmt: skip
-            delta = attention.out.forward(attend(qkv, cache, attention))
+            delta = self.linears.added(attention.out, attend(qkv, cache, attention))
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
-            delta = mlp.down.forward(kernels.silu_mul(mlp.gate_up.forward(y)))
+            delta = self.linears.added(mlp.down, kernels.silu_mul(mlp.gate_up.forward(y)))
         return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        """The likeliest tokens, and whether each may be taken: int64 [2, rows]."""
+        return self._kernels.greedy(logits)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits: Tensor = self._decoder.head.forward(x)
@@ -154,4 +162,7 @@ def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> Fu
         return None
     kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape_of(decoder))
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
+    found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
+    for layer in layers:
+        found.linears.measure((layer.attention.out, layer.mlp.down))
+    return found

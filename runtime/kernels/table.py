@@ -27,8 +27,9 @@ class Kernels(NamedTuple):
     rope_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None, float], None]
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]  # (x, delta, weight, eps)
     silu_mul: Callable[[Tensor], Tensor]
-    skinny_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x of at most 64 rows, weight, bias)
+    skinny_linear: Callable[[Tensor, Tensor], Tensor]  # (x of at most 64 rows, weight)
     greedy: Callable[[Tensor], Tensor]
+    embed: Callable[[Tensor, Tensor, Tensor], Tensor]  # (token_ids, drawn, table)
 
 
 PLAIN = Kernels(
@@ -37,21 +38,24 @@ PLAIN = Kernels(
     plain.rope_and_cache,
     plain.add_norm,
     plain.silu_mul,
-    plain.linear,
+    plain.skinny_linear,
     plain.greedy,
+    plain.embed,
 )
 
 
 def _triton_kernels() -> Kernels:
     """Raises ImportError where Triton is missing or does not load."""
     from runtime.kernels.add_norm import add_norm
+    from runtime.kernels.embed import embed
+    from runtime.kernels.greedy import greedy
     from runtime.kernels.paged_decode import paged_decode, paged_latent_decode
     from runtime.kernels.rope_and_cache import rope_and_cache
     from runtime.kernels.silu_mul import silu_mul
     from runtime.kernels.skinny_linear import skinny_linear
 
     return Kernels(
-        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, plain.greedy
+        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, greedy, embed
     )
 
 
@@ -182,10 +186,32 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         return [_given(kernel(whole, delta, scale_of, 1e-6)), whole]
 
     yield "add_norm", added
+    parts = torch.randn(3, 4, hidden, generator=random, device=device)
+
+    def added_parts(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        whole = x.clone()
+        return [_given(kernel(whole, parts, scale_of, 1e-6)), whole]
+
+    yield "add_norm", added_parts
     yield "silu_mul", _returned(normal(4, 2 * shape.intermediate))
     matrix = normal(shape.intermediate, hidden) * hidden**-0.5
-    yield "skinny_linear", _returned(x, matrix, None)
-    yield "skinny_linear", _returned(normal(64, hidden), matrix, normal(shape.intermediate))
+
+    def multiplied(some: Tensor) -> Trial:
+        return lambda kernel: [_given(kernel(some, matrix)).sum(0).to(dtype)]
+
+    logits = normal(4, 5000)
+
+    def likeliest(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        tokens, may_be_taken = _given(kernel(logits))
+        return [(tokens[:, None] == torch.arange(5000, device=device)).float(), may_be_taken]
+
+    yield "greedy", likeliest
+    yield (
+        "embed",
+        _returned(*(torch.tensor(one, device=device) for one in ([3, -1, 0, -3], [1, 0, 2])), matrix),
+    )
+    yield "skinny_linear", multiplied(x)
+    yield "skinny_linear", multiplied(normal(64, hidden))
 
 
 def _returned(*given: object) -> Trial:
