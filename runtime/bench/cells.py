@@ -132,7 +132,7 @@ def step_of(batch: Batch, seconds: float) -> Step:
 def weights_of(loaded: LoadedModel) -> Weights:
     config = loaded.model.config.get_text_config()
     embedding = loaded.model.get_input_embeddings().weight
-    num_experts = getattr(config, "n_routed_experts", None)
+    num_experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_experts", None)
     chosen_share = config.num_experts_per_tok / num_experts if num_experts else 1.0
     num_shared = num_routed = shared_bytes = routed_bytes = 0
     for name, weight in loaded.model.named_parameters():

@@ -44,8 +44,8 @@ class Kernel(NamedTuple):
 
 
 class Waterfall(NamedTuple):
-    """Milliseconds a step, on average over `num_steps`. Their sum is `step_ms`, but for kernels that overlap: these
-    count as long as they run, and `overlap_ms` is what they share."""
+    """Milliseconds a step, on average over `num_steps`; weights to host add up to `step_ms`. A kernel that starts
+    before the one in front of it has ended counts from that end on."""
 
     shape: str
     workload: str
@@ -54,7 +54,6 @@ class Waterfall(NamedTuple):
     weights_ms: float
     kv_ms: float
     other_ms: float
-    overlap_ms: float
     launch_ms: float
     host_ms: float
     weights_floor_ms: float
@@ -67,12 +66,10 @@ def kind_of(name: str) -> str:
 
 
 class Busy(NamedTuple):
-    """Microseconds by kind of kernel and by name, shared by kernels that overlap, and between kernels by the length of
-    the gap."""
+    """Microseconds by kind of kernel and by name, and between kernels by the length of the gap."""
 
     by_kind: dict[str, float]
     by_name: dict[str, float]
-    overlap_us: float
     launch_us: float
     host_us: float
 
@@ -80,21 +77,17 @@ class Busy(NamedTuple):
 def busy_of(kernels: Sequence[Kernel]) -> Busy:
     by_kind = {"weights": 0.0, "kv": 0.0, "other": 0.0}
     by_name: dict[str, float] = {}
-    overlap = launch = host = 0.0
-    until: float | None = None
-    for kernel in sorted(kernels, key=lambda one: one.start_us):
-        took = kernel.end_us - kernel.start_us
+    launch = host = 0.0
+    ordered = sorted(kernels, key=lambda one: one.start_us)
+    until = ordered[0].start_us if ordered else 0.0
+    for kernel in ordered:
+        gap = max(0.0, kernel.start_us - until)
+        launch, host = (launch, host + gap) if gap > HOST_GAP_US else (launch + gap, host)
+        took = max(0.0, kernel.end_us - max(kernel.start_us, until))
         by_kind[kind_of(kernel.name)] += took
         by_name[kernel.name] = by_name.get(kernel.name, 0.0) + took
-        if until is not None:
-            gap = kernel.start_us - until
-            overlap += max(0.0, min(kernel.end_us, until) - kernel.start_us)
-            if gap > HOST_GAP_US:
-                host += gap
-            else:
-                launch += max(0.0, gap)
-        until = kernel.end_us if until is None else max(until, kernel.end_us)
-    return Busy(by_kind, by_name, overlap, launch, host)
+        until = max(until, kernel.end_us)
+    return Busy(by_kind, by_name, launch, host)
 
 
 def waterfall(bench: Bench, name: str, ceilings: Ceilings, seed: int) -> Waterfall | None:
@@ -112,20 +105,23 @@ def waterfall(bench: Bench, name: str, ceilings: Ceilings, seed: int) -> Waterfa
         scheduler.add(Request.of_tokens(str(at), ids, num, 0.0))
     num_steps = min(NUM_STEPS, max(load.output_tokens) // 2)
     for batch in steps_of(bench.executor, scheduler, config):
-        if not scheduler.waiting and batch.num_decode == len(scheduler.running) and batch.sampled.all():
-            if not batches:
-                synchronize(device)
-                profiler.start()
-                began = time.perf_counter()
-            batches.append(batch)
-        if len(batches) > num_steps:
+        only_decodes = not scheduler.waiting and batch.num_decode == len(scheduler.running)
+        if not batches and not (only_decodes and batch.sampled.all()):
+            continue
+        if not batches:
             synchronize(device)
-            seconds = time.perf_counter() - began
-            profiler.stop()
+            profiler.start()
+            began = time.perf_counter()
+        batches.append(batch)
+        if len(batches) > num_steps:
             break
+    if batches:
+        synchronize(device)
+        seconds = time.perf_counter() - began
+        profiler.stop()
     for request in [*scheduler.running, *scheduler.waiting]:
         scheduler.cancel(request.id)
-    if not seconds or not (kernels := list(kernels_of(profiler, device))):
+    if len(batches) < 2 or not (kernels := list(kernels_of(profiler, device))):
         return None
     return waterfall_of(bench, name, batches[1:], seconds, busy_of(kernels), ceilings)
 
@@ -139,11 +135,10 @@ def waterfall_of(
     cached = [kv_bytes * batch.context_tokens for batch in batches]
     ms = {kind: us / 1e3 / num for kind, us in busy.by_kind.items()}
     longest = sorted(busy.by_name.items(), key=lambda item: -item[1])[:NUM_LONGEST]
-    between_ms = 1e3 * seconds / num - sum(ms.values()) + (busy.overlap_us - busy.launch_us) / 1e3 / num
+    host_ms = 1e3 * seconds / num - sum(ms.values()) - busy.launch_us / 1e3 / num
     return Waterfall(
         shape=bench.name, workload=name, num_steps=num, step_ms=1e3 * seconds / num, weights_ms=ms["weights"],
-        kv_ms=ms["kv"], other_ms=ms["other"], overlap_ms=busy.overlap_us / 1e3 / num,
-        launch_ms=busy.launch_us / 1e3 / num, host_ms=between_ms,
+        kv_ms=ms["kv"], other_ms=ms["other"], launch_ms=busy.launch_us / 1e3 / num, host_ms=host_ms,
         weights_floor_ms=1e3 * sum(read) / num / ceilings.copy_bytes_per_s,
         kv_floor_ms=1e3 * sum(cached) / num / ceilings.copy_bytes_per_s,
         longest={name[:NAME_LENGTH]: us / 1e3 / num for name, us in longest},
@@ -161,12 +156,12 @@ def kernels_of(profiler: Any, device: torch.device) -> Iterator[Kernel]:
 
 def print_waterfalls(waterfalls: Sequence[Waterfall]) -> None:
     columns = (
-        "step", "weights", "(floor)", "KV", "(floor)", "other", "overlap", "launch", "host",
+        "step", "weights", "(floor)", "KV", "(floor)", "other", "launch", "host",
     )  # fmt: skip
     print(f"{'shape':<18}{'workload':<10}" + "".join(f"{name:>9}" for name in columns) + "  ms a decode step")
     for one in waterfalls:
         cells = (
             one.step_ms, one.weights_ms, one.weights_floor_ms, one.kv_ms, one.kv_floor_ms, one.other_ms,
-            one.overlap_ms, one.launch_ms, one.host_ms,
+            one.launch_ms, one.host_ms,
         )  # fmt: skip
         print(f"{one.shape:<18}{one.workload:<10}" + "".join(f"{cell:>9.3f}" for cell in cells))
