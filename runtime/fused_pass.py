@@ -45,7 +45,7 @@ class FusedPass:
     ) -> None:
         self._decoder, self._kernels, self._block_tokens = decoder, kernels, block_tokens
         self._num_sms = num_sms
-        self.linears = LinearTable(kernels.skinny_linear)
+        self.linears = LinearTable(kernels)
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
 
@@ -88,6 +88,16 @@ class FusedPass:
 
         return self._logits(self._hidden(inputs, caches, attend))
 
+    def measure_linears(self) -> None:
+        """Finds the faster form of each layer."""
+        attentions = [
+            layer.attention for layer in self._decoder.layers if isinstance(layer.attention, Attention)
+        ]
+        mlps = [layer.mlp for layer in self._decoder.layers if isinstance(layer.mlp, Mlp)]
+        self.linears.measure("whole", [self._decoder.head, *(one.qkv for one in attentions)])
+        self.linears.measure("gated", [one.gate_up for one in mlps])
+        self.linears.measure("parts", [*(one.out for one in attentions), *(one.down for one in mlps)])
+
     def _pieces(self, qkv: Tensor, cache: JointCache, layer: Attention, pieces: Pieces) -> Tensor:
         """qkv: of the pieces' tokens. Returns [tokens, heads * D]."""
         heads, kv_heads, dim = layer.num_heads, layer.kv_heads, layer.dim
@@ -116,7 +126,8 @@ class FusedPass:
         for layer, cache in zip(decoder.layers, caches, strict=True):
             attention, mlp = layer.attention, layer.mlp
             assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
-            qkv = attention.qkv.forward(kernels.add_norm(x, delta, layer.before.weight, layer.before.eps))
+            y = kernels.add_norm(x, delta, layer.before.weight, layer.before.eps)
+            qkv = self.linears.whole(attention.qkv, y)
             norm = attention.qk_norm
             kernels.rope_and_cache(
                 qkv, self._angles, inputs.positions, cache.rows, inputs.slots, attention.kv_heads,
@@ -124,7 +135,7 @@ class FusedPass:
             )  # fmt: skip
             delta = self.linears.added(attention.out, attend(qkv, cache, attention))
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
-            delta = self.linears.added(mlp.down, kernels.silu_mul(mlp.gate_up.forward(y)))
+            delta = self.linears.added(mlp.down, self.linears.gated(mlp.gate_up, y))
         return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
 
     def greedy(self, logits: Tensor) -> Tensor:
@@ -132,8 +143,7 @@ class FusedPass:
         return self._kernels.greedy(logits)
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self._decoder.head.forward(x)
-        return logits
+        return self.linears.whole(self._decoder.head, x)
 
 
 def queries_of(qkv: Tensor, layer: Attention) -> Tensor:
@@ -163,6 +173,5 @@ def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> Fu
     kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape_of(decoder))
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
-    for layer in layers:
-        found.linears.measure((layer.attention.out, layer.mlp.down))
+    found.measure_linears()
     return found

@@ -105,10 +105,17 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The product in parts that have yet to be added up. x: [M, K], M at most 64; weight: [N, K].
+    """x: [M, K], M at most 64; weight: [N, K]. Returns [M, N]."""
+    return torch.nn.functional.linear(x, weight)
 
-    Returns [S, M, N] float32.
-    """
+
+def skinny_gated(x: Tensor, weight: Tensor) -> Tensor:
+    """weight: [2 * I, K], gates first. Returns silu(gate) * up, [M, I]."""
+    return silu_mul(torch.nn.functional.linear(x, weight))
+
+
+def skinny_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """The product in parts that have yet to be added up. Returns [S, M, N] float32."""
     return torch.nn.functional.linear(x.to(_wide(x)), weight.to(_wide(x)))[None]
 
 

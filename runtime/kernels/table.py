@@ -28,6 +28,8 @@ class Kernels(NamedTuple):
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]  # (x, delta, weight, eps)
     silu_mul: Callable[[Tensor], Tensor]
     skinny_linear: Callable[[Tensor, Tensor], Tensor]  # (x of at most 64 rows, weight)
+    skinny_gated: Callable[[Tensor, Tensor], Tensor]
+    skinny_parts: Callable[[Tensor, Tensor], Tensor]
     greedy: Callable[[Tensor], Tensor]
     embed: Callable[[Tensor, Tensor, Tensor], Tensor]  # (token_ids, drawn, table)
 
@@ -39,6 +41,8 @@ PLAIN = Kernels(
     plain.add_norm,
     plain.silu_mul,
     plain.skinny_linear,
+    plain.skinny_gated,
+    plain.skinny_parts,
     plain.greedy,
     plain.embed,
 )
@@ -52,11 +56,12 @@ def _triton_kernels() -> Kernels:
     from runtime.kernels.paged_decode import paged_decode, paged_latent_decode
     from runtime.kernels.rope_and_cache import rope_and_cache
     from runtime.kernels.silu_mul import silu_mul
-    from runtime.kernels.skinny_linear import skinny_linear
+    from runtime.kernels.skinny_linear import skinny_gated, skinny_linear, skinny_parts
 
     return Kernels(
-        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, greedy, embed
-    )
+        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, skinny_gated,
+        skinny_parts, greedy, embed,
+    )  # fmt: skip
 
 
 TRITON: Kernels | None = None
@@ -196,9 +201,6 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
     yield "silu_mul", _returned(normal(4, 2 * shape.intermediate))
     matrix = normal(shape.intermediate, hidden) * hidden**-0.5
 
-    def multiplied(some: Tensor) -> Trial:
-        return lambda kernel: [_given(kernel(some, matrix)).sum(0).to(dtype)]
-
     logits = normal(4, 5000)
 
     def likeliest(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
@@ -210,12 +212,19 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         "embed",
         _returned(*(torch.tensor(one, device=device) for one in ([3, -1, 0, -3], [1, 0, 2])), matrix),
     )
-    yield "skinny_linear", multiplied(x)
-    yield "skinny_linear", multiplied(normal(64, hidden))
+    gates = torch.cat((matrix, matrix.flip(0)))
+    for some in (x, normal(64, hidden)):
+        yield "skinny_linear", _returned(some, matrix)
+        yield "skinny_gated", _returned(some, gates)
+        yield "skinny_parts", _added_up(some, matrix)
 
 
 def _returned(*given: object) -> Trial:
     return lambda kernel: [_given(kernel(*given))]
+
+
+def _added_up(x: Tensor, weight: Tensor) -> Trial:
+    return lambda kernel: [_given(kernel(x, weight)).sum(0).to(x.dtype)]
 
 
 def _given(result: Tensor | None) -> Tensor:

@@ -235,14 +235,18 @@ add("silu_of_large_values", silu, size=200, scale=40.0)
 def skinny(
     device: torch.device, dtype: torch.dtype, m: int, n: int = 100, k: int = 512, **tiles: int
 ) -> None:
-    from runtime.kernels.skinny_linear import Tiles, skinny_linear
+    from runtime.kernels.skinny_linear import Tiles, skinny_parts
 
     torch.manual_seed(0)
     x = torch.randn(m, k + 16).to(device, dtype)[:, :k]  # rows lie apart
     weight = (torch.randn(n, k) * k**-0.5).to(device, dtype)
-    parts = skinny_linear(x, weight, Tiles(**tiles) if tiles else None)
+    parts = skinny_parts(x, weight, Tiles(**tiles) if tiles else None)
     assert parts.dtype == torch.float32
-    close(parts.sum(0).to(dtype), PLAIN.skinny_linear(x, weight)[0].to(dtype))
+    close(parts.sum(0).to(dtype), PLAIN.skinny_parts(x, weight)[0].to(dtype))
+    if not tiles:
+        close(kernels().skinny_linear(x, weight), PLAIN.skinny_linear(x, weight))
+        both = torch.cat((weight, weight.flip(0)))
+        close(kernels().skinny_gated(x, both), PLAIN.skinny_gated(x, both))
 
 
 for m in (1, 3, 16, 17, 33, 64):
@@ -332,7 +336,7 @@ def compile_only() -> None:
 
 def compiled_cases() -> dict[str, Callable[[], object]]:
     """Shapes of real models in bfloat16."""
-    from runtime.kernels.skinny_linear import Tiles, skinny_linear
+    from runtime.kernels.skinny_linear import Tiles, skinny_parts
 
     half, cpu = torch.bfloat16, torch.device("cpu")
 
@@ -387,7 +391,9 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
     }
     for rows in (1, 32, 64):
         found[f"linear_{rows}"] = lambda m=rows: kernels().skinny_linear(empty(m, 4096), empty(4096, 4096))
-    found["linear_split"] = lambda: skinny_linear(empty(2, 3072), empty(1024, 3072), Tiles(split_k=4))
+        found[f"gated_{rows}"] = lambda m=rows: kernels().skinny_gated(empty(m, 4096), empty(28672, 4096))
+        found[f"parts_{rows}"] = lambda m=rows: kernels().skinny_parts(empty(m, 4096), empty(4096, 4096))
+    found["parts_tiled"] = lambda: skinny_parts(empty(2, 3072), empty(1024, 3072), Tiles(split_k=4))
     return found
 
 

@@ -68,9 +68,11 @@ def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
     model = decoder(family)
     fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
     if in_parts:
+        layer = model.decoder.layers[0]
+        uses = {"whole": layer.attention.qkv, "gated": layer.mlp.gate_up, "parts": layer.attention.out}
         fused.linears.choices = {
-            LinearShape(*layer.weight.shape, rows, torch.float64): Choice(1.0, 9.0)
-            for layer in (model.decoder.layers[0].attention.out, model.decoder.layers[0].mlp.down)
+            LinearShape(use, *one.weight.shape, rows, torch.float64): Choice(1.0, 9.0)
+            for use, one in (*uses.items(), ("parts", layer.mlp.down))
             for rows in TIMED_ROWS
         }
     scheduler, _ = mixed_steps(40)
