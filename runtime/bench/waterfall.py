@@ -30,7 +30,7 @@ KINDS = (
     (
         "weights",
         re.compile(
-            r"gemm|gemv|cutlass|nvjet|cublas|splitk|linear|::(add)?mm$|^_(skinny|add_parts|gate_up|down)$",
+            r"gemm|gemv|cutlass|nvjet|cublas|splitk|linear|::(add)?mm$|^_(skinny|gate_up|down)$",
             re.I,
         ),
     ),

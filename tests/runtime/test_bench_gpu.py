@@ -109,7 +109,7 @@ def test_kernels_are_told_apart_by_their_names() -> None:
         "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": "weights", "_skinny": "weights", "aten::mm": "weights",
         "ampere_bf16_s16816gemm_bf16": "weights", "_decode": "kv", "_add_norm": "other",
         "flash_fwd_splitkv_kernel": "kv", "Memcpy HtoD (Pinned -> Device)": "other", "_silu_mul": "other",
-        "_add_parts": "weights", "_merge": "kv", "_down": "weights", "_rope_and_cache": "other",
+        "_merge": "kv", "_down": "weights", "_rope_and_cache": "other",
     }  # fmt: skip
     assert {name: kind_of(name) for name in kinds} == kinds
 
