@@ -20,8 +20,8 @@ from runtime.errors import ModelError
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.weight_stream import Reading, is_straight_type, raw_config
 
-if TYPE_CHECKING:  # Triton is loaded in the thread that needs it
-    from runtime.kernels import Shape
+if TYPE_CHECKING:  # Triton is loaded on a GPU only, when the weights are on their way
+    from runtime.kernels import Kernels, Shape
 
 log = logging.getLogger(__name__)
 
@@ -33,22 +33,29 @@ def begin(folder: Path, device_name: str) -> Reading | None:
         if torch.cuda.is_available():
             asked = torch.device("cuda" if device_name == "auto" else device_name)
             device = torch.device(asked.type, asked.index or 0)  # as tensors say it
-    if device.type == "cuda":
-        threading.Thread(target=_wake, args=(folder, device), name="wake", daemon=True).start()
-    with contextlib.suppress(ModelError):
-        return Reading.begin(folder, device)
-    return None
-
-
-def _wake(folder: Path, device: torch.device) -> None:
     try:
-        from runtime.kernels import TRITON, checked
+        reading = Reading.begin(folder, device)
+    except ModelError:
+        return None
+    if device.type == "cuda":
+        from runtime.kernels import (
+            TRITON,
+        )  # here, since two threads that import one library may meet in a circle
 
+        waking = threading.Thread(target=_wake, args=(folder, device, TRITON), name="wake", daemon=True)
+        waking.start()
+    return reading
+
+
+def _wake(folder: Path, device: torch.device, kernels: "Kernels | None") -> None:
+    from runtime.kernels import checked
+
+    try:
         some = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
         some @ some  # makes the context and loads cuBLAS
         config = raw_config(folder)
-        if TRITON is not None and is_straight_type(config) and (shape := shape_of(config)) is not None:
-            checked(TRITON, device, torch.bfloat16, shape)
+        if kernels is not None and is_straight_type(config) and (shape := shape_of(config)) is not None:
+            checked(kernels, device, torch.bfloat16, shape)
     except Exception:  # of a driver or a compiler: anything, and it will come again where it is needed
         log.info("the device could not be woken beside the imports", exc_info=True)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from runtime import head_start
 from runtime import weight_files as files_module
 from runtime import weight_stream as stream_module
 from runtime.decoder import Decoder
@@ -14,6 +15,7 @@ from runtime.errors import ModelError
 from runtime.fused_pass import shape_of as shape_of_decoder
 from runtime.head_start import begin, shape_of
 from runtime.hf_model import HFModel
+from runtime.kernels import PLAIN, Kernels, Shape, table
 from runtime.loader import LoadedModel, assembled, load_model, read_config
 from runtime.weight_files import WeightsDigest, weight_files
 from runtime.weight_stream import Reading, WeightStream, is_straight_type, raw_config
@@ -130,6 +132,25 @@ def test_a_head_start_is_used_and_a_folder_at_fault_is_told_by_the_loading(tmp_p
     loaded = load_model(folder, CPU, torch.float32, reading=reading)
     assert loaded.identity["weights_sha256"] == reading.digest.result()
     assert begin(tmp_path / "nowhere", "cpu") is None and begin(folder, "no such device") is not None
+
+
+def test_waking_a_device_checks_the_kernels_once_and_never_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Shape] = []
+
+    def check(device: torch.device, dtype: torch.dtype, shape: Shape, kernels: Kernels | None) -> list[str]:
+        seen.append(shape)
+        return []
+
+    monkeypatch.setattr(table, "self_check", check)
+    monkeypatch.setattr(table, "_failed", {})
+    folder = save_tiny_model("llama", tmp_path / "tiny")
+    for _ in range(2):
+        head_start._wake(folder, CPU, PLAIN)
+    assert seen == [shape_of(raw_config(folder))]
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    head_start._wake(folder, CPU, PLAIN)
 
 
 @pytest.mark.gpu
