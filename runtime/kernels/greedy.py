@@ -52,7 +52,7 @@ def _best_of_block(
     tl.store(at + row * tl.num_programs(1) + block, tl.min(tl.where(found == highest, token, VOCAB), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # or each number of rows is compiled anew
 def _best_of_row(
     best: tl.tensor,
     at: tl.tensor,

@@ -111,7 +111,7 @@ def _row_block(num_rows: int) -> int:
     return max(MIN_DOT, triton.next_power_of_2(num_rows))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # or each number of rows is compiled anew
 def _skinny(
     x: tl.tensor,
     weight: tl.tensor,
