@@ -72,6 +72,7 @@ class Serving:
         self.answers: dict[str, Answer] = {}
         self.steps: list[StepEnd] = []
         self.num_failed = 0
+        self._why_failed = ""
         self._draw: Draw | None = None  # what follows a request that has ended
         self._num_followers = 0
         self._replies: dict[int, Frame] = {}
@@ -83,15 +84,22 @@ class Serving:
         return self.engine.tick.config
 
     def submit(self, wish: Wish, arrived_at: float | None = None) -> str:
-        """Returns the request's id. `arrived_at`: by the engine's clock, now if not given."""
+        """Returns the request's id. `arrived_at`: by the engine's clock, now if not given.
+
+        Raises:
+            RuntimeError: the engine refused it.
+        """
         self._num_submitted += 1
         id = str(self._num_submitted)
         arrived_at = self.clock.now() if arrived_at is None else arrived_at
         self.answers[id] = Answer(arrived_at, wish.output_tokens)
+        num_failed = self.num_failed
         self.engine.submit({
             "op": "submit", "id": id, "token_ids": wish.token_ids, "max_tokens": wish.output_tokens, "sampling": {},
             "stop_token_ids": [], "ignore_eos": True, "arrived_at": arrived_at,
         })  # fmt: skip
+        if self.num_failed > num_failed:
+            raise RuntimeError(f"A request of the benchmark was refused: {self._why_failed}")
         return id
 
     def step(self) -> bool:
@@ -182,6 +190,7 @@ class Serving:
                 self.steps.append(StepEnd(now, now - began))
             case "failed":
                 self.num_failed += 1
+                self._why_failed = str(frame["message"])
             case "reply":
                 self._replies[frame["call"]] = frame
 

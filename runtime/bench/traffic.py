@@ -139,18 +139,18 @@ def long_row(serving: Serving, scale: Scale, rng: np.random.Generator) -> Row:
     began = serving.clock.now()
     for _ in range(NUM_LONG):
         others = [serving.submit(draw()) for _ in range(scale.num_at_once)]
-        while any(serving.answers[id].num_tokens < 2 for id in others):
-            serving.step()
+        while any(serving.answers[id].num_tokens < 2 for id in others) and serving.step():
+            pass
         wish = Wish(random_tokens(scaled(LONG_PROMPT_TOKENS, scale.lengths), serving.vocab_size, rng), 2)
         answer = serving.answers[serving.submit(wish)]
-        while not answer.told_at:
-            serving.step()
+        while not answer.told_at and serving.step():
+            pass
         long.append(answer)
-        for id in others:
+        for id in others if answer.told_at else ():
             gaps_s += serving.answers[id].gaps_s(answer.arrived_at, answer.told_at[0])
         serving.cancel(others)
         serving.drain()
-    ttft_s = [median(one.ttft_s for one in long)]
+    ttft_s = [median(one.ttft_s for one in long)] if all(one.told_at for one in long) else []
     row = row_of("long", serving, long, serving.clock.now() - began, gaps_s, ttft_s)
     return row._replace(num_dropped=sum(not one.is_whole for one in long))
 

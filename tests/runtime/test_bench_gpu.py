@@ -171,6 +171,11 @@ def test_traffic_is_served_under_each_variant(capsys: pytest.CaptureFixture[str]
     assert (config["max_num_seqs"], config["prefill_chunk"]) == (8, 256)  # type: ignore[index]
 
 
+def test_a_prompt_that_the_model_cannot_take_is_told() -> None:
+    with pytest.raises(RuntimeError, match="was refused: Prompt and output must fit in 8192 tokens"):
+        gpu.main([*TINY, "--part", "traffic", "--rows", "long", "--at-once", "1", "--scale", "0.5"])
+
+
 def test_a_start_says_where_its_seconds_went(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([*TINY, "--part", "start", "--runs", "1", "--knob", "max_num_seqs=4"]) == 0
     found = last_line(capsys)
