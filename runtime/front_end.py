@@ -258,7 +258,8 @@ class FrontEnd:
             if exchange is None or exchange.replica is not replica:  # cancelled while the step ran
                 continue
             gap_s = exchange.add_token(token, at, config_id, slice_id)
-            exchange.logprobs += logprobs
+            if logprobs:
+                exchange.logprobs += logprobs
             replica.outstanding_tokens -= 1
             exchange.num_preemptions = num_preemptions
             if gap_s is None:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from runtime.answers import DONE, ChunkWriter, Kind, PromptLogprobs, Usage, choice, error_answer, whole
+from runtime.body_pipe import BODY_PIPE, BodyPipe
 from runtime.detokenize import Decode, Detokenizer, StopMatcher
 from runtime.errors import RuntimeFault
 from runtime.exchange import Exchange
@@ -57,6 +58,9 @@ class Choice:
         self._is_echoed = echo is None
         self.finish_reason: str | None = None
         self._detokenizer, self._matcher, self._stopped = Detokenizer(decode), StopMatcher(stops), stopped
+        asked = exchange.sampling is not None and exchange.sampling.params.num_logprobs is not None
+        # Nothing is looked for in the text and nothing told beside it, which is so of most answers.
+        self._is_plain = not stops and echo is None and not asked
 
     def advance(self) -> Delta | None:
         """Returns what is new, or None.
@@ -64,6 +68,9 @@ class Choice:
         Raises:
             RuntimeFault: the exchange ended with this error.
         """
+        if self._is_plain and self.exchange.finish is None:
+            text = "".join(map(self._detokenizer.push, self.exchange.take().tokens))
+            return Delta(self.index, text, None, []) if text else None
         tokens, logprobs, finish = self.exchange.take()
         text, told = self._echoed() if tokens else ("", [])
         num_echoed = len(told)
@@ -145,7 +152,12 @@ class Answer(Response):
 
     background = None
 
+    def __post_init__(self) -> None:
+        self._unfinished = list(self.choices)
+        self._pipe: BodyPipe | None = None
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._pipe = scope.get(BODY_PIPE)
         work = asyncio.ensure_future(
             self._stream(send) if self.streamed else self._whole(scope, receive, send)
         )
@@ -169,16 +181,14 @@ class Answer(Response):
         for told in self.choices:
             self.front.leave(told.exchange)
 
-    async def _deltas(self) -> AsyncIterator[list[Delta]]:
-        """What is new in any choice, until all have ended."""
-        unfinished = list(self.choices)
-        while unfinished:
-            await self.wake.wait()
-            self.wake.clear()
-            news = [delta for told in unfinished if (delta := told.advance()) is not None]
-            unfinished = [told for told in unfinished if told.finish_reason is None]
-            if news:
-                yield news
+    async def _news(self) -> list[Delta]:
+        """Waits until something may be new in any choice that has not ended, and returns what is."""
+        await self.wake.wait()
+        self.wake.clear()
+        news = [delta for told in self._unfinished if (delta := told.advance()) is not None]
+        if any(delta.finish_reason is not None for delta in news):
+            self._unfinished = [told for told in self._unfinished if told.finish_reason is None]
+        return news
 
     def _usage(self) -> Usage:
         """A prompt with several answers counts once."""
@@ -192,8 +202,8 @@ class Answer(Response):
         texts: dict[int, list[str]] = {told.index: [] for told in self.choices}
         logprobs: dict[int, list[Written]] = {told.index: [] for told in self.choices}
         try:
-            async for news in self._deltas():
-                for delta in news:
+            while self._unfinished:
+                for delta in await self._news():
                     texts[delta.choice_index].append(delta.text)
                     logprobs[delta.choice_index] += delta.logprobs
         except RuntimeFault as error:
@@ -226,20 +236,28 @@ class Answer(Response):
     async def _stream_events(self, send: Send, begun: set[int]) -> None:
         """Adds to `begun` the choices whose first event is out."""
         writer = ChunkWriter(self.kind, self.request_id, self.created, self.model, self.include_usage)
-        async for news in self._deltas():
+        while self._unfinished:
+            news = await self._news()
+            if not news:
+                continue
             if not begun:
                 await _start_stream(send)
-            events = b""
-            for delta in news:
-                if delta.choice_index not in begun:
-                    begun.add(delta.choice_index)
-                    events += writer.role(delta.choice_index)
-                told = together(self.kind, delta.logprobs)
-                events += writer.text(delta.choice_index, delta.text, delta.finish_reason, told)
-            await _send_body(send, events)
+            events = b"".join([self._event(writer, delta, begun) for delta in news])
+            if self._pipe is None or not self._pipe.write(events):
+                await _send_body(send, events)
         await _send_body(
             send, (writer.usage(self._usage()) if self.include_usage else b"") + DONE, more=False
         )
+
+    def _event(self, writer: ChunkWriter, delta: Delta, begun: set[int]) -> bytes:
+        index, text, finish_reason, logprobs = delta
+        role = b""
+        if index not in begun:
+            begun.add(index)
+            role = writer.role(index)
+        if finish_reason is None and not logprobs:
+            return role + writer.more(index, text)
+        return role + writer.text(index, text, finish_reason, together(self.kind, logprobs))
 
     async def _fail(self, send: Send, error: RuntimeFault, begun: bool) -> None:
         answer = error_answer(error)
