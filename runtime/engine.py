@@ -345,6 +345,7 @@ class Engine:
             self._send({
                 "op": "tokens", "at": now, "config_id": self.tick.config.config_id,
                 "slice_id": self.tick.slice_id, "items": items,
+                "stream_interval": self.tick.config.stream_interval,
             })  # fmt: skip
 
     def _send_scores(

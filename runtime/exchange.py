@@ -57,6 +57,7 @@ class Exchange:
     stats: SliceStats | None
     prompt_ids: list[int] | None = None  # None until tokenised
     sampling: Sampling | None = None
+    gathers: bool = False  # tokens may wait for the next ones: where no stop string is looked for in each
     deadline: asyncio.TimerHandle | None = None
     replica: Replica | None = None  # the engine that has it; None while it waits for one
 
@@ -116,6 +117,10 @@ class Exchange:
     def add_prompt_logprobs(self, start: int, logprobs: list[Any]) -> None:
         """All of them are there before the first token. An engine that begins again sends them from 0 again."""
         self.prompt_logprobs[start:] = logprobs
+
+    def is_due(self, stream_interval: int) -> bool:
+        """Whether what came since the last call of `take` is to be sent now."""
+        return not self.gathers or len(self._untaken) >= stream_interval
 
     def take(self) -> Progress:
         """Returns the tokens that came since the last call and, once it is over, how it ended."""

@@ -251,7 +251,7 @@ class FrontEnd:
 
     def _on_tokens(self, replica: Replica, frame: Frame) -> None:
         at, config_id, slice_id = frame["at"], frame["config_id"], frame["slice_id"]
-        meter, live = self.meter, self.live
+        meter, live, interval = self.meter, self.live, frame.get("stream_interval", 1)
         for request_id, token, finish_reason, admitted_at, num_preemptions, *logprobs in frame["items"]:
             meter.tokens_total += 1
             exchange = live.get(request_id)
@@ -269,7 +269,8 @@ class FrontEnd:
                 meter.gap_s.observe(gap_s)
             if finish_reason is not None:
                 self._close(exchange, finish_reason, at=at)
-            exchange.wake.set()
+            elif interval == 1 or gap_s is None or exchange.is_due(interval):
+                exchange.wake.set()
 
     def _on_prompt_logprobs(self, replica: Replica, frame: Frame) -> None:
         exchange = self.live.get(frame["id"])

@@ -169,20 +169,33 @@ def served_folder(
         yield folder
 
 
-def serve_alone(job: Mapping[str, Any]) -> list[tuple[float, list[list[int]]]]:
-    """Seconds and tokens of each load, without a server. The engine is the one that `runtime.bench engine` times."""
+class Alone(NamedTuple):
+    """One run of the engine without a server."""
+
+    seconds: float
+    tokens_per_s: float
+    engine_cpu_s: float  # of 1,000 tokens
+
+
+def serve_alone(job: Mapping[str, Any]) -> list[Alone]:
+    """One a load. The engine is the one that `runtime.bench engine` times."""
     device = resolve_device(job["device"])
     dtype = resolve_dtype(job["dtype"], device)
     torch.set_num_interop_threads(1)
     config = default_config("cuda" if device.type == "cuda" else "cpu", num_cores()).patched(job["patch"])
     engine = Ours(load_model(Path(job["folder"]), device, dtype, job["max_model_len"]), config)
-    served = [engine.serve(Load(*load)) for load in job["loads"]]
-    return [(one.seconds, one.outputs) for one in served]
+    served = []
+    for load in (Load(*load) for load in job["loads"]):
+        cpu_s = time.process_time()
+        seconds = engine.serve(load).seconds
+        cpu_s = time.process_time() - cpu_s
+        served.append(Alone(seconds, load.num_tokens / seconds, 1000 * cpu_s / load.num_tokens))
+    return served
 
 
-def _alone_in_a_child(job: Mapping[str, Any]) -> list[float]:
-    """Seconds of each load. With the environment of an engine's process, which must be set before torch is loaded."""
-    return [float(seconds) for seconds in json.loads(_child(__name__, json.dumps(job), CHILD_ENVIRONMENT))]
+def _alone_in_a_child(job: Mapping[str, Any]) -> list[Alone]:
+    """With the environment of an engine's process, which must be set before torch is loaded."""
+    return [Alone(*one) for one in json.loads(_child(__name__, json.dumps(job), CHILD_ENVIRONMENT))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,22 +215,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = live.config()
         job = {"folder": str(folder), "device": options.device, "dtype": options.dtype, "patch": patch,
                "max_model_len": max_model_len, "loads": loads}  # fmt: skip
-        alone_s = sorted(_alone_in_a_child(job)[1:])[options.runs // 2]
-    http = sorted(runs, key=lambda run: run.seconds)[options.runs // 2]
-    alone = loads[-1].num_tokens / alone_s
+        alone = sorted(_alone_in_a_child(job)[1:])[options.runs // 2]
+    http = sorted(runs)[options.runs // 2]
+    ratio = http.tokens_per_s / alone.tokens_per_s
     print(
         f"{options.workload}, {loads[0].num_at_once} streams: {http.tokens_per_s:.0f} tokens/s over HTTP, "
-        f"{alone:.0f} of the engine alone, {http.tokens_per_s / alone:.1%}; p95 TTFT {http.ttft_p95_s:.3f} s, "
+        f"{alone.tokens_per_s:.0f} of the engine alone, {ratio:.1%}; p95 TTFT {http.ttft_p95_s:.3f} s, "
         f"p95 TPOT {http.tpot_p95_ms:.2f} ms; CPU s a 1,000 tokens: front end {http.front_end_cpu_s:.4f}, "
-        f"engine {http.engine_cpu_s:.4f}, client {http.client_cpu_s:.4f}"
+        f"engine {http.engine_cpu_s:.4f} (alone {alone.engine_cpu_s:.4f}), client {http.client_cpu_s:.4f}"
     )
     about = {
         "model": options.shape or told.name, "workload": options.workload, "runs": options.runs,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__, "num_cores": num_cores(),
     }  # fmt: skip
-    print(json.dumps({**about, "ratio": http.tokens_per_s / alone, "alone_tokens_per_s": alone,
-                      "http": http._asdict(), "http_seconds": [run.seconds for run in runs], "config": config}))  # fmt: skip
+    print(json.dumps({**about, "ratio": ratio, "http": http._asdict(), "alone": alone._asdict(),
+                      "http_seconds": [run.seconds for run in runs], "config": config}))  # fmt: skip
     return 0
 
 
@@ -245,4 +258,4 @@ def _knob(text: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump([seconds for seconds, _ in serve_alone(json.load(sys.stdin))], sys.stdout)
+    json.dump(serve_alone(json.load(sys.stdin)), sys.stdout)
