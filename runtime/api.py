@@ -19,7 +19,7 @@ from runtime.api_document import Bodies
 from runtime.body import MAX_VALUES, parse_object, read_parsed
 from runtime.envelope import Envelope
 from runtime.errors import InvalidRequest, RequestFailed, RuntimeFault, UnknownModel
-from runtime.exchange import Exchange, Sampling, error_kind
+from runtime.exchange import Exchange, Sampling, Wake, error_kind
 from runtime.exposition import MAX_LABELS, Scrape, render
 from runtime.front_end import FrontEnd
 from runtime.generation import Answer, Choice, Echo
@@ -152,7 +152,7 @@ async def _answer(service: Service, request: Request, kind: Kind, form: type[Any
         front.meter.errors_by_kind[error_kind(error)] += 1
         raise
     num_choices = (len(asked.prompt) if isinstance(asked, CompletionRequest) else 1) * (asked.n or 1)
-    wake = asyncio.Event()
+    wake = Wake()
     exchanges = front.open(num_choices, arrived_at, bool(asked.stream), wake)
     for exchange in exchanges:
         exchange.gathers = bool(asked.stream) and not asked.stop

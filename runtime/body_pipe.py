@@ -12,11 +12,13 @@ class BodyPipe:
     def __init__(self, cycle: Any) -> None:
         self._cycle, self._flow, self._transport = cycle, cycle.flow, cycle.transport
 
-    def write(self, body: bytes) -> bool:
-        """Sends a piece that is neither the first nor the last. False, and nothing sent, where that has to wait or the
-        body has another framing: then `send` does it."""
+    @property
+    def is_open(self) -> bool:
+        """Whether a piece may be written now. If not, it has to wait or is framed otherwise: `send` is to do it."""
         cycle = self._cycle
-        if self._flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
-            return False
+        is_under_way = cycle.chunked_encoding and not cycle.response_complete and not cycle.disconnected
+        return bool(is_under_way and not self._flow.write_paused)
+
+    def write(self, body: bytes) -> None:
+        """Sends a piece, which is not empty and not the last. Only while `is_open`."""
         self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-        return True

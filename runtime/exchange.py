@@ -1,6 +1,7 @@
 """One client's request as the front end sees it: what was asked, what came so far, how it ended."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -34,6 +35,38 @@ class Progress(NamedTuple):
     finish: Finish | None
 
 
+class Wake(asyncio.Event):
+    """Set whenever there is something to take, for the task that answers a call.
+
+    While `instead` is there, the loop calls it once after such a time and leaves the task alone: a call takes a third
+    of what waking a task does, which of a streamed token is a good part.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instead: Callable[[], None] | None = None
+        self._call_soon = asyncio.get_running_loop().call_soon
+        self._is_called = False
+
+    def set(self) -> None:
+        if self.instead is None:
+            super().set()
+        elif not self._is_called:
+            self._is_called = True
+            self._call_soon(self._call)
+
+    def rouse(self) -> None:
+        """Wakes the task, whatever there is instead."""
+        super().set()
+
+    def _call(self) -> None:
+        self._is_called = False
+        if self.instead is None:
+            super().set()
+        else:
+            self.instead()
+
+
 @dataclass(eq=False, slots=True)
 class SliceGaps:
     """Tokens that one slice made for one request, and the gaps before them, seconds."""
@@ -51,7 +84,7 @@ class Exchange:
     id: str
     arrived_at: float
     streamed: bool
-    wake: asyncio.Event
+    wake: Wake
     config_id: str  # in force at arrival, then of the first token
     arrival_slice: str | None
     stats: SliceStats | None
@@ -124,9 +157,14 @@ class Exchange:
 
     def take(self) -> Progress:
         """Returns the tokens that came since the last call and, once it is over, how it ended."""
-        tokens, self._untaken = self._untaken, []
+        tokens = self.take_tokens()
         logprobs, self.logprobs = self.logprobs, []
         return Progress(tokens, logprobs, self.finish)
+
+    def take_tokens(self) -> list[int]:
+        """As `take`, of a request that asked for no logprobs and is not over."""
+        tokens, self._untaken = self._untaken, []
+        return tokens
 
     def timing(self, finished_at: float) -> RequestTiming:
         assert self.finish is not None

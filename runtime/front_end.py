@@ -23,7 +23,7 @@ from runtime.errors import (
     RequestTimedOut,
     RuntimeFault,
 )
-from runtime.exchange import Exchange, Finish, Sampling, error_kind
+from runtime.exchange import Exchange, Finish, Sampling, Wake, error_kind
 from runtime.exposition import Meter
 from runtime.link import Frame
 from runtime.replica import Phase, Replica, least_loaded
@@ -55,7 +55,7 @@ class FrontEnd:
 
     # -- the client's side -------------------------------------------------------------------------------
 
-    def open(self, num: int, arrived_at: float, streamed: bool, wake: asyncio.Event) -> list[Exchange]:
+    def open(self, num: int, arrived_at: float, streamed: bool, wake: Wake) -> list[Exchange]:
         """Admits `num` requests of one call, or none.
 
         Raises:
@@ -226,7 +226,7 @@ class FrontEnd:
             if replica.phase == "ready":
                 replica.send({"op": "control", "call": UNASKED, "name": "abort", "args": args})
 
-    def _new_exchange(self, arrived_at: float, streamed: bool, wake: asyncio.Event) -> Exchange:
+    def _new_exchange(self, arrived_at: float, streamed: bool, wake: Wake) -> Exchange:
         slice_id, stats = self.slices.arrival(arrived_at)
         exchange = Exchange(
             id=uuid.uuid4().hex, arrived_at=arrived_at, streamed=streamed, wake=wake,

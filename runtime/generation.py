@@ -14,7 +14,7 @@ from runtime.answers import DONE, ChunkWriter, Kind, PromptLogprobs, Usage, choi
 from runtime.body_pipe import BODY_PIPE, BodyPipe
 from runtime.detokenize import Decode, Detokenizer, StopMatcher
 from runtime.errors import RuntimeFault
-from runtime.exchange import Exchange
+from runtime.exchange import Exchange, Wake
 from runtime.front_end import FrontEnd
 from runtime.logprob_writer import LogprobWriter, Written, together
 
@@ -60,7 +60,7 @@ class Choice:
         self._detokenizer, self._matcher, self._stopped = Detokenizer(decode), StopMatcher(stops), stopped
         asked = exchange.sampling is not None and exchange.sampling.params.num_logprobs is not None
         # Nothing is looked for in the text and nothing told beside it, which is so of most answers.
-        self._is_plain = not stops and echo is None and not asked
+        self.is_plain = not stops and echo is None and not asked
 
     def advance(self) -> Delta | None:
         """Returns what is new, or None.
@@ -68,8 +68,8 @@ class Choice:
         Raises:
             RuntimeFault: the exchange ended with this error.
         """
-        if self._is_plain and self.exchange.finish is None:
-            text = "".join(map(self._detokenizer.push, self.exchange.take().tokens))
+        if self.is_plain and self.exchange.finish is None:
+            text = self.text()
             return Delta(self.index, text, None, []) if text else None
         tokens, logprobs, finish = self.exchange.take()
         text, told = self._echoed() if tokens else ("", [])
@@ -96,6 +96,10 @@ class Choice:
         if finish.error is not None:
             raise finish.error
         return self._last(text, finish.reason, told)
+
+    def text(self) -> str:
+        """What is new of a plain choice that has not ended."""
+        return "".join(map(self._detokenizer.push, self.exchange.take_tokens()))
 
     @property
     def num_tokens(self) -> int:
@@ -144,7 +148,7 @@ class Answer(Response):
     created: int
     model: str
     choices: list[Choice]
-    wake: asyncio.Event
+    wake: Wake
     streamed: bool
     include_usage: bool
     num_answers_a_prompt: int = 1
@@ -155,6 +159,9 @@ class Answer(Response):
     def __post_init__(self) -> None:
         self._unfinished = list(self.choices)
         self._pipe: BodyPipe | None = None
+        self._begun: set[int] = set()  # choices whose first event is out
+        self._writer = ChunkWriter(self.kind, self.request_id, self.created, self.model, self.include_usage)
+        self._is_plain = all(told.is_plain for told in self.choices)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._pipe = scope.get(BODY_PIPE)
@@ -178,12 +185,16 @@ class Answer(Response):
             pass
 
     def _leave(self) -> None:
+        self.wake.instead = None
         for told in self.choices:
             self.front.leave(told.exchange)
 
     async def _news(self) -> list[Delta]:
         """Waits until something may be new in any choice that has not ended, and returns what is."""
+        if self._begun and self._pipe is not None and self._is_plain:
+            self.wake.instead = self._write_news
         await self.wake.wait()
+        self.wake.instead = None
         self.wake.clear()
         news = [delta for told in self._unfinished if (delta := told.advance()) is not None]
         if any(delta.finish_reason is not None for delta in news):
@@ -225,35 +236,44 @@ class Answer(Response):
         await JSONResponse(body)(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
-        begun: set[int] = set()
         try:
-            await self._stream_events(send, begun)
+            await self._stream_events(send)
         except RuntimeFault as error:
-            await self._fail(send, error, bool(begun))
+            await self._fail(send, error, bool(self._begun))
         except TimeoutError:
             pass  # a slow reader: returning without an end closes the connection
 
-    async def _stream_events(self, send: Send, begun: set[int]) -> None:
-        """Adds to `begun` the choices whose first event is out."""
-        writer = ChunkWriter(self.kind, self.request_id, self.created, self.model, self.include_usage)
+    async def _stream_events(self, send: Send) -> None:
         while self._unfinished:
             news = await self._news()
             if not news:
                 continue
-            if not begun:
+            if not self._begun:
                 await _start_stream(send)
-            events = b"".join([self._event(writer, delta, begun) for delta in news])
-            if self._pipe is None or not self._pipe.write(events):
-                await _send_body(send, events)
-        await _send_body(
-            send, (writer.usage(self._usage()) if self.include_usage else b"") + DONE, more=False
-        )
+            await _send_body(send, b"".join(map(self._event, news)))
+        usage = self._writer.usage(self._usage()) if self.include_usage else b""
+        await _send_body(send, usage + DONE, more=False)
 
-    def _event(self, writer: ChunkWriter, delta: Delta, begun: set[int]) -> bytes:
+    def _write_news(self) -> None:
+        """What the task does between the first event and the last, without waking it. Where something has ended, or
+        the socket is full, the task does it."""
+        pipe = self._pipe
+        has_ended = [told for told in self._unfinished if told.exchange.finish is not None]
+        if has_ended or pipe is None or not pipe.is_open:
+            self.wake.rouse()
+            return
+        events = b""
+        for told in self._unfinished:
+            if text := told.text():
+                events += self._event(Delta(told.index, text, None, []))
+        if events:
+            pipe.write(events)
+
+    def _event(self, delta: Delta) -> bytes:
         index, text, finish_reason, logprobs = delta
-        role = b""
-        if index not in begun:
-            begun.add(index)
+        writer, role = self._writer, b""
+        if index not in self._begun:
+            self._begun.add(index)
             role = writer.role(index)
         if finish_reason is None and not logprobs:
             return role + writer.more(index, text)

@@ -30,7 +30,8 @@ class TickingEngine(fakes.FakeEngine):
             request.admitted_at = request.admitted_at or started_at
         num = len(self.requests)
         items = [self._advance(request) for request in list(self.requests.values())]
-        self._send(op="tokens", at=now, config_id=self.config.config_id, slice_id=self.slice_id, items=items)
+        self._send(op="tokens", at=now, config_id=self.config.config_id, slice_id=self.slice_id, items=items,
+                   stream_interval=self.config.stream_interval)  # fmt: skip
         self._send(op="step", record=self._record(now, self.step_s, num))
         if not self.requests:
             Path(os.environ["TICK_FILE"]).write_text(json.dumps(self._instants))

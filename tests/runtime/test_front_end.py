@@ -9,7 +9,7 @@ import pytest
 from runtime import generation
 from runtime.clock import Clock
 from runtime.errors import EngineNotReady, QueueFull, RequestFailed
-from runtime.exchange import Exchange, Sampling
+from runtime.exchange import Exchange, Sampling, Wake
 from runtime.front_end import FrontEnd
 from runtime.generation import Answer, Choice
 from runtime.knobs import EngineConfig
@@ -34,7 +34,7 @@ class Desk:
         self.front.engine_ready(self.replica, frame)
 
     def submit(self, num_prompt_tokens: int = 3) -> Exchange:
-        (exchange,) = self.front.open(1, self.clock.now(), True, asyncio.Event())
+        (exchange,) = self.front.open(1, self.clock.now(), True, Wake())
         self.front.submit(exchange, list(range(num_prompt_tokens)), GREEDY)
         return exchange
 
@@ -65,7 +65,7 @@ def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 async def test_a_submission_carries_its_priority_and_its_salt_however_often_it_is_sent() -> None:
     desk = Desk()
     desk.engine_ready()
-    (exchange,) = desk.front.open(1, desk.clock.now(), True, asyncio.Event())
+    (exchange,) = desk.front.open(1, desk.clock.now(), True, Wake())
     desk.front.submit(exchange, [1, 2], Sampling(4, priority=-3, cache_salt="ada"))
     desk.submit()
     told = [(frame["priority"], frame["cache_salt"]) for frame in desk.sent if frame["op"] == "submit"]
