@@ -329,7 +329,7 @@ class Engine:
                 if token is None:
                     self._fail(request)
         self.scheduler.settle(batch, [token or 0 for token in tokens], now)
-        rows = [
+        rows: list[list[Any] | None] = [
             [
                 request.id, token, request.finish_reason,
                 request.admitted_at if request.first_token_at == now else None, request.num_preemptions,

@@ -103,7 +103,7 @@ class HeaderLimited(HttpToolsProtocol):
         self._in_header, self._header_bytes = False, 0
         self._forget_limit()
         super().on_headers_complete()
-        self.scope[BODY_PIPE] = BodyPipe(self.cycle)  # type: ignore[typeddict-unknown-key]
+        self.scope[BODY_PIPE] = BodyPipe(self.cycle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_limit()

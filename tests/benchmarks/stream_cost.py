@@ -48,7 +48,9 @@ def client() -> None:
     """The child: reads a job, drives it, and tells its CPU and [word, instant] of all arrivals, by stream."""
     job: dict[str, Any] = json.load(sys.stdin)
     began = psutil.Process().cpu_times()
-    _, streams = drive(("127.0.0.1", job["port"]), [body(job["prompt"], NUM_TOKENS)] * job["num"], TimedStream)
+    _, streams = drive(
+        ("127.0.0.1", job["port"]), [body(job["prompt"], NUM_TOKENS)] * job["num"], TimedStream
+    )
     ended = psutil.Process().cpu_times()
     words = [stream.words for stream in streams if isinstance(stream, TimedStream)]
     cpu_s = ended.user + ended.system - began.user - began.system
@@ -110,7 +112,11 @@ def main() -> None:
         assert len(set(words)) == NUM_TOKENS
         for every_ms in options.every_ms:
             ticks = Path(scratch) / "ticks.json"
-            env = {"FAKE_STEP_S": str(every_ms / 1e3), "TICK_REQUESTS": str(options.streams), "TICK_FILE": str(ticks)}
+            env = {
+                "FAKE_STEP_S": str(every_ms / 1e3),
+                "TICK_REQUESTS": str(options.streams),
+                "TICK_FILE": str(ticks),
+            }
             with live_server(
                 Path(scratch) / f"run-{every_ms:g}", "--config", options.config, "--log-level", "warning", env=env,
                 engine_module="tests.benchmarks.ticking_engine", model=Path(scratch) / "model",

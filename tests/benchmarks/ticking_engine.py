@@ -17,7 +17,9 @@ class TickingEngine(fakes.FakeEngine):
     _num_wanted = int(os.environ.get("TICK_REQUESTS", "1"))
 
     def _step(self) -> None:
-        if len(self.requests) == self._num_wanted and all(one.num_made == 0 for one in self.requests.values()):
+        if len(self.requests) == self._num_wanted and all(
+            one.num_made == 0 for one in self.requests.values()
+        ):
             self._instants = []
             self._next_at = time.monotonic() + 0.1
         elif not self.requests or len(self.requests) < self._num_wanted:
