@@ -252,8 +252,8 @@ class FrontEnd:
     def _on_tokens(self, replica: Replica, frame: Frame) -> None:
         at, config_id, slice_id = frame["at"], frame["config_id"], frame["slice_id"]
         meter, live, interval = self.meter, self.live, frame.get("stream_interval", 1)
+        meter.tokens_total += len(frame["items"])
         for request_id, token, finish_reason, admitted_at, num_preemptions, *logprobs in frame["items"]:
-            meter.tokens_total += 1
             exchange = live.get(request_id)
             if exchange is None or exchange.replica is not replica:  # cancelled while the step ran
                 continue

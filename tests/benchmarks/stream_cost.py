@@ -4,8 +4,8 @@
 
 The real server with a tokenizer of 128,256 tokens, an engine that makes one token a stream at fixed instants, and a
 client that reads all streams from a process of its own. `lag` is from the instant of a token in the engine to that
-of its text in the client. CPU seconds are what the kernel charged, so that a busy machine makes nothing look dearer;
-lags do grow with what else runs.
+of its text in the client, of the last token that came with it. CPU seconds are what the kernel charged, so that a busy
+machine makes nothing look dearer; lags do grow with what else runs.
 """
 
 import argparse
