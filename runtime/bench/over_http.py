@@ -64,9 +64,8 @@ class Served(NamedTuple):
 class Server:
     """The serving process, as `python -m runtime.server` starts it."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", run_dir: Path, port: int) -> None:
-        self._process, self._port = process, port
-        self._control = RuntimeClient.of_run_dir(run_dir, START_LIMIT_S)
+    def __init__(self, process: "subprocess.Popen[bytes]", control: RuntimeClient, port: int) -> None:
+        self._process, self._control, self._port = process, control, port
         self._boot_id: str | None = None
         self._read_seq = 0
 
@@ -126,7 +125,9 @@ def server(
         ]  # fmt: skip
         with subprocess.Popen(words, cwd=ROOT) as process:
             try:
-                yield Server(process, run_dir, _ready_port(process, run_dir))
+                port = _ready_port(process, run_dir)
+                with RuntimeClient.of_run_dir(run_dir, START_LIMIT_S) as control:
+                    yield Server(process, control, port)
             finally:
                 process.terminate()
 
