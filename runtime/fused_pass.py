@@ -197,7 +197,8 @@ def shape_of(decoder: Decoder) -> Shape:
     if mixed is not None:
         num_experts, _, size = mixed.down.shape
         num_shared = 0 if mixed.shared is None else mixed.shared.down.in_features // size
-        experts = ExpertShape(num_experts, size, num_shared, mixed.rule)
+        rule, is_biased = mixed.rule._replace(bias=None), mixed.rule.bias is not None
+        experts = ExpertShape(num_experts, size, num_shared, rule, is_biased)
     intermediate = hidden if dense is None else dense.down.in_features
     if isinstance(attention, LatentAttention):
         return Shape(

@@ -69,5 +69,6 @@ SGLANG = Target(
         "overlap_depth": lambda value, values, model: nothing(
             "SGLang overlaps steps by itself (--disable-overlap-schedule)"
         ),
+        "stream_interval": lambda value, values, model: flag("--stream-interval", value),
     },
 )

@@ -87,6 +87,7 @@ VLLM = Target(
         "overlap_depth": lambda value, values, model: nothing(
             "vLLM decides for itself whether steps overlap (--async-scheduling)"
         ),
+        "stream_interval": lambda value, values, model: flag("--stream-interval", value),
     },
     notes=_notes,
 )

@@ -28,6 +28,7 @@ from runtime.kernels.linear_table import LinearTable, graphed_us
 from runtime.loader import resolve_device, resolve_dtype
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+TOUCHED_ROWS = (1, 32, 256)
 PROMPT_TOKENS = 16  # before the token whose experts are counted
 NUM_INPUTS = 4
 CPU_CALLS = 3
@@ -60,6 +61,16 @@ def experts_touched(model: PreTrainedModel, num_rows: int, seed: int = 0) -> flo
         for hook in hooks:
             hook.remove()
     return sum(found) / len(found)
+
+
+def print_touched(name: str, model: PreTrainedModel) -> None:
+    """Nothing for a model without experts."""
+    counts = {rows: experts_touched(model, rows) for rows in TOUCHED_ROWS}
+    told = [f"{count:.1f} by {rows} rows" for rows, count in counts.items() if count is not None]
+    if told:
+        print(
+            f"{name}: experts of a layer that a step goes to, mean over layers: {', '.join(told)}", flush=True
+        )
 
 
 class Timing(NamedTuple):

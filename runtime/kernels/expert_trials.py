@@ -16,12 +16,14 @@ BLOCK_ROWS = (None, 16, 32, 64, 128)  # None: a block a pair
 
 
 class ExpertShape(NamedTuple):
-    """`size`: of one expert's MLP, of which the shared ones have `num_shared` times as much together."""
+    """`size`: of one expert's MLP, of which the shared ones have `num_shared` times as much together. `is_biased`: the
+    rule has a bias, which is not kept here."""
 
     num_experts: int
     size: int
     num_shared: int
     rule: Rule
+    is_biased: bool = False
 
 
 def latent_trials(
@@ -63,7 +65,9 @@ def latent_trials(
 def expert_trials(
     normal: Normal, device: torch.device, hidden: int, shape: ExpertShape
 ) -> Iterator[tuple[str, Trial]]:
-    num_experts, size, num_shared, rule = shape
+    num_experts, size, num_shared, rule, is_biased = shape
+    if is_biased:
+        rule = rule._replace(bias=normal(num_experts).float())
     router = normal(num_experts, hidden) * hidden**-0.5
     for num_tokens in (1, 40):
         x = normal(num_tokens, hidden)

@@ -509,7 +509,7 @@ CASES["an_expert_gives_the_same_bits_in_any_company"] = an_expert_gives_the_same
 def checks(device: torch.device, dtype: torch.dtype) -> None:
     shape = Shape(
         4, 2, 32, 64, 96, 4, window=9, has_qk_norm=True, latent_dim=48, latent_value_dim=32,
-        experts=ExpertShape(8, 48, 2, Rule(3, 4, 2)),
+        experts=ExpertShape(8, 48, 2, Rule(3, 4, 2), is_biased=True),
     )  # fmt: skip
     assert self_check(device, dtype, shape) == []
 

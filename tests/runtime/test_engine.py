@@ -86,11 +86,12 @@ def test_each_step_sends_its_tokens_in_one_frame_and_one_record(folder: Path) ->
     here.engine.submit(submission("b", prompt=PROMPT * 4, max_tokens=2))
     here.run()
     frames = [frame for frame in here.frames if frame["op"] == "tokens"]
-    assert [[item[0] for item in frame["items"]] for frame in frames] == [["a"], ["a", "b"], ["a", "b"]]
+    assert [sorted(item[0] for item in frame["items"]) for frame in frames] == [["a"], ["a", "b"], ["a", "b"]]
     assert ends_of(here.frames) == {"a": "length", "b": "length"}
     first = frames[0]["items"][0]
     assert first[3] is not None and first[4] == 0 and frames[1]["items"][0][3] is None
     assert {frame["config_id"] for frame in frames} == {here.runner.champion.config_id}
+    assert {frame["stream_interval"] for frame in frames} == {1}
     records = [frame["record"] for frame in here.frames if frame["op"] == "step"]
     rows = [(r["num_decode"], r["num_prefill_rows"], r["num_prefill_tokens"]) for r in records]
     assert rows == [(0, 2, 23), (1, 1, 12), (2, 0, 0)]
