@@ -18,9 +18,8 @@ from runtime.layer_parts import Mlp
 PAIR_A_BLOCK_MAX_ROWS = 1  # several rows may share an expert, whose weights would be read for each
 GROUPED_MIN_ROWS = 1024  # not measured: there a block of 128 rows an expert is full in DeepSeek-V2-Lite
 BLOCK_ROWS = (16, 32, 64, 128)
-ROOM = (
-    4 / 3
-)  # a block holds so much more than the mean, so that most experts need one: a second reads weights again
+# A block holds so much more than the mean, so that most experts need only one: a second one reads weights again.
+ROOM = 4 / 3
 
 
 class FusedExperts:

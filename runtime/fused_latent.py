@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from runtime.fused_pass import DecodeInputs
 
 HEADS_PER_PROGRAM = 64  # of the kernel for decode rows
-FEW_MAX_ROWS = (
-    4  # not measured: each row reads the half of kv_b again that makes values, 2 MB in DeepSeek-V2-Lite
-)
+# Not measured. Beyond, each row reads the half of kv_b again that makes values: 2 MB in DeepSeek-V2-Lite.
+FEW_MAX_ROWS = 4
 
 
 class FusedLatent:
@@ -47,17 +46,11 @@ class FusedLatent:
     ) -> Tensor:
         """x: [T, hidden], normed; step: None where all rows are of one token. Returns [T, heads * value], which
         `layer.out` takes."""
-        query, new = self._linears.whole(layer.down, x).split((layer.sizes[0], layer.rank + layer.rope), 1)
-        if layer.query is not None:
-            norm = layer.query_norm
-            assert norm is not None
-            normed = self._kernels.add_norm(query, None, norm.weight, norm.eps)
-            query = self._linears.whole(layer.query, normed)
-        query = query.unflatten(1, (layer.num_heads, -1))
-        if len(inputs.contexts) == len(x) <= FEW_MAX_ROWS:
+        query, new = self._projected(x, layer)
+        num_apart = len(inputs.contexts)
+        if num_apart == len(x) <= FEW_MAX_ROWS:
             return self._few(query, new, cache, layer, inputs)
         turn = query.narrow(2, layer.plain, layer.rope)
-        num_apart = len(inputs.contexts)
         absorbed = x.new_empty(num_apart, layer.num_heads, layer.rank + layer.rope)
         own_turn = absorbed.narrow(2, layer.rank, layer.rope)
         are_all_apart = num_apart == len(x)
@@ -76,6 +69,16 @@ class FusedLatent:
             plain, turned = query[row.first : row.last].split((layer.plain, layer.rope), 2)
             found.append(layer.attend_expanded(plain, turned, cache, row))
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _projected(self, x: Tensor, layer: LatentAttention) -> tuple[Tensor, Tensor]:
+        """Queries, [T, heads, plain + rope], and what is cached, not yet normed or turned: [T, rank + rope]."""
+        query, new = self._linears.whole(layer.down, x).split((layer.sizes[0], layer.rank + layer.rope), 1)
+        if layer.query is not None:
+            norm = layer.query_norm
+            assert norm is not None
+            normed = self._kernels.add_norm(query, None, norm.weight, norm.eps)
+            query = self._linears.whole(layer.query, normed)
+        return query.unflatten(1, (layer.num_heads, -1)), new
 
     def _few(
         self, query: Tensor, new: Tensor, cache: LatentCache, layer: LatentAttention, inputs: "DecodeInputs"
