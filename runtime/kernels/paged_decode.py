@@ -65,13 +65,35 @@ def paged_latent_decode(
     value_dim: int,
     num_splits: int = 1,
 ) -> Tensor:
+    num_rows, heads, _ = query.shape
+    out = torch.empty(num_rows, heads, value_dim, dtype=query.dtype, device=query.device)
+    parts, sums = _parts(out, num_rows, heads, num_splits, value_dim)
+    latent_parts(
+        query, rows, block_tables, contexts, block_tokens, scaling, value_dim, num_splits, parts, sums
+    )
+    _merge_into(out, parts, sums, num_splits, value_dim)
+    return out
+
+
+def latent_parts(
+    query: Tensor,
+    rows: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    block_tokens: int,
+    scaling: float,
+    value_dim: int,
+    num_splits: int,
+    parts: Tensor,
+    sums: Tensor,
+) -> None:
+    """Writes what each split finds: parts [B, heads, splits, value_dim] and their log-sum-exp [B, heads, splits]; of a
+    single one only the parts."""
     num_rows, heads, dim = query.shape
     for name, size in (("value_dim", value_dim), ("the rest of D", dim - value_dim)):
         if size < MIN_DOT or size & (size - 1):
             raise ValueError(f"{name} must be a power of two of at least {MIN_DOT}, but got {size}.")
     head_block = min(MAX_HEAD_BLOCK, max(MIN_DOT, triton.next_power_of_2(heads)))
-    out = torch.empty(num_rows, heads, value_dim, dtype=query.dtype, device=query.device)
-    parts, sums = _parts(out, num_rows, heads, num_splits, value_dim)
     grid = (num_rows, triton.cdiv(heads, head_block), num_splits)
     _latent_decode[grid](
         query, rows, block_tables, contexts, parts, sums,
@@ -80,10 +102,8 @@ def paged_latent_decode(
         HEADS=heads, VALUE_DIM=value_dim, ROPE_DIM=dim - value_dim, BLOCK_TOKENS=block_tokens,
         NUM_SPLITS=num_splits, HEAD_BLOCK=head_block, TILE=2 * _tile(value_dim, rows),
         num_warps=4 if head_block == MIN_DOT else 8, num_stages=LATENT_STAGES,
-        **early_start(out),
+        **early_start(query),
     )  # fmt: skip
-    _merge_into(out, parts, sums, num_splits, value_dim)
-    return out
 
 
 def _tile(dim: int, rows: Tensor) -> int:

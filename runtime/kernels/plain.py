@@ -80,12 +80,83 @@ def rope_and_cache(
         x = _normal(x, eps) * norm_weight
     cos, sin = table[positions].unsqueeze(2).unbind(1)
     turned.copy_(x * cos + x.roll(dim // 2, -1) * sin)
-    # Padding repeats the first real token, or where there is none, what lies in the first slot.
-    real = slots >= 0
-    source = torch.where(real, torch.arange(len(slots), device=slots.device), real.int().argmax())
-    target = slots[source].clamp(min=0)
-    new = qkv[:, (num_turned - kv_heads) * dim :]
-    rows.index_copy_(0, target, torch.where(real.any(), new[source], rows[target]))
+    _write(rows, slots, qkv[:, (num_turned - kv_heads) * dim :])
+
+
+def latent_rope_and_cache(
+    target: Tensor,
+    turn: Tensor,
+    new: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    is_interleaved: bool,
+) -> None:
+    """The same for latents (MLA): turns the last part of each query, and of the one key, and norms the latent.
+
+    turn: [T, heads, D], what is turned of the queries; target: the same shape, where it goes, `turn` itself if wanted;
+    new: [T, rank + D], latents and keys that are not turned yet; table, positions, slots: as above, but pairs lie side
+    by side where `is_interleaved`; rows: [slots, rank + D]; norm_weight: [rank]. Rows may lie apart in all of them.
+    """
+    rank, dim = len(norm_weight), table.shape[2]
+    x = torch.cat((turn, new[:, None, rank:]), 1).to(_wide(turn))
+    other = x.unflatten(2, (-1, 2)).flip(3).flatten(2) if is_interleaved else x.roll(dim // 2, 2)
+    cos, sin = table[positions].unsqueeze(2).unbind(1)
+    turned = (x * cos + other * sin).to(turn.dtype)
+    target.copy_(turned[:, :-1])
+    latent = _normal(new[:, :rank].to(_wide(new)), eps) * norm_weight
+    _write(rows, slots, torch.cat((latent.to(new.dtype), turned[:, -1]), 1))
+
+
+def absorb_and_cache(
+    query: Tensor,
+    new: Tensor,
+    key_up: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    is_interleaved: bool,
+) -> Tensor:
+    """`latent_rope_and_cache`, and what is not turned of the queries taken into the space of latents.
+
+    query: [T, heads, plain + D]; key_up: [heads, plain, rank]. Returns [T, heads, rank + D].
+    """
+    plain, rank = key_up.shape[1:]
+    out = query.new_empty(*query.shape[:2], rank + query.shape[2] - plain)
+    turn = query[..., plain:]
+    latent_rope_and_cache(
+        out[..., rank:], turn, new, table, positions, rows, slots, norm_weight, eps, is_interleaved
+    )
+    wide = _wide(query)
+    out[..., :rank] = torch.einsum("thp,hpr->thr", query[..., :plain].to(wide), key_up.to(wide))
+    return out
+
+
+def latent_values(
+    query: Tensor,
+    rows: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    block_tokens: int,
+    scaling: float,
+    value_up: Tensor,
+    num_splits: int = 1,
+) -> Tensor:
+    """`paged_latent_decode`, and its latents taken to the values of each head.
+
+    value_up: [heads, rank, value]. Returns [B, heads * value].
+    """
+    rank = value_up.shape[1]
+    found = paged_latent_decode(
+        query.to(_wide(query)), rows, block_tables, contexts, block_tokens, scaling, rank
+    )
+    return torch.einsum("thr,hrv->thv", found, value_up.to(found.dtype)).to(query.dtype).flatten(1)
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -134,6 +205,14 @@ def embed(token_ids: Tensor, drawn: Tensor, table: Tensor) -> Tensor:
     """
     known = torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)], token_ids)
     return torch.nn.functional.embedding(known, table)
+
+
+def _write(rows: Tensor, slots: Tensor, new: Tensor) -> None:
+    """Padding repeats the first real token, or where there is none, what lies in the first slot."""
+    real = slots >= 0
+    source = torch.where(real, torch.arange(len(slots), device=slots.device), real.int().argmax())
+    target = slots[source].clamp(min=0)
+    rows.index_copy_(0, target, torch.where(real.any(), new[source], rows[target]))
 
 
 def _slots(

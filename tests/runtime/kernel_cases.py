@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.expert_choice import Rule
 from runtime.kernels import PLAIN, TRITON, Kernels, Shape, self_check
+from runtime.kernels.expert_trials import ExpertShape, by_expert
 from runtime.kernels.table import TOLERANCE, difference
 
 NO_BLOCK = 2**30
@@ -293,10 +295,222 @@ def embedded(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
 
 for hidden in (8, 1000, 2048):
     add(f"embed_{hidden}", embedded, hidden=hidden)
+# -- latents and experts ------------------------------------------------------------------------------------------
+
+
+def latent_rope(
+    device: torch.device, dtype: torch.dtype, heads: int = 4, plain: int = 16, dim: int = 8, rank: int = 16,
+    slots: tuple[int, ...] = (3, -1, 0, 17, -1), is_interleaved: bool = True, is_in_place: bool = False,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    # Queries with the part that is not turned, and behind them what is cached, as one linear layer puts them out.
+    whole = torch.randn(len(slots), heads * (plain + dim) + rank + dim + 8).to(device, dtype)
+    cache = torch.randn(24, rank + dim + 8).to(device, dtype)
+    table, weight = torch.randn(64, 2, dim).to(device), torch.randn(rank).to(device, dtype)
+    results = []
+    for kernel in (kernels().latent_rope_and_cache, PLAIN.latent_rope_and_cache):
+        given, rows = whole.clone(), cache.clone()
+        turn = given[:, : heads * (plain + dim)].unflatten(1, (heads, -1))[..., plain:]
+        absorbed = torch.zeros(len(slots), heads, rank + dim, dtype=dtype, device=device)
+        kernel(
+            turn if is_in_place else absorbed[..., rank:], turn, given[:, heads * (plain + dim) : -8], table,
+            torch.arange(len(slots), device=device) * 7 % 64, rows[:, :-8], torch.tensor(slots, device=device), weight,
+            1e-6, is_interleaved,
+        )  # fmt: skip
+        results.append((given, rows, absorbed))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
+
+
+for is_interleaved in (True, False):
+    name = "pairs" if is_interleaved else "halves"
+    add(f"latent_rope_{name}", latent_rope, is_interleaved=is_interleaved)
+    add(f"latent_rope_{name}_in_place", latent_rope, is_interleaved=is_interleaved, is_in_place=True)
+add("latent_rope_of_deepseek", latent_rope, heads=16, plain=128, dim=64, rank=512)
+add("latent_rope_odd", latent_rope, heads=71, plain=3, dim=6, rank=20)
+add("latent_rope_nothing_but_padding", latent_rope, slots=(-1, -1))
+
+
+def absorbed(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, heads: int = 4, plain: int = 16, dim: int = 8,
+    rank: int = 16, is_interleaved: bool = True,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    whole = torch.randn(num_tokens, heads * (plain + dim) + rank + dim + 8).to(device, dtype)
+    cache = torch.randn(24, rank + dim + 8).to(device, dtype)
+    key_up = torch.randn(heads, plain + 5, rank).mul(plain**-0.5).to(device, dtype)[:, :plain]
+    table, weight = torch.randn(64, 2, dim).to(device), torch.randn(rank).to(device, dtype)
+    slots = torch.randperm(24)[:num_tokens].to(device)
+    slots[num_tokens // 2] = -1
+    results = []
+    for kernel in (kernels().absorb_and_cache, PLAIN.absorb_and_cache):
+        rows = cache.clone()
+        out = kernel(
+            whole[:, : heads * (plain + dim)].unflatten(1, (heads, -1)), whole[:, heads * (plain + dim) : -8], key_up,
+            table, torch.arange(num_tokens, device=device) * 7 % 64, rows[:, :-8], slots, weight, 1e-6, is_interleaved,
+        )  # fmt: skip
+        results.append((out, rows))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
+
+
+for num_tokens in (1, 4, 16):
+    add(f"absorb_{num_tokens}", absorbed, num_tokens=num_tokens)
+add("absorb_halves", absorbed, num_tokens=3, is_interleaved=False)
+add("absorb_of_deepseek", absorbed, num_tokens=2, heads=16, plain=128, dim=64, rank=512)
+add("absorb_odd", absorbed, num_tokens=2, heads=3, plain=20, dim=6, rank=100)
+
+
+def latent_values(
+    device: torch.device, dtype: torch.dtype, contexts: list[int], heads: int = 16, dim: int = 48, rank: int = 32,
+    value: int = 24, splits: int = 4,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    pool = Pool(device, dtype, contexts, dim, 4)
+    query = torch.randn(len(contexts), heads, dim).to(device, dtype)
+    up = torch.randn(heads, value, rank).mul(rank**-0.5).to(device, dtype).transpose(1, 2)
+    given = (query, pool.rows, pool.tables, pool.contexts, 4, dim**-0.5, up, splits)
+    close(kernels().latent_values(*given), PLAIN.latent_values(*given))
+
+
+for splits in (1, 2, 7, 64):
+    add(f"latent_values_in_{splits}", latent_values, contexts=[1, 0, 31, 200], splits=splits)
+add("latent_values_of_deepseek", latent_values, contexts=[50, 129], dim=576, rank=512, value=128, splits=32)
+
+
+def routed(
+    device: torch.device, dtype: torch.dtype, rule: Rule, num_experts: int, num_tokens: int = 5, hidden: int = 96,
+    is_biased: bool = False, is_wide: bool = False,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    x = torch.randn(num_tokens, hidden + 8).to(device, dtype)[:, :hidden]
+    router = (
+        torch.randn(num_experts, hidden).mul(hidden**-0.5).to(device, torch.float32 if is_wide else dtype)
+    )
+    if is_biased:
+        rule = rule._replace(bias=torch.randn(num_experts, device=device))
+    actual, expected = (kernel(x, router, rule) for kernel in (kernels().route, PLAIN.route))
+    assert actual.weights.shape == expected.weights.shape == actual.index.shape
+    close(by_expert(actual, num_experts), by_expert(expected, num_experts))
+
+
+for num_tokens in (1, 17, 70):
+    add(f"route_tokens_{num_tokens}", routed, rule=Rule(2), num_experts=8, num_tokens=num_tokens)
+for num_experts in (3, 8, 60, 64, 256):
+    add(f"route_experts_{num_experts}", routed, rule=Rule(3, factor=2.0), num_experts=num_experts)
+add("route_normalised", routed, rule=Rule(2, is_normalised=True), num_experts=8, hidden=1000)
+add("route_wider_than_the_model", routed, rule=Rule(2), num_experts=8, is_wide=True)
+add("route_all", routed, rule=Rule(6), num_experts=6)
+add("route_groups", routed, rule=Rule(3, 4, 2), num_experts=16)
+add("route_groups_of_three", routed, rule=Rule(2, 5, 3), num_experts=15)
+add("route_of_one_group_with_fewer_than_asked", routed, rule=Rule(3, 4, 1), num_experts=8)
+add("route_sigmoid", routed, rule=Rule(3, 4, 2, True, 2.5), num_experts=16, is_biased=True)
+add("route_sigmoid_of_deepseek", routed, rule=Rule(8, 8, 4, True, 2.5), num_experts=256, is_biased=True)
+add("route_sigmoid_without_groups", routed, rule=Rule(3), num_experts=16, is_biased=True)
+
+
+def laid_out(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, num_experts: int = 8, top_k: int = 2,
+    block_rows: int = 16, only: int | None = None,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    index = torch.rand(num_tokens, num_experts).topk(top_k)[1].int().to(device)
+    if only is not None:
+        index.fill_(only)
+    actual, expected = (
+        kernel(index, num_experts, block_rows) for kernel in (kernels().lay_out, PLAIN.lay_out)
+    )
+    for name, ours, theirs in zip(actual._fields, actual, expected, strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+for block_rows in (1, 16, 64):
+    for num_tokens in (1, 5, 300, 1500):
+        add(f"layout_{num_tokens}_in_{block_rows}", laid_out, num_tokens=num_tokens, block_rows=block_rows)
+add("layout_many_experts", laid_out, num_tokens=40, num_experts=255, top_k=8)
+add("layout_one_expert_takes_all", laid_out, num_tokens=100, only=7)
+add("layout_the_first_expert_takes_all", laid_out, num_tokens=100, only=0, num_experts=300)
+
+
+def experts(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, block_rows: int | None = None, num_shared: int = 0,
+    num_experts: int = 6, top_k: int = 2, hidden: int = 64, size: int = 48, only: int | None = None,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+
+    def normal(*of: int) -> Tensor:
+        return torch.randn(*of).mul(of[-1] ** -0.5).to(device, dtype)
+
+    index = torch.rand(num_tokens, num_experts).topk(top_k)[1].int().to(device)
+    if only is not None:
+        index.fill_(only)
+    layout = None if block_rows is None else PLAIN.lay_out(index, num_experts, block_rows)
+    x = torch.randn(num_tokens, hidden + 16).to(device, dtype)[:, :hidden]
+    gate_up, down = normal(num_experts, 2 * size, hidden), normal(num_experts, hidden, size)
+    unused = torch.ones(num_experts, dtype=torch.bool, device=device)
+    unused[index.flatten().long()] = False
+    seen_up, seen_down = (part.clone() for part in (gate_up, down))
+    seen_up[unused] = seen_down[unused] = float("nan")
+    own_up = normal(2 * num_shared * size, hidden) if num_shared else None
+    own_down = normal(hidden, num_shared * size) if num_shared else None
+    inner = kernels().expert_gate_up(x, seen_up, own_up, index, layout)
+    close(inner, PLAIN.expert_gate_up(x, gate_up, own_up, index, layout))
+    weights = torch.rand(num_tokens, top_k, device=device)
+    actual = kernels().expert_down(inner, seen_down, own_down, index, weights, layout)
+    expected = PLAIN.expert_down(inner, down, own_down, index, weights, layout)
+    close(actual.to(dtype), expected.to(dtype))
+
+
+for num_shared in (0, 1, 2):
+    add(f"experts_a_pair_a_block_{num_shared}", experts, num_tokens=1, num_shared=num_shared)
+    add(f"experts_of_three_tokens_a_pair_a_block_{num_shared}", experts, num_tokens=3, num_shared=num_shared)
+    for block_rows in (16, 32, 64, 128):
+        add(
+            f"experts_in_blocks_of_{block_rows}_with_{num_shared}", experts, num_tokens=2 * block_rows + 5,
+            block_rows=block_rows, num_shared=num_shared,
+        )  # fmt: skip
+add("experts_odd_sizes", experts, num_tokens=20, block_rows=16, hidden=100, size=52, num_shared=1)
+add("experts_wide", experts, num_tokens=2, hidden=272, size=208, block_rows=16)
+add("experts_all_on_one", experts, num_tokens=50, block_rows=16, only=3, num_shared=1)
+add("experts_many", experts, num_tokens=7, block_rows=16, num_experts=40, top_k=8)
+
+
+def weighed(
+    device: torch.device, dtype: torch.dtype, num_tokens: int = 5, top_k: int = 3, hidden: int = 100,
+    has_shared: bool = False,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    found = torch.randn(num_tokens * top_k, hidden).to(device, dtype)
+    weights = torch.rand(num_tokens, top_k, device=device)
+    places = torch.randperm(num_tokens * top_k).int().to(device)
+    shared = torch.randn(num_tokens, hidden).to(device, dtype) if has_shared else None
+    close(*(kernel(found, weights, places, shared) for kernel in (kernels().weigh, PLAIN.weigh)))
+
+
+add("weigh", weighed)
+add("weigh_wide", weighed, hidden=1030)
+add("weigh_with_shared_experts_beside", weighed, has_shared=True, top_k=8)
+
+
+def an_expert_gives_the_same_bits_in_any_company(device: torch.device, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, index = torch.randn(30, 64).to(device, dtype), torch.rand(30, 6).topk(2)[1].int().to(device)
+    gate_up = torch.randn(6, 96, 64).to(device, dtype)
+    whole = kernels().expert_gate_up(x, gate_up, None, index, PLAIN.lay_out(index, 6, 16))
+    for i in range(0, 30, 7):
+        own = index[i : i + 1]
+        alone = kernels().expert_gate_up(x[i : i + 1], gate_up, None, own, PLAIN.lay_out(own, 6, 16))
+        assert torch.equal(alone[0], whole[i])
+
+
+CASES["an_expert_gives_the_same_bits_in_any_company"] = an_expert_gives_the_same_bits_in_any_company
 
 
 def checks(device: torch.device, dtype: torch.dtype) -> None:
-    shape = Shape(4, 2, 32, 64, 96, 4, window=9, has_qk_norm=True, latent_dim=48, latent_value_dim=32)
+    shape = Shape(
+        4, 2, 32, 64, 96, 4, window=9, has_qk_norm=True, latent_dim=48, latent_value_dim=32,
+        experts=ExpertShape(8, 48, 2, Rule(3, 4, 2), is_biased=True),
+    )  # fmt: skip
     assert self_check(device, dtype, shape) == []
 
 
@@ -338,7 +552,7 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
     """Shapes of real models in bfloat16."""
     from runtime.kernels.skinny_linear import Tiles, skinny_parts
 
-    half, cpu = torch.bfloat16, torch.device("cpu")
+    half, wide, cpu = torch.bfloat16, torch.float32, torch.device("cpu")
 
     def empty(*size: int, dtype: torch.dtype = half) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=cpu)
@@ -369,7 +583,66 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
             whole, empty(8, 2, dim), at, empty(64, 2 * kv_heads * dim), at, kv_heads, weight, 1e-6
         )
 
+    def mixed(num_tokens: int, block_rows: int | None) -> Callable[[], object]:
+        index = torch.arange(num_tokens * 6, dtype=torch.int32).view(-1, 6) % 8
+        layout = None if block_rows is None else PLAIN.lay_out(index, 8, block_rows)
+        gate_up, own_up = empty(8, 2 * 1408, 2048), empty(4 * 1408, 2048)
+        down, own_down = empty(8, 2048, 1408), empty(2048, 2 * 1408)
+
+        def run() -> None:
+            inner = kernels().expert_gate_up(empty(num_tokens, 2048), gate_up, own_up, index, layout)
+            kernels().expert_down(inner, down, own_down, index, empty(num_tokens, 6, dtype=wide), layout)
+
+        return run
+
+    def chosen(num_tokens: int, num_experts: int, rule: Rule) -> Callable[[], object]:
+        return lambda: kernels().route(empty(num_tokens, 2048), empty(num_experts, 2048), rule)
+
     found: dict[str, Callable[[], object]] = {
+        "latent_rope": lambda: kernels().latent_rope_and_cache(
+            empty(2, 16, 576)[..., 512:],
+            empty(2, 16, 192)[..., 128:],
+            empty(2, 576),
+            empty(8, 2, 64, dtype=wide),
+            empty(2, dtype=torch.int64),
+            empty(64, 576),
+            empty(2, dtype=torch.int64),
+            empty(512),
+            1e-6,
+            True,
+        ),
+        "absorb": lambda: kernels().absorb_and_cache(
+            empty(1, 16, 192),
+            empty(1, 576),
+            empty(16, 256, 512)[:, :128],
+            empty(8, 2, 64, dtype=wide),
+            empty(1, dtype=torch.int64),
+            empty(64, 576),
+            empty(1, dtype=torch.int64),
+            empty(512),
+            1e-6,
+            True,
+        ),
+        "latent_values": lambda: kernels().latent_values(
+            empty(1, 16, 576),
+            empty(64, 576),
+            empty(1, 4, dtype=torch.int32),
+            empty(1, dtype=torch.int64),
+            16,
+            0.1,
+            empty(16, 128, 512).transpose(1, 2),
+            64,
+        ),
+        "route": chosen(1, 64, Rule(6)),
+        "route_many": chosen(300, 64, Rule(6)),
+        "route_groups": chosen(32, 256, Rule(8, 8, 4, True, 2.5, empty(256, dtype=wide))),
+        "layout": lambda: kernels().lay_out(empty(32, 6, dtype=torch.int32), 64, 16),
+        "layout_many": lambda: kernels().lay_out(empty(4096, 6, dtype=torch.int32), 64, 1),
+        "experts_of_one_token": mixed(1, None),
+        **{f"experts_in_blocks_of_{rows}": mixed(40, rows) for rows in (16, 32, 64, 128)},
+        "weigh": lambda: kernels().weigh(
+            empty(12, 2048), empty(2, 6, dtype=wide), empty(12, dtype=torch.int32), empty(2, 2048)
+        ),
         "decode_llama": paged(8, 4, 128, 1),
         "decode_llama_split": paged(8, 4, 128, 8),
         "decode_head_of_256": paged(4, 2, 256, 4),
