@@ -61,12 +61,14 @@ class DecoderModel(PagedModel):
         return self._fused.forward(step, caches)
 
     @torch.inference_mode()
-    def prepare_steps(self, max_num_seqs: int) -> None:
+    def prepare_steps(self, max_num_seqs: int, only_largest: bool = False) -> bool:
         """Captures what steps of up to so many rows will replay, over the pools in force."""
         if self._fused is None:
-            return
+            return True
         self._graphs = self._graphs or DecodeGraphs(self.device, self._max_blocks)
-        self._graphs.prepare(max_num_seqs, id(self.pools), self.weights_key, self._decode)
+        return self._graphs.prepare(
+            max_num_seqs, id(self.pools), self.weights_key, self._decode, only_largest
+        )
 
     def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
         if pools is not None and self._caches[0] is pools:

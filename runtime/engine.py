@@ -456,6 +456,7 @@ def _prepare(
     reports = knob_reports(
         cores, min(1024, fitted_blocks), executor.identity()["fitted_knobs"],
         warm.max_blocks * executor.pool.block_tokens, warm.formats, warm.fixed_knobs, executor.max_model_len,
+        executor.max_batched_tokens,
     )  # fmt: skip
     limits = {
         report["name"]: report["high"]

@@ -338,12 +338,16 @@ def knob_reports(
     weight_formats: Sequence[str] | None = None,
     fixed: Mapping[str, KnobValue] | None = None,
     max_model_len: int | None = None,
+    max_batched_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
     """What the engine tells of its knobs: the declaration, with `high`, `choices` and `default` narrowed to this
-    machine and model. `fitted` as in `default_config`; `fixed`: knobs that the model leaves one value."""
+    machine and model. `fitted` as in `default_config`; `fixed`: knobs that the model leaves one value.
+    `max_batched_tokens`: where memory bounds it."""
     ceilings = {"threads_decode": num_cores, "threads_prefill": num_cores, "max_num_seqs": max_num_seqs}
     if max_kv_tokens is not None:
         ceilings["kv_tokens"] = max_kv_tokens
+    if max_batched_tokens is not None:
+        ceilings["max_batched_tokens"] = max_batched_tokens
     if max_model_len is not None:  # no prompt is longer
         ceilings["long_prompt_threshold"] = max_model_len
     reports = []

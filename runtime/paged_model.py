@@ -77,8 +77,10 @@ class PagedModel:
         """Gives the pools' memory back, unless somebody else holds them too."""
         self.pools = {}
 
-    def prepare_steps(self, max_num_seqs: int) -> None:
-        """Makes ready what steps of up to so many rows need, where a model has such a thing. After `allocate`."""
+    def prepare_steps(self, max_num_seqs: int, only_largest: bool = False) -> bool:
+        """Makes ready what steps of up to so many rows need, where a model has such a thing. After `allocate`. False
+        where memory did not suffice."""
+        return True
 
     def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
         """These pools or weights are about to go: what was made ready with them goes too."""

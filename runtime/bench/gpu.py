@@ -114,8 +114,11 @@ class Bench:
         made = time.perf_counter()
         self.shape, self.config = shape, config
         self.executor = Executor(self.loaded, None, config)
+        told = self.executor.identity()
+        share = told["kv_total_tokens"] / max(1, told["kv_tokens_possible"])
         print(f"{shape}: weights {made - began:.1f} s, engine {time.perf_counter() - made:.1f} s, tier "
-              f"{self.executor.identity()['tier']}, KV {self.executor.pool.num_tokens} tokens",
+              f"{told['tier']}, KV {told['kv_total_tokens']} tokens, {share:.1%} of the "
+              f"{told['kv_tokens_possible']} that the bytes allow",
               file=sys.stderr, flush=True)  # fmt: skip
         self.weight_bytes, self.active_weights = weights_of(self.loaded)
 
