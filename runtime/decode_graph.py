@@ -32,6 +32,7 @@ class Key(NamedTuple):
     num_rows: int
     pools: int
     weights: str
+    block_tokens: int
 
 
 class Captured(NamedTuple):
@@ -67,7 +68,7 @@ class DecodeGraphs:
         """Returns logits [rows, vocab], which the next replay overwrites. `run` is captured where it was not yet; None
         where that failed."""
         num_rows = len(packed.contexts)
-        key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights)
+        key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights, packed.block_tokens)
         captured = self._graphs.get(key) or self._try_to_capture(key, run)
         if captured is None:
             return None
@@ -78,12 +79,14 @@ class DecodeGraphs:
         captured.graph.replay()
         return captured.logits[:num_rows]
 
-    def prepare(self, num_rows: int, pools: int, weights: str, run: Run, only_largest: bool = False) -> bool:
+    def prepare(
+        self, num_rows: int, pools: int, weights: str, block_tokens: int, run: Run, only_largest: bool = False
+    ) -> bool:
         """Captures the graphs of batches of up to `num_rows`, so that no step has to. The largest comes first, so that
         the others fit into its memory. False where one of them had no memory: the others are not tried then."""
         sizes = [size for at, size in enumerate(BUCKETS) if at == 0 or BUCKETS[at - 1] < num_rows]
         for size in sizes[-1:] if only_largest else sizes[::-1]:
-            key = Key(size, pools, weights)
+            key = Key(size, pools, weights, block_tokens)
             if key not in self._graphs and self._try_to_capture(key, run) is None and self._lacked_memory:
                 return False
         return True

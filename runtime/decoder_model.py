@@ -43,6 +43,8 @@ class DecoderModel(PagedModel):
     @torch.inference_mode()
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
         graphs = self._graphs
+        if self._fused is not None:
+            self._fused.block_tokens = packed.block_tokens
         if graphs is not None and pools is None and packed.copies is None and graphs.takes(packed):
             logits = graphs.replay(packed, id(self.pools), self.weights_key, self._decode, self.drawn)
             if logits is not None:
@@ -61,13 +63,16 @@ class DecoderModel(PagedModel):
         return self._fused.forward(step, caches)
 
     @torch.inference_mode()
-    def prepare_steps(self, max_num_seqs: int, only_largest: bool = False) -> bool:
+    def prepare_steps(
+        self, max_num_seqs: int, block_tokens: int = BLOCK_TOKENS, only_largest: bool = False
+    ) -> bool:
         """Captures what steps of up to so many rows will replay, over the pools in force."""
         if self._fused is None:
             return True
+        self._fused.block_tokens = block_tokens
         self._graphs = self._graphs or DecodeGraphs(self.device, self._max_blocks)
         return self._graphs.prepare(
-            max_num_seqs, id(self.pools), self.weights_key, self._decode, only_largest
+            max_num_seqs, id(self.pools), self.weights_key, block_tokens, self._decode, only_largest
         )
 
     def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:

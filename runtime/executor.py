@@ -104,11 +104,14 @@ class Executor:
         if asked_kv_tokens is not None:
             num_blocks = self._pool_blocks(room, asked_kv_tokens)
         self.pool = self._settle(num_blocks, config)
-        is_smaller = asked_kv_tokens is None and self.pool.num_blocks < fitted
-        self.fitted_kv_tokens = (self.pool.num_blocks if is_smaller else fitted) * BLOCK_TOKENS
+        taken = self._model.num_slots // BLOCK_TOKENS
+        is_smaller = asked_kv_tokens is None and taken < fitted
+        self.fitted_kv_tokens = (taken if is_smaller else fitted) * BLOCK_TOKENS
         self.kv_tokens_possible = self._possible_tokens(room)
         self.max_model_len = min(loaded.max_model_len, self.pool.num_tokens)
-        self.warm = WarmStates(self._model, self.pool.num_blocks, self.free_bytes, self.max_model_len, limit)
+        self.warm = WarmStates(
+            self._model, self.pool.block_tokens, self.free_bytes, self.max_model_len, limit
+        )
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._process = psutil.Process()
@@ -211,7 +214,7 @@ class Executor:
                 "kv_tokens": self.fitted_kv_tokens,
                 **self._model.fixed_knobs,
             },
-            "kv_total_tokens": self.pool.num_tokens,
+            "kv_total_tokens": self._model.num_slots,
             "kv_tokens_possible": self.kv_tokens_possible,
             "kv_block_tokens": self.pool.block_tokens,
             "kv_bytes_per_token": self._model.kv_bytes_per_token,
@@ -279,7 +282,9 @@ class Executor:
         if self._device.type != "cuda":
             return Room.on_cpu(free_memory_bytes())
         before = driver_free_bytes(self._device)
-        self._model.prepare_steps(config.max_num_seqs, only_largest=True)  # the others fit into its memory
+        self._model.prepare_steps(
+            config.max_num_seqs, config.block_tokens, only_largest=True
+        )  # the others fit into its memory
         graph_bytes = before - driver_free_bytes(self._device)
         self._model.release()
         free_bytes = driver_free_bytes(self._device)
@@ -313,7 +318,11 @@ class Executor:
             )  # fmt: skip
             self._model.release()
             num_blocks = smaller
-        return BlockPool(num_blocks, wants_runs=self._device.type != "cuda")
+        size = config.block_tokens
+        if size > num_blocks * BLOCK_TOKENS:
+            log.warning("a KV pool of %d tokens has blocks of %d", num_blocks * BLOCK_TOKENS, BLOCK_TOKENS)
+            size = BLOCK_TOKENS
+        return BlockPool(num_blocks * BLOCK_TOKENS // size, size, wants_runs=self._device.type != "cuda")
 
     def _fits(self, num_blocks: int, config: EngineConfig, needs_graphs: bool) -> bool:
         """Makes the pool, and captures steps over it. False where memory does not hold both and the largest step."""
@@ -325,7 +334,7 @@ class Executor:
             return False
         if self._short_bytes() > 0:
             return False
-        is_captured = self._model.prepare_steps(config.max_num_seqs)
+        is_captured = self._model.prepare_steps(config.max_num_seqs, config.block_tokens)
         return (is_captured or not needs_graphs) and self._short_bytes() <= 0
 
     def _short_bytes(self) -> int:
@@ -338,7 +347,7 @@ class Executor:
         """What the bytes allow at the default reserve: on a GPU measured anew, with pool and graphs in place."""
         per_token = self._model.kv_bytes_per_token
         if self._device.type == "cuda":
-            room = Room.on_cuda(self.pool.num_tokens * per_token - self._short_bytes())
+            room = Room.on_cuda(self._model.num_slots * per_token - self._short_bytes())
         return room.default_bytes // per_token
 
 

@@ -41,7 +41,8 @@ class FusedPass:
     def __init__(
         self, decoder: Decoder, kernels: Kernels, block_tokens: int, max_model_len: int, num_sms: int
     ) -> None:
-        self._decoder, self._kernels, self._block_tokens = decoder, kernels, block_tokens
+        self._decoder, self._kernels = decoder, kernels
+        self.block_tokens = block_tokens  # of the pool; set anew with another one's steps
         self._num_sms = num_sms
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
@@ -100,7 +101,7 @@ class FusedPass:
         self, qkv: Tensor, cache: JointCache, layer: Attention, inputs: DecodeInputs, splits: int
     ) -> Tensor:
         return self._kernels.paged_decode(
-            queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, self._block_tokens, layer.scaling,
+            queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, self.block_tokens, layer.scaling,
             layer.window, splits,
         )  # fmt: skip
 

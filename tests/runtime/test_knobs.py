@@ -33,6 +33,8 @@ NAMES = (
     "long_prompt_threshold",
     "kv_watermark",
     "overlap_depth",
+    "kv_block",
+    "kv_dtype",
 )
 
 

@@ -86,7 +86,7 @@ def test_a_pool_whose_memory_is_refused_becomes_a_smaller_one(
     monkeypatch.setattr(DecoderModel, "allocate", refuse)
     here = executor(folder, 16 * 256)
     assert 190 <= here.pool.num_blocks <= 200 and here.fitted_kv_tokens == here.pool.num_tokens
-    assert "leaves no room" in caplog.text and here.warm.pool_blocks == here.pool.num_blocks
+    assert "leaves no room" in caplog.text and here.warm.pool.num_blocks == here.pool.num_blocks
 
 
 def test_a_pool_that_leaves_nothing_for_graphs_or_the_largest_step_becomes_a_smaller_one(

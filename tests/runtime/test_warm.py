@@ -188,6 +188,23 @@ def test_what_this_machine_can_never_run_is_no_knob(folder: Path, patch: dict[st
             raise AssertionError(error["message"])
 
 
+def test_another_block_needs_nothing_prepared_and_starts_an_engine_too(folder: Path) -> None:
+    here = Here(folder, kv_block="64")
+    assert here.scheduler.pool.block_tokens == 64 == here.executor.identity()["kv_block_tokens"]
+    told = here.call("prepare", values=values(here, kv_block="128"))["value"]
+    assert (told["prepare_s"], told["extra_bytes"]) == (0.0, 0)
+    assert here.state() == here.runner.champion
+    done = here.call("reconfigure", patch={"kv_block": 128})["value"]
+    assert done["config"]["kv_block"] == "128" == here.state().kv_block and done["commit_us"] > 0
+
+
+def test_the_longest_request_must_fit_in_whole_blocks(folder: Path) -> None:
+    here = Here(folder, max_model_len=250)
+    error = here.call("reconfigure", patch={"kv_tokens": 251, "kv_block": "64"})["error"]
+    assert error["kind"] == "invalid_knob" and "must be in [256," in error["message"]
+    assert "value" in here.call("reconfigure", patch={"kv_tokens": 256, "kv_block": "64"})
+
+
 def test_unused_states_are_kept_for_a_rollback_and_dropped_when_newer_ones_come(folder: Path) -> None:
     here = Here(folder)
     warm = here.executor.warm
@@ -217,12 +234,13 @@ def test_32_streams_keep_every_token_while_the_pool_grows_shrinks_and_prefixes_c
     quiet = serve_all(Here(DEMO, max_model_len=256, max_num_seqs=32), lambda step: None)
     here = Here(DEMO, max_model_len=256, max_num_seqs=32)
     patches: list[dict[str, Any]] = [
-        {"kv_tokens": 4096}, {"prefix_cache": "on"}, {"kv_tokens": 512}, {"prefix_cache": "off"}, {"kv_tokens": 2048},
+        {"kv_tokens": 4096}, {"prefix_cache": "on"}, {"kv_tokens": 512}, {"kv_block": "64"}, {"prefix_cache": "off"},
+        {"kv_tokens": 2048, "kv_block": "32"}, {"kv_block": "256"}, {"kv_block": "16"},
     ]  # fmt: skip
     swaps: list[float] = []
 
     def disturb(step: int) -> None:
-        if step % 6 == 2 and patches:
+        if step % 4 == 2 and patches:
             patch = patches.pop(0)
             done = here.call("reconfigure", patch=patch, expected_version=here.runner.version)["value"]
             assert (
@@ -231,6 +249,7 @@ def test_32_streams_keep_every_token_while_the_pool_grows_shrinks_and_prefixes_c
                 == {name: done["config"][name] for name in patch}
             )
             assert here.scheduler.pool.num_tokens == here.state().kv_tokens
+            assert here.scheduler.pool.block_tokens == here.state().block_tokens
             swaps.append(done["commit_us"])
 
     assert serve_all(here, disturb) == quiet
