@@ -95,6 +95,12 @@ class Executor:
         self._threads = 0
         self._landed = 0.0  # when the last step did
         self._use_threads(config.threads_decode)
+        if config.kv_dtype in self._model.kv_dtypes:
+            self._model.kv_dtype = config.kv_dtype
+        else:
+            log.warning(
+                "`kv_dtype` %s is not to be had: this model %s", config.kv_dtype, self._model.why_fixed
+            )
         lay_out_linears(self._model.model, int(LAID_OUT_SHARE * free_memory_bytes()))
         self.max_batched_tokens: int | None = None  # where the machine cannot compute what was asked for
         self._step_bytes = self._warm_up(config)
@@ -154,9 +160,10 @@ class Executor:
         """Nothing is left to compute for now: what was held for the last requests is given back."""
         self._model.rest()
 
-    def score_area(self, num_blocks: int) -> KVPools:
-        """Room for one sequence that is scored beside serving. Raises RuntimeError where there is no memory."""
-        return self._model.new_pools(num_blocks)
+    def score_area(self, num_blocks: int, config: EngineConfig) -> KVPools:
+        """Room for one sequence that is scored beside serving, of the `kv_dtype` of `config`. Raises RuntimeError where
+        there is no memory."""
+        return self._model.new_pools(num_blocks, kv_dtype=config.kv_dtype)
 
     @torch.inference_mode()
     def score(self, packed: PackedBatch, targets: IntArray, area: KVPools, config: EngineConfig) -> Scored:

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
-from runtime.decoder import Attention, Decoder, JointCache
+from runtime.decoder import Attention, Decoder, KVCache
 from runtime.kernels import TRITON, Kernels, Shape, checked
 from runtime.kernels.splits import choose_splits
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.layer_parts import Mlp
 
-Attend = Callable[[Tensor, JointCache, Attention], Tensor]
+Attend = Callable[[Tensor, KVCache, Attention], Tensor]
 
 
 class DecodeInputs(NamedTuple):
@@ -47,7 +47,7 @@ class FusedPass:
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
 
-    def forward(self, step: StepTensors, caches: Sequence[JointCache]) -> Tensor:
+    def forward(self, step: StepTensors, caches: Sequence[KVCache]) -> Tensor:
         """Any rows. Returns logits [last_tokens, vocab]."""
         num_single = step.num_apart
         inputs = DecodeInputs(
@@ -59,7 +59,7 @@ class FusedPass:
         )
         splits = self._splits(num_single)
 
-        def attend(qkv: Tensor, cache: JointCache, layer: Attention) -> Tensor:
+        def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             found = []
             if num_single:
                 found.append(self._decode(qkv[:num_single], cache, layer, inputs, splits))
@@ -73,24 +73,24 @@ class FusedPass:
 
         return self._logits(self._hidden(inputs, caches, attend).index_select(0, step.last_tokens))
 
-    def decode(self, inputs: DecodeInputs, caches: Sequence[JointCache]) -> Tensor:
+    def decode(self, inputs: DecodeInputs, caches: Sequence[KVCache]) -> Tensor:
         """Rows of one token. Depends on nothing but the inputs' shapes, so that it can be captured.
 
         Returns logits [B, vocab].
         """
         splits = self._splits(len(inputs.contexts))
 
-        def attend(qkv: Tensor, cache: JointCache, layer: Attention) -> Tensor:
+        def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             return self._decode(qkv, cache, layer, inputs, splits)
 
         return self._logits(self._hidden(inputs, caches, attend))
 
-    def _pieces(self, qkv: Tensor, cache: JointCache, layer: Attention, pieces: Pieces) -> Tensor:
+    def _pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, pieces: Pieces) -> Tensor:
         """qkv: of the pieces' tokens. Returns [tokens, heads * D]."""
         heads, kv_heads, dim = layer.num_heads, layer.kv_heads, layer.dim
         query, key, value = qkv.unflatten(1, (-1, dim)).split((heads, kv_heads, kv_heads), 1)
         if pieces.slots is not None:
-            cached = cache.rows.index_select(0, pieces.slots)
+            cached = cache.read(pieces.slots)
             key, value = cached.unflatten(1, (2, kv_heads, dim)).unbind(1)
         return attend_pieces(query, key, value, pieces, layer.scaling, layer.window).flatten(1)
 
@@ -98,14 +98,19 @@ class FusedPass:
         return choose_splits(num_rows, self._decoder.layers[0].attention.kv_heads, self._num_sms)
 
     def _decode(
-        self, qkv: Tensor, cache: JointCache, layer: Attention, inputs: DecodeInputs, splits: int
+        self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: DecodeInputs, splits: int
     ) -> Tensor:
+        if cache.scales is not None:
+            return self._kernels.paged_decode_fp8(
+                queries_of(qkv, layer), cache.rows, cache.scales, inputs.tables, inputs.contexts, self.block_tokens,
+                layer.scaling, layer.window, splits,
+            )  # fmt: skip
         return self._kernels.paged_decode(
             queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, self.block_tokens, layer.scaling,
             layer.window, splits,
         )  # fmt: skip
 
-    def _hidden(self, inputs: DecodeInputs, caches: Sequence[JointCache], attend: Attend) -> Tensor:
+    def _hidden(self, inputs: DecodeInputs, caches: Sequence[KVCache], attend: Attend) -> Tensor:
         """Returns the normed output of the last layer, [T, hidden]."""
         kernels, decoder = self._kernels, self._decoder
         x = embedding(inputs.token_ids, decoder.embedding)
@@ -115,10 +120,12 @@ class FusedPass:
             assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
             qkv = attention.qkv.forward(kernels.add_norm(x, delta, layer.before.weight, layer.before.eps))
             norm = attention.qk_norm
-            kernels.rope_and_cache(
-                qkv, self._angles, inputs.positions, cache.rows, inputs.slots, attention.kv_heads,
-                None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
-            )  # fmt: skip
+            turn = (None if norm is None else norm.weight, 0.0 if norm is None else norm.eps)
+            written = (qkv, self._angles, inputs.positions, cache.rows)
+            if cache.scales is not None:
+                kernels.rope_and_cache_fp8(*written, cache.scales, inputs.slots, attention.kv_heads, *turn)
+            else:
+                kernels.rope_and_cache(*written, inputs.slots, attention.kv_heads, *turn)
             delta = attention.out.forward(attend(qkv, cache, attention))
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
             delta = mlp.down.forward(kernels.silu_mul(mlp.gate_up.forward(y)))

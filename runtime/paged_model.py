@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from runtime.attention import StepTensors
 from runtime.errors import ModelError
 from runtime.knobs import EngineConfig, KnobValue
-from runtime.kv_cache import BLOCK_TOKENS, BlockPool
+from runtime.kv_cache import BLOCK_TOKENS, BlockIds, BlockPool
 from runtime.request import Request
 from runtime.retable import BlockMove, Retabled
 from runtime.scheduler import PackedBatch, Scheduler
@@ -225,6 +225,12 @@ def in_blocks(pool: Tensor, block_tokens: int) -> Tensor:
     """pool: [heads, slots, values]. Returns a view, [heads, blocks, block_tokens, values], of the whole blocks."""
     num_blocks = pool.shape[1] // block_tokens
     return pool.narrow(1, 0, num_blocks * block_tokens).unflatten(1, (num_blocks, block_tokens))
+
+
+def slots_in(blocks: BlockIds, block_tokens: int) -> Tensor:
+    """int64 [blocks * block_tokens], on the host."""
+    slots = blocks.astype(np.int64)[:, None] * block_tokens + np.arange(block_tokens)
+    return torch.from_numpy(slots.ravel())
 
 
 def runs_of(move: BlockMove) -> list[tuple[int, int, int]]:

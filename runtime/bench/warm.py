@@ -127,7 +127,7 @@ def decode_turns(
 
 def scores(bench: Bench, config: EngineConfig, token_ids: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     """NLL and likeliest token of every known next token."""
-    area = bench.executor.score_area(-(-max(map(len, token_ids)) // 16))
+    area = bench.executor.score_area(-(-max(map(len, token_ids)) // 16), config)
     nll: list[float | None] = []
     top1: list[int | None] = []
     sequences = [np.array(ids, np.int64) for ids in token_ids]

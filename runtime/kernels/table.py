@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels import plain
+from runtime.rounded_cache import rounded
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,11 @@ class Kernels(NamedTuple):
     silu_mul: Callable[[Tensor], Tensor]
     skinny_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x of at most 64 rows, weight, bias)
     greedy: Callable[[Tensor], Tensor]
+    # The same over a cache of 8 bits, whose scales come behind `rows`.
+    paged_decode_fp8: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float, int | None, int], Tensor]
+    rope_and_cache_fp8: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None, float], None
+    ]
 
 
 PLAIN = Kernels(
@@ -38,20 +44,23 @@ PLAIN = Kernels(
     plain.silu_mul,
     plain.linear,
     plain.greedy,
+    plain.paged_decode_fp8,
+    plain.rope_and_cache_fp8,
 )
 
 
 def _triton_kernels() -> Kernels:
     """Raises ImportError where Triton is missing or does not load."""
     from runtime.kernels.add_norm import add_norm
-    from runtime.kernels.paged_decode import paged_decode, paged_latent_decode
-    from runtime.kernels.rope_and_cache import rope_and_cache
+    from runtime.kernels.paged_decode import paged_decode, paged_decode_fp8, paged_latent_decode
+    from runtime.kernels.rope_and_cache import rope_and_cache, rope_and_cache_fp8
     from runtime.kernels.silu_mul import silu_mul
     from runtime.kernels.skinny_linear import skinny_linear
 
     return Kernels(
-        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, plain.greedy
-    )
+        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, plain.greedy,
+        paged_decode_fp8, rope_and_cache_fp8,
+    )  # fmt: skip
 
 
 TRITON: Kernels | None = None
@@ -163,6 +172,23 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         return [new, cache]
 
     yield "rope_and_cache", turned
+    bits, scales = rounded(rows.unflatten(1, (2 * kv_heads, dim)))
+    bits = bits.flatten(1)
+    for splits in (1, 3):
+        yield (
+            "paged_decode_fp8",
+            _returned(query, bits, scales, tables, contexts, size, dim**-0.5, shape.window, splits),
+        )
+
+    # Turned by nothing, so that both round the same values: one on the edge would go to either side.
+    still = torch.stack((torch.ones_like(table[:, 0]), torch.zeros_like(table[:, 0])), 1)
+
+    def turned_and_rounded(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        new, cached, steps = qkv.clone(), bits.clone(), scales.clone()
+        kernel(new, still, positions, cached, steps, slots, kv_heads, None, 0.0)
+        return [new, cached, steps]
+
+    yield "rope_and_cache_fp8", turned_and_rounded
     x, delta, scale_of = normal(4, hidden), normal(4, hidden), normal(hidden)
 
     def added(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
