@@ -178,9 +178,10 @@ class WarmStates:
             room = self._room_bytes()
         if needed <= room:
             return wanted
-        if may_move_in_turn and wanted.pool is not None and pool_bytes < self._pool_bytes(self.pool):
+        if may_move_in_turn and wanted.pool is not None:
+            more = max(0, pool_bytes - self._pool_bytes(self.pool))
             per_layer = pool_bytes // len(self._model.kv_shapes)
-            if weight_bytes + per_layer <= room:
+            if weight_bytes + more + per_layer <= room:
                 return Wanted(wanted.weight_format, wanted.pool, in_turn=True)
         raise PrepareFailed(
             f"The configuration needs {needed} bytes more ({weight_bytes} of weights, {pool_bytes} of KV pool), but "

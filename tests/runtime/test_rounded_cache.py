@@ -25,6 +25,10 @@ from tests.runtime.test_warm import Here, prompts, serve_all, values
 from tests.runtime.tiny_models import save_tiny_model, tiny_model
 
 
+class Half(Here):
+    dtype = torch.bfloat16
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("qwen2", tmp_path_factory.mktemp("model") / "tiny")
@@ -164,10 +168,10 @@ def slots_of(table: list[int], num_tokens: int) -> torch.Tensor:
     return torch.tensor(slots[:num_tokens])
 
 
-def test_a_smaller_pool_without_room_beside_is_rounded_layer_by_layer(
+def test_without_room_for_both_a_pool_is_rounded_and_restored_layer_by_layer(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = Here(folder, kv_tokens=4096)
+    here = Half(folder, kv_tokens=4096)
     for i, prompt in enumerate(prompts(4)):
         here.submit(str(i), prompt, 12)
     here.engine.step()
@@ -176,6 +180,12 @@ def test_a_smaller_pool_without_room_beside_is_rounded_layer_by_layer(
     assert here.call("prepare", values=values(here, kv_dtype="fp8"))["error"]["kind"] == "prepare_failed"
     assert "value" in here.call("reconfigure", patch={"kv_dtype": "fp8"})
     assert here.state().kv_dtype == "fp8" and here.state().kv_tokens == 4096
+    whole_bytes = 4096 * here.executor._model.bytes_per_token("auto")
+    monkeypatch.setattr(here.executor.warm, "_free_bytes", lambda: int(1.2 * whole_bytes))
+    here.engine.step()
+    assert here.call("prepare", values=values(here, kv_dtype="auto"))["error"]["kind"] == "prepare_failed"
+    assert "value" in here.call("reconfigure", patch={"kv_dtype": "auto"})
+    assert here.state().kv_dtype == "auto" and here.scheduler.has_requests
     here.run()
     assert sorted(here.ends()) == ["0", "1", "2", "3"]
 

@@ -25,10 +25,12 @@ LIMIT_S = 60.0
 class Here:
     """An engine, the frames that it sent, and control calls that wait for their answer."""
 
+    device, dtype = torch.device("cpu"), torch.float32
+
     def __init__(
         self, folder: Path, kv_tokens: int = 1024, max_model_len: int | None = None, **knobs: Any
     ) -> None:
-        loaded = load_model(folder, torch.device("cpu"), torch.float32, max_model_len)
+        loaded = load_model(folder, self.device, self.dtype, max_model_len)
         config = EngineConfig.of(knobs)
         self.executor = Executor(loaded, kv_tokens, config)
         self.frames: list[Frame] = []
@@ -340,3 +342,31 @@ def test_a_restarted_engine_starts_on_the_weights_and_the_pool_of_its_champion(f
     engine = Engine(executor, PlanRunner(config), Clock.started_now(), lambda frame: None)
     engine.step()
     assert executor.warm.in_force(config) == config and executor.warm.weight_format == "int8"
+
+
+class OnGPU(Here):
+    device, dtype = torch.device("cuda"), torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("knob", ["kv_block", "kv_dtype"])
+def test_32_streams_on_a_gpu_live_through_other_blocks_and_a_rounded_pool(folder: Path, knob: str) -> None:
+    knobs: dict[str, Any] = {
+        "kv_tokens": 4096,
+        "max_num_seqs": 32,
+        "weight_format": "bfloat16",
+        "overlap_depth": 1,
+    }
+    quiet = serve_all(OnGPU(folder, **knobs), lambda step: None)
+    here = OnGPU(folder, **knobs)
+    wanted = {"kv_block": ["64", "256", "32", "16"], "kv_dtype": ["fp8", "auto"]}[knob]
+
+    def disturb(step: int) -> None:
+        if step % 5 == 2 and wanted:
+            value = wanted.pop(0)
+            assert "value" in here.call("reconfigure", patch={knob: value})
+            assert here.state().values()[knob] == value
+
+    texts = serve_all(here, disturb)
+    assert not wanted
+    assert knob == "kv_dtype" or texts == quiet, "blocks are where keys lie, not what they are"
