@@ -4,7 +4,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from runtime.logprobs import PromptLogprob, TokenLogprobs, logprobs_of, prompt_l
 from runtime.paged_model import KVPools, PagedModel
 from runtime.plain_model import PlainModel
 from runtime.request import Request
-from runtime.sampling import draw, tokens_of
+from runtime.sampling import are_greedy, draw, tokens_of
 from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler, ScoredPiece
 from runtime.scoring import Scored
 from runtime.warm import WarmStates
@@ -133,7 +133,7 @@ class Executor:
         started = time.perf_counter()
         logits = self._model.forward(packed)
         num_sampled = int(batch.sampled.sum())
-        drawn = draw(logits[:num_sampled], batch.sampled_requests()) if num_sampled else _NOTHING
+        drawn = self._draw(logits[:num_sampled], batch.sampled_requests()) if num_sampled else _NOTHING
         self._model.drawn = drawn[0]
         if drawn.device.type != "cuda":
             return Launched(batch, logits, drawn, None, started, threads)
@@ -142,6 +142,10 @@ class Executor:
         read = torch.cuda.Event()
         read.record()
         return Launched(batch, logits, on_host, read, started, threads)
+
+    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        greedy = self._model.greedy
+        return greedy if greedy is not None and are_greedy(requests) else draw(logits, requests)
 
     def land(self, launched: Launched) -> Executed:
         """Waits for a step and reads what it drew."""
@@ -289,9 +293,8 @@ class Executor:
         if self._device.type != "cuda":
             return Room.on_cpu(free_memory_bytes())
         before = driver_free_bytes(self._device)
-        self._model.prepare_steps(
-            config.max_num_seqs, config.block_tokens, only_largest=True
-        )  # the others fit into its memory
+        # The others fit into the memory of the largest one.
+        self._model.prepare_steps(config.max_num_seqs, config.block_tokens, only_largest=True)
         graph_bytes = before - driver_free_bytes(self._device)
         self._model.release()
         free_bytes = driver_free_bytes(self._device)

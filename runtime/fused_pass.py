@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
 from runtime.decoder import Attention, Decoder, KVCache
 from runtime.kernels import TRITON, Kernels, Shape, checked
+from runtime.kernels.linear_table import LinearTable
 from runtime.kernels.splits import choose_splits
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.layer_parts import Mlp
@@ -25,7 +25,8 @@ Attend = Callable[[Tensor, KVCache, Attention], Tensor]
 class DecodeInputs(NamedTuple):
     """Rows of one token each, on the device. Padding rows have slot -1 and context 0.
 
-    `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks].
+    `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks]; `drawn`: int64, the tokens
+    that token ids below 0 stand for.
     """
 
     token_ids: Tensor
@@ -33,6 +34,7 @@ class DecodeInputs(NamedTuple):
     slots: Tensor
     contexts: Tensor
     tables: Tensor
+    drawn: Tensor
 
 
 class FusedPass:
@@ -44,6 +46,7 @@ class FusedPass:
         self._decoder, self._kernels = decoder, kernels
         self.block_tokens = block_tokens  # of the pool; set anew with another one's steps
         self._num_sms = num_sms
+        self.linears = LinearTable(kernels)
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
 
@@ -56,6 +59,7 @@ class FusedPass:
             step.slots,
             step.contexts[:num_single],
             step.tables[:num_single],
+            drawn=step.token_ids[0],  # all are known
         )
         splits = self._splits(num_single)
 
@@ -85,6 +89,16 @@ class FusedPass:
 
         return self._logits(self._hidden(inputs, caches, attend))
 
+    def measure_linears(self) -> None:
+        """Finds the faster form of each layer."""
+        attentions = [
+            layer.attention for layer in self._decoder.layers if isinstance(layer.attention, Attention)
+        ]
+        mlps = [layer.mlp for layer in self._decoder.layers if isinstance(layer.mlp, Mlp)]
+        self.linears.measure("whole", [self._decoder.head, *(one.qkv for one in attentions)])
+        self.linears.measure("gated", [one.gate_up for one in mlps])
+        self.linears.measure("parts", [*(one.out for one in attentions), *(one.down for one in mlps)])
+
     def _pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, pieces: Pieces) -> Tensor:
         """qkv: of the pieces' tokens. Returns [tokens, heads * D]."""
         heads, kv_heads, dim = layer.num_heads, layer.kv_heads, layer.dim
@@ -113,12 +127,13 @@ class FusedPass:
     def _hidden(self, inputs: DecodeInputs, caches: Sequence[KVCache], attend: Attend) -> Tensor:
         """Returns the normed output of the last layer, [T, hidden]."""
         kernels, decoder = self._kernels, self._decoder
-        x = embedding(inputs.token_ids, decoder.embedding)
+        x = kernels.embed(inputs.token_ids, inputs.drawn, decoder.embedding)
         delta: Tensor | None = None
         for layer, cache in zip(decoder.layers, caches, strict=True):
             attention, mlp = layer.attention, layer.mlp
             assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
-            qkv = attention.qkv.forward(kernels.add_norm(x, delta, layer.before.weight, layer.before.eps))
+            y = kernels.add_norm(x, delta, layer.before.weight, layer.before.eps)
+            qkv = self.linears.whole(attention.qkv, y)
             norm = attention.qk_norm
             turn = (None if norm is None else norm.weight, 0.0 if norm is None else norm.eps)
             written = (qkv, self._angles, inputs.positions, cache.rows)
@@ -126,14 +141,17 @@ class FusedPass:
                 kernels.rope_and_cache_fp8(*written, cache.scales, inputs.slots, attention.kv_heads, *turn)
             else:
                 kernels.rope_and_cache(*written, inputs.slots, attention.kv_heads, *turn)
-            delta = attention.out.forward(attend(qkv, cache, attention))
+            delta = self.linears.added(attention.out, attend(qkv, cache, attention))
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
-            delta = mlp.down.forward(kernels.silu_mul(mlp.gate_up.forward(y)))
+            delta = self.linears.added(mlp.down, self.linears.gated(mlp.gate_up, y))
         return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
 
+    def greedy(self, logits: Tensor) -> Tensor:
+        """The likeliest tokens, and whether each may be taken: int64 [2, rows]."""
+        return self._kernels.greedy(logits)
+
     def _logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self._decoder.head.forward(x)
-        return logits
+        return self.linears.whole(self._decoder.head, x)
 
 
 def queries_of(qkv: Tensor, layer: Attention) -> Tensor:
@@ -158,4 +176,6 @@ def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> Fu
     )  # fmt: skip
     kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
+    found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
+    found.measure_linears()
+    return found

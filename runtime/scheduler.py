@@ -333,7 +333,10 @@ class Scheduler:
                 new_tokens = np.concatenate((new_tokens, [tokens for _, tokens in admitted]))
         if not len(seats):
             return None
-        order = np.argsort(new_tokens > 1, kind="stable")  # rows of one token first
+        # Rows of one token first, and of those the longest: what is attended to at once is of like length, and what
+        # takes longest is not begun last.
+        is_piece = new_tokens > 1
+        order = np.lexsort((np.where(is_piece, 0, -self._seats.computed[seats]), is_piece))
         return self._batch(seats[order], new_tokens[order])
 
     def finish_step(self, batch: Batch, tokens: list[int] | None, now: float) -> list[Request]:

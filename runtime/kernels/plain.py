@@ -147,10 +147,10 @@ def _written(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """Adds `delta` to x in place, and returns the root mean square norm of the sum, times `weight`.
 
-    x, delta: [T, hidden]; weight: [hidden].
+    x: [T, hidden]; delta: the same, or parts [S, T, hidden] in float32; weight: [hidden].
     """
     if delta is not None:
-        x += delta
+        x += delta if delta.ndim == 2 else delta.sum(0)
     return (_normal(x.to(_wide(x)), eps) * weight).to(x.dtype)
 
 
@@ -160,14 +160,36 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (silu(gate) * up).to(gate_up.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: [M, K]; weight: [N, K]; bias: [N]. Returns [M, N]."""
-    return torch.nn.functional.linear(x, weight, bias)
+def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x: [M, K], M at most 64; weight: [N, K]. Returns [M, N]."""
+    return torch.nn.functional.linear(x, weight)
+
+
+def skinny_gated(x: Tensor, weight: Tensor) -> Tensor:
+    """weight: [2 * I, K], gates first. Returns silu(gate) * up, [M, I]."""
+    return silu_mul(torch.nn.functional.linear(x, weight))
+
+
+def skinny_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """The product in parts that have yet to be added up. Returns [S, M, N] float32."""
+    return torch.nn.functional.linear(x.to(_wide(x)), weight.to(_wide(x)))[None]
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token of each row. logits: [B, vocab]. Returns int64 [B]."""
-    return logits.argmax(-1)
+    """The likeliest token of each row, the first of equals, and whether it may be taken: not where a logit is NaN or
+    none is finite. logits: [B, vocab]. Returns int64 [2, B].
+    """
+    best, tokens = logits.max(dim=-1)  # NaN wins a max, so `best` tells of it
+    return torch.stack((tokens, torch.isfinite(best).to(tokens.dtype)))
+
+
+def embed(token_ids: Tensor, drawn: Tensor, table: Tensor) -> Tensor:
+    """token_ids: int64 [T], in which -1 - k is the k-th of `drawn`, int64; table: [vocab, hidden].
+
+    Returns [T, hidden].
+    """
+    known = torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)], token_ids)
+    return torch.nn.functional.embedding(known, table)
 
 
 def _slots(

@@ -6,6 +6,9 @@ Contract: `runtime.kernels.plain`.
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from runtime.kernels.early_start import early_start
 
 VALUES_PER_PROGRAM = 1024
 
@@ -33,7 +36,7 @@ def rope_and_cache(
         qkv.stride(0), rows.stride(0), 0 if scales is None else scales.stride(0), eps,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HAS_NORM=norm_weight is not None, IS_ROUNDED=scales is not None,
         HEAD_BLOCK=head_block, HALF_BLOCK=half_block,
-        num_warps=4,
+        num_warps=4, **early_start(qkv),
     )  # fmt: skip
 
 
@@ -58,9 +61,8 @@ def _e4m3(x: tl.tensor) -> tl.tensor:
     size = tl.abs(x)
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # exponents count from -7 instead of -127
-    small = (size * 512.0 + 8388608.0).to(
-        tl.int32, bitcast=True
-    ) & 0xFF  # in steps of 2^-9, as 2^23 has no fractions
+    # In steps of 2^-9, as 2^23 has no fractions.
+    small = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
     found = tl.minimum(tl.where(size < 0.015625, small, normal), 0x7F)
     return (found | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
 
@@ -85,6 +87,7 @@ def _rope_and_cache(
     IS_ROUNDED: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """A head's two halves are two tiles, as each is turned with the other."""
     HALF: tl.constexpr = DIM // 2
@@ -93,6 +96,9 @@ def _rope_and_cache(
     column = tl.arange(0, HALF_BLOCK)
     inside = (head < HEADS + 2 * KV_HEADS)[:, None] & (column < HALF)[None]
     is_turned = inside & (head < HEADS + KV_HEADS)[:, None]
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     at = qkv + token * qkv_stride + head[:, None] * DIM + column[None]
     raw_left = tl.load(at, mask=inside, other=0.0)
     raw_right = tl.load(at + HALF, mask=inside, other=0.0)

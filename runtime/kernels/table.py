@@ -27,8 +27,11 @@ class Kernels(NamedTuple):
     rope_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None, float], None]
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]  # (x, delta, weight, eps)
     silu_mul: Callable[[Tensor], Tensor]
-    skinny_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x of at most 64 rows, weight, bias)
+    skinny_linear: Callable[[Tensor, Tensor], Tensor]  # (x of at most 64 rows, weight)
+    skinny_gated: Callable[[Tensor, Tensor], Tensor]
+    skinny_parts: Callable[[Tensor, Tensor], Tensor]
     greedy: Callable[[Tensor], Tensor]
+    embed: Callable[[Tensor, Tensor, Tensor], Tensor]  # (token_ids, drawn, table)
     # The same over a cache of 8 bits, whose scales come behind `rows`.
     paged_decode_fp8: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float, int | None, int], Tensor]
     rope_and_cache_fp8: Callable[
@@ -42,8 +45,11 @@ PLAIN = Kernels(
     plain.rope_and_cache,
     plain.add_norm,
     plain.silu_mul,
-    plain.linear,
+    plain.skinny_linear,
+    plain.skinny_gated,
+    plain.skinny_parts,
     plain.greedy,
+    plain.embed,
     plain.paged_decode_fp8,
     plain.rope_and_cache_fp8,
 )
@@ -52,14 +58,16 @@ PLAIN = Kernels(
 def _triton_kernels() -> Kernels:
     """Raises ImportError where Triton is missing or does not load."""
     from runtime.kernels.add_norm import add_norm
+    from runtime.kernels.embed import embed
+    from runtime.kernels.greedy import greedy
     from runtime.kernels.paged_decode import paged_decode, paged_decode_fp8, paged_latent_decode
     from runtime.kernels.rope_and_cache import rope_and_cache, rope_and_cache_fp8
     from runtime.kernels.silu_mul import silu_mul
-    from runtime.kernels.skinny_linear import skinny_linear
+    from runtime.kernels.skinny_linear import skinny_gated, skinny_linear, skinny_parts
 
     return Kernels(
-        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, plain.greedy,
-        paged_decode_fp8, rope_and_cache_fp8,
+        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, skinny_gated,
+        skinny_parts, greedy, embed, paged_decode_fp8, rope_and_cache_fp8,
     )  # fmt: skip
 
 
@@ -196,14 +204,40 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         return [_given(kernel(whole, delta, scale_of, 1e-6)), whole]
 
     yield "add_norm", added
+    parts = torch.randn(3, 4, hidden, generator=random, device=device)
+
+    def added_parts(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        whole = x.clone()
+        return [_given(kernel(whole, parts, scale_of, 1e-6)), whole]
+
+    yield "add_norm", added_parts
     yield "silu_mul", _returned(normal(4, 2 * shape.intermediate))
     matrix = normal(shape.intermediate, hidden) * hidden**-0.5
-    yield "skinny_linear", _returned(x, matrix, None)
-    yield "skinny_linear", _returned(normal(64, hidden), matrix, normal(shape.intermediate))
+
+    logits = normal(4, 5000)
+
+    def likeliest(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        tokens, may_be_taken = _given(kernel(logits))
+        return [(tokens[:, None] == torch.arange(5000, device=device)).float(), may_be_taken]
+
+    yield "greedy", likeliest
+    yield (
+        "embed",
+        _returned(*(torch.tensor(one, device=device) for one in ([3, -1, 0, -3], [1, 0, 2])), matrix),
+    )
+    gates = torch.cat((matrix, matrix.flip(0)))
+    for some in (x, normal(64, hidden)):
+        yield "skinny_linear", _returned(some, matrix)
+        yield "skinny_gated", _returned(some, gates)
+        yield "skinny_parts", _added_up(some, matrix)
 
 
 def _returned(*given: object) -> Trial:
     return lambda kernel: [_given(kernel(*given))]
+
+
+def _added_up(x: Tensor, weight: Tensor) -> Trial:
+    return lambda kernel: [_given(kernel(x, weight)).sum(0).to(x.dtype)]
 
 
 def _given(result: Tensor | None) -> Tensor:

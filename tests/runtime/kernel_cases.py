@@ -277,11 +277,16 @@ add("rope_float32_table", rope, wide_table=True)
 
 
 def norm(
-    device: torch.device, dtype: torch.dtype, hidden: int, has_delta: bool = True, scale: float = 1.0
-) -> None:
+    device: torch.device, dtype: torch.dtype, hidden: int, has_delta: bool = True, scale: float = 1.0,
+    num_parts: int = 0,
+) -> None:  # fmt: skip
     torch.manual_seed(0)
     x, delta = (torch.randn(3, hidden).mul(scale).to(device, dtype) for _ in range(2))
     delta = torch.cat((delta, delta), 1)[:, :hidden]  # rows lie apart
+    if num_parts:
+        delta = (
+            torch.randn(num_parts, 3, hidden, device=device).mul_(0.5).round_().mul_(2)
+        )  # exact in any order
     weight = torch.randn(hidden).to(device, dtype)
     sums, results = [], []
     for kernel in (kernels().add_norm, PLAIN.add_norm):
@@ -294,6 +299,8 @@ def norm(
 for hidden in (1, 96, 1000, 1024, 4096, 8192):
     add(f"norm_of_{hidden}", norm, hidden=hidden)
 add("norm_without_delta", norm, hidden=100, has_delta=False)
+add("norm_of_parts", norm, hidden=1000, num_parts=3)
+add("norm_of_one_part", norm, hidden=64, num_parts=1)
 add("norm_of_zeros", norm, hidden=64, scale=0.0)
 add("norm_whose_squares_overflow_float16", norm, hidden=64, scale=3000.0)
 
@@ -310,29 +317,66 @@ add("silu_of_large_values", silu, size=200, scale=40.0)
 
 
 def skinny(
-    device: torch.device, dtype: torch.dtype, m: int, n: int = 100, k: int = 512, has_bias: bool = False,
-    **tiles: int,
-) -> None:  # fmt: skip
-    from runtime.kernels.skinny_linear import Tiles, skinny_linear
+    device: torch.device, dtype: torch.dtype, m: int, n: int = 100, k: int = 512, **tiles: int
+) -> None:
+    from runtime.kernels.skinny_linear import Tiles, skinny_parts
 
     torch.manual_seed(0)
     x = torch.randn(m, k + 16).to(device, dtype)[:, :k]  # rows lie apart
     weight = (torch.randn(n, k) * k**-0.5).to(device, dtype)
-    bias = torch.randn(n).to(device, dtype) if has_bias else None
-    expected = PLAIN.skinny_linear(x.float(), weight.float(), None if bias is None else bias.float())
-    close(skinny_linear(x, weight, bias, Tiles(**tiles) if tiles else None), expected.to(dtype))
+    parts = skinny_parts(x, weight, Tiles(**tiles) if tiles else None)
+    assert parts.dtype == torch.float32
+    close(parts.sum(0).to(dtype), PLAIN.skinny_parts(x, weight)[0].to(dtype))
+    if not tiles:
+        close(kernels().skinny_linear(x, weight), PLAIN.skinny_linear(x, weight))
+        both = torch.cat((weight, weight.flip(0)))
+        close(kernels().skinny_gated(x, both), PLAIN.skinny_gated(x, both))
 
 
 for m in (1, 3, 16, 17, 33, 64):
-    add(f"linear_rows_{m}", skinny, m=m, has_bias=m % 2 == 1)
+    add(f"linear_rows_{m}", skinny, m=m)
 for k in (16, 100, 1000, 4096):
     add(f"linear_inputs_{k}", skinny, m=2, k=k)
 for n in (1, 15, 1030):
-    add(f"linear_outputs_{n}", skinny, m=2, n=n, has_bias=True)
+    add(f"linear_outputs_{n}", skinny, m=2, n=n)
 for split in (1, 2, 3, 8):
-    add(f"linear_split_{split}", skinny, m=5, k=520, has_bias=True, block_n=32, block_k=64, split_k=split)
+    add(f"linear_split_{split}", skinny, m=5, k=520, block_n=32, block_k=64, split_k=split)
 add("linear_more_splits_than_columns", skinny, m=2, k=64, block_n=16, block_k=64, split_k=4)
 add("linear_split_even", skinny, m=5, k=512, block_n=16, block_k=64, split_k=4)
+
+
+def likeliest(
+    device: torch.device, dtype: torch.dtype, vocab: int, fill: float | None = None, at: int = 0
+) -> None:
+    """`fill`: what stands at `at` in the second row."""
+    torch.manual_seed(0)
+    logits = (
+        torch.randn(3, vocab + 5).round_(decimals=1).to(device, dtype)[:, :vocab]
+    )  # rows lie apart, many equal
+    if fill is not None:
+        logits[1, at] = fill
+    tokens, may_be_taken = kernels().greedy(logits)
+    expected_may = PLAIN.greedy(logits)[1]
+    assert may_be_taken.tolist() == expected_may.tolist()
+    assert torch.equal(tokens[expected_may == 1], logits.argmax(-1)[expected_may == 1])
+
+
+for vocab in (1, 100, 4096, 9000):
+    add(f"greedy_of_{vocab}", likeliest, vocab=vocab)
+for name, value in {"nan": float("nan"), "inf": float("inf"), "minus_inf": float("-inf")}.items():
+    add(f"greedy_with_{name}", likeliest, vocab=5000, fill=value, at=4999)
+add("greedy_of_minus_inf_alone", likeliest, vocab=1, fill=float("-inf"))
+
+
+def embedded(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
+    torch.manual_seed(0)
+    table = torch.randn(20, hidden + 8).to(device, dtype)[:, :hidden]
+    token_ids, drawn = (torch.tensor(one, device=device) for one in ([7, -1, 0, -3, 19], [4, 2**40, 11]))
+    assert torch.equal(kernels().embed(token_ids, drawn, table), table[[7, 4, 0, 11, 19]])
+
+
+for hidden in (8, 1000, 2048):
+    add(f"embed_{hidden}", embedded, hidden=hidden)
 
 
 def checks(device: torch.device, dtype: torch.dtype) -> None:
@@ -352,6 +396,8 @@ def compile_only() -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from runtime.kernels import early_start
+
     class AbsentGPU:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", 90, 32)
@@ -369,11 +415,12 @@ def compile_only() -> None:
         return run(self, *given, grid=grid, warmup=True, **options)
 
     JITFunction.run = compiled
+    early_start.has_early_start = lambda device: True
 
 
 def compiled_cases() -> dict[str, Callable[[], object]]:
     """Shapes of real models in bfloat16."""
-    from runtime.kernels.skinny_linear import Tiles, skinny_linear
+    from runtime.kernels.skinny_linear import Tiles, skinny_parts
 
     half, cpu = torch.bfloat16, torch.device("cpu")
 
@@ -436,16 +483,21 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
         "rope": turned(32, 8, 128, False),
         "rope_normed": turned(16, 8, 128, True),
         "norm": lambda: kernels().add_norm(empty(2, 4096), empty(2, 4096), empty(4096), 1e-6),
+        "norm_of_parts": lambda: kernels().add_norm(
+            empty(2, 4096), empty(8, 2, 4096, dtype=torch.float32), empty(4096), 1e-6
+        ),
         "norm_without_delta": lambda: kernels().add_norm(empty(2, 8192), None, empty(8192), 1e-6),
+        "greedy": lambda: kernels().greedy(empty(2, 128256)),
+        "embed": lambda: kernels().embed(
+            empty(2, dtype=torch.int64), empty(8, dtype=torch.int64), empty(9, 4096)
+        ),
         "silu": lambda: kernels().silu_mul(empty(2, 2 * 14336)),
     }
     for rows in (1, 32, 64):
-        found[f"linear_{rows}"] = lambda m=rows: kernels().skinny_linear(
-            empty(m, 4096), empty(6144, 4096), None
-        )
-    found["linear_split"] = lambda: skinny_linear(
-        empty(2, 3072), empty(1024, 3072), empty(1024), Tiles(split_k=4)
-    )
+        found[f"linear_{rows}"] = lambda m=rows: kernels().skinny_linear(empty(m, 4096), empty(4096, 4096))
+        found[f"gated_{rows}"] = lambda m=rows: kernels().skinny_gated(empty(m, 4096), empty(28672, 4096))
+        found[f"parts_{rows}"] = lambda m=rows: kernels().skinny_parts(empty(m, 4096), empty(4096, 4096))
+    found["parts_tiled"] = lambda: skinny_parts(empty(2, 3072), empty(1024, 3072), Tiles(split_k=4))
     return found
 
 
