@@ -4,8 +4,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterable, Sequence
-from itertools import product
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -16,11 +15,10 @@ from transformers import PreTrainedModel
 import runtime
 from runtime.decoder_model import DecoderModel
 from runtime.errors import ModelError
+from runtime.fitting import Fitting
 from runtime.hf_model import HFModel
 from runtime.host import cpu_model, free_memory_bytes, num_cores
 from runtime.knobs import EngineConfig
-from runtime.kv_cache import BLOCK_TOKENS, BlockPool
-from runtime.kv_size import FEWEST_BLOCKS, SHRINK, Room, StepMeter, driver_free_bytes, is_out_of_memory
 from runtime.linear import lay_out_linears
 from runtime.loader import LoadedModel
 from runtime.logprobs import PromptLogprob, TokenLogprobs, logprobs_of, prompt_logprobs_of
@@ -28,16 +26,13 @@ from runtime.paged_model import KVPools, PagedModel
 from runtime.plain_model import PlainModel
 from runtime.request import Request
 from runtime.sampling import are_greedy, draw, tokens_of
-from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler, ScoredPiece
+from runtime.scheduler import Batch, IntArray, PackedBatch, ScoredPiece
 from runtime.scoring import Scored
 from runtime.warm import WarmStates
-from runtime.warm_up import FEWEST_TOKENS, WARM_UP_ROWS, largest_blocks, largest_requests, warm_up_requests
 
 log = logging.getLogger(__name__)
 
 LAID_OUT_SHARE = 0.3  # of free memory, for copies of weights that a CPU multiplies faster
-CPU_KV_SEQUENCES = 64
-CUDA_KV_SEQUENCES = 1024
 
 
 class Executed(NamedTuple):
@@ -102,21 +97,15 @@ class Executor:
                 "`kv_dtype` %s is not to be had: this model %s", config.kv_dtype, self._model.why_fixed
             )
         lay_out_linears(self._model.model, int(LAID_OUT_SHARE * free_memory_bytes()))
-        self.max_batched_tokens: int | None = None  # where the machine cannot compute what was asked for
-        self._step_bytes = self._warm_up(config)
-        room, per_token = self._room(config), self._model.kv_bytes_per_token
-        fitted, limit = self._pool_blocks(room, kv_tokens), room.limit_bytes // per_token // BLOCK_TOKENS
-        num_blocks = fitted
-        if asked_kv_tokens is not None:
-            num_blocks = self._pool_blocks(room, asked_kv_tokens)
-        self.pool = self._settle(num_blocks, config)
-        taken = self._model.num_slots // BLOCK_TOKENS
-        is_smaller = asked_kv_tokens is None and taken < fitted
-        self.fitted_kv_tokens = (taken if is_smaller else fitted) * BLOCK_TOKENS
-        self.kv_tokens_possible = self._possible_tokens(room)
+        fitted = Fitting(self._model, loaded.max_model_len, self.execute).fit(
+            config, kv_tokens, asked_kv_tokens
+        )
+        self.pool, self.fitted_kv_tokens, self.kv_tokens_possible, max_blocks, self.max_batched_tokens = (
+            fitted
+        )
         self.max_model_len = min(loaded.max_model_len, self.pool.num_tokens)
         self.warm = WarmStates(
-            self._model, self.pool.block_tokens, self.free_bytes, self.max_model_len, limit
+            self._model, self.pool.block_tokens, self.free_bytes, self.max_model_len, max_blocks
         )
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size: int = loaded.identity["vocab_size"]
@@ -235,130 +224,6 @@ class Executor:
         if threads != self._threads:
             torch.set_num_threads(threads)
             self._threads = threads
-
-    # -- before the first request ----------------------------------------------------------------------------
-
-    def _warm_up(self, config: EngineConfig) -> int:
-        """Computes a few steps of several shapes with both thread settings, on a small pool of its own; on a GPU also
-        the largest step that the configuration allows.
-
-        Returns the bytes that they took on the device at most, beside weights and pool (0 on a CPU).
-        """
-        prompt_tokens = min(config.max_batched_tokens, self._loaded.max_model_len - 2)
-        most_rows = int(self._model.fixed_knobs.get("max_num_seqs", max(WARM_UP_ROWS)))
-        tried_rows = [rows for rows in WARM_UP_ROWS if rows <= most_rows]
-        num_blocks = -(-(prompt_tokens + 2 * max(WARM_UP_ROWS)) // BLOCK_TOKENS) + 3 * max(WARM_UP_ROWS)
-        if self._device.type == "cuda":
-            config = config.patched(self._model.fixed_knobs)
-            num_blocks = max(num_blocks, largest_blocks(config))
-        self._model.allocate(num_blocks)
-        with StepMeter(self._device) as meter:
-            for threads, rows in product({config.threads_prefill, config.threads_decode}, tried_rows):
-                tried = config.patched(
-                    {"threads_prefill": threads, "threads_decode": threads, "max_num_seqs": rows}
-                )
-                self._compute(tried, num_blocks, warm_up_requests(rows, prompt_tokens))
-            if self._device.type == "cuda":
-                self._compute_largest(config, num_blocks)
-        return meter.peak_bytes
-
-    def _compute(self, config: EngineConfig, num_blocks: int, requests: Iterable[Request]) -> None:
-        scheduler = Scheduler(BlockPool(num_blocks), config, self._loaded.max_model_len)
-        for request in requests:
-            scheduler.add(request)
-        while (batch := scheduler.schedule(0.0)) is not None:
-            tokens = self.execute(batch, scheduler.pack(batch), config).tokens
-            scheduler.finish_step(batch, [token or 0 for token in tokens], 0.0)
-
-    def _compute_largest(self, config: EngineConfig, num_blocks: int) -> None:
-        """As many tokens and rows in one step as may be, each with its logits. Where memory does not hold that, half
-        as many tokens, and so on; `max_batched_tokens` says how many."""
-        tried = config
-        while True:
-            try:
-                return self._compute(tried, num_blocks, largest_requests(tried, self._loaded.max_model_len))
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or tried.max_batched_tokens < 2 * FEWEST_TOKENS:
-                    raise
-                self.max_batched_tokens = tried.max_batched_tokens // 2
-                log.warning(
-                    "a step of %d tokens does not fit in memory, trying %d: %s",
-                    tried.max_batched_tokens, self.max_batched_tokens, error,
-                )  # fmt: skip
-            tried = tried.patched({"max_batched_tokens": self.max_batched_tokens})
-            torch.cuda.empty_cache()
-
-    def _room(self, config: EngineConfig) -> Room:
-        """What a pool may take, when steps and graphs have what they need. Gives the warm-up's pool back."""
-        if self._device.type != "cuda":
-            return Room.on_cpu(free_memory_bytes())
-        before = driver_free_bytes(self._device)
-        # The others fit into the memory of the largest one.
-        self._model.prepare_steps(config.max_num_seqs, config.block_tokens, only_largest=True)
-        graph_bytes = before - driver_free_bytes(self._device)
-        self._model.release()
-        free_bytes = driver_free_bytes(self._device)
-        log.info(
-            "%d bytes are free beside weights, of which steps take %d and captured ones %d",
-            free_bytes, self._step_bytes, graph_bytes,
-        )  # fmt: skip
-        return Room.on_cuda(free_bytes - self._step_bytes - graph_bytes)
-
-    def _pool_blocks(self, room: Room, asked_tokens: int | None) -> int:
-        num_seqs = CUDA_KV_SEQUENCES if self._device.type == "cuda" else CPU_KV_SEQUENCES
-        num_seqs = min(num_seqs, int(self._model.fixed_knobs.get("max_num_seqs", num_seqs)))
-        most = num_seqs * -(-self._loaded.max_model_len // BLOCK_TOKENS) * BLOCK_TOKENS
-        num_blocks = room.blocks(asked_tokens, most, BLOCK_TOKENS, self._model.kv_bytes_per_token)
-        if asked_tokens is not None and num_blocks < asked_tokens // BLOCK_TOKENS:
-            fitting = num_blocks * BLOCK_TOKENS
-            log.warning(
-                "a KV pool of %d tokens was asked for, %d fit in memory: using those", asked_tokens, fitting
-            )
-        return num_blocks
-
-    def _settle(self, num_blocks: int, config: EngineConfig) -> BlockPool:
-        """Puts a pool in force that leaves room for graphs and the largest step: what was asked for, or less."""
-        half = num_blocks // 2  # graphs are not worth more
-        while not self._fits(num_blocks, config, num_blocks > half) and num_blocks > FEWEST_BLOCKS:
-            lacking = self._short_bytes() // (BLOCK_TOKENS * self._model.kv_bytes_per_token)
-            smaller = max(FEWEST_BLOCKS, min(int(SHRINK * num_blocks), num_blocks - lacking))
-            log.warning(
-                "a KV pool of %d tokens leaves no room for steps and their graphs: trying %d",
-                num_blocks * BLOCK_TOKENS, smaller * BLOCK_TOKENS,
-            )  # fmt: skip
-            self._model.release()
-            num_blocks = smaller
-        size = config.block_tokens
-        if size > num_blocks * BLOCK_TOKENS:
-            log.warning("a KV pool of %d tokens has blocks of %d", num_blocks * BLOCK_TOKENS, BLOCK_TOKENS)
-            size = BLOCK_TOKENS
-        return BlockPool(num_blocks * BLOCK_TOKENS // size, size, wants_runs=self._device.type != "cuda")
-
-    def _fits(self, num_blocks: int, config: EngineConfig, needs_graphs: bool) -> bool:
-        """Makes the pool, and captures steps over it. False where memory does not hold both and the largest step."""
-        try:
-            self._model.allocate(num_blocks)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or num_blocks <= FEWEST_BLOCKS:
-                raise
-            return False
-        if self._short_bytes() > 0:
-            return False
-        is_captured = self._model.prepare_steps(config.max_num_seqs, config.block_tokens)
-        return (is_captured or not needs_graphs) and self._short_bytes() <= 0
-
-    def _short_bytes(self) -> int:
-        """What the largest step lacks, with the pool and its graphs in place."""
-        if self._device.type != "cuda":
-            return 0
-        return self._step_bytes - driver_free_bytes(self._device)
-
-    def _possible_tokens(self, room: Room) -> int:
-        """What the bytes allow at the default reserve: on a GPU measured anew, with pool and graphs in place."""
-        per_token = self._model.kv_bytes_per_token
-        if self._device.type == "cuda":
-            room = Room.on_cuda(self._model.num_slots * per_token - self._short_bytes())
-        return room.default_bytes // per_token
 
 
 def servable(model: PreTrainedModel, tiers: str = "ABC", max_model_len: int | None = None) -> PagedModel:

@@ -9,6 +9,7 @@ import torch
 from runtime.decoder_model import DecoderModel
 from runtime.errors import ModelError
 from runtime.executor import Executor
+from runtime.fitting import Fitting
 from runtime.knobs import EngineConfig, default_config
 from runtime.kv_size import CUDA_RESERVE, Room
 from runtime.loader import load_model
@@ -98,10 +99,10 @@ def test_a_pool_that_leaves_nothing_for_graphs_or_the_largest_step_becomes_a_sma
     monkeypatch.setattr(DecoderModel, "prepare_steps", has_room)
     assert 228 <= executor(folder, 16 * 256).pool.num_blocks <= 240
 
-    def lacking(self: Executor) -> int:  # as much as 56 blocks too many take
+    def lacking(self: Fitting) -> int:  # as much as 56 blocks too many take
         return (self._model.pools[0][0].shape[1] - 16 * 200) * self._model.kv_bytes_per_token
 
-    monkeypatch.setattr(Executor, "_short_bytes", lacking)
+    monkeypatch.setattr(Fitting, "_short_bytes", lacking)
     monkeypatch.setattr(DecoderModel, "prepare_steps", lambda *_: True)
     assert executor(folder, 16 * 256).pool.num_blocks == 200
 
@@ -116,15 +117,16 @@ def test_what_can_never_be_captured_serves_without_graphs_from_half_the_pool(
 def test_a_step_too_large_for_memory_bounds_the_knob(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    here = executor(folder)
-    compute = Executor._compute
+    one = executor(folder)
+    here = Fitting(one._model, one.max_model_len, one.execute)
+    compute = Fitting._compute
 
-    def refuse(self: Executor, config: EngineConfig, *given: Any) -> None:
+    def refuse(self: Fitting, config: EngineConfig, *given: Any) -> None:
         if config.max_batched_tokens > 100:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         compute(self, config, *given)
 
-    monkeypatch.setattr(Executor, "_compute", refuse)
+    monkeypatch.setattr(Fitting, "_compute", refuse)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     config = EngineConfig.of({"max_batched_tokens": 256})
     here._compute_largest(config, largest_blocks(config))
@@ -147,5 +149,8 @@ def test_a_pool_of_all_memory_and_more_starts_smaller_and_leaves_room_for_the_la
     loaded = load_model(folder, torch.device("cuda"), torch.bfloat16)
     config = default_config("cuda", 8)
     here = Executor(loaded, 2**40, config)
-    assert here.pool.num_tokens < 2**40 and here._short_bytes() <= 0
-    here._compute_largest(config, min(here.pool.num_blocks, largest_blocks(config)))
+    assert here.pool.num_tokens < 2**40
+    again = Fitting(here._model, here.max_model_len, here.execute)
+    num_blocks = min(here.pool.num_blocks, largest_blocks(config))
+    again._compute_largest(config, num_blocks)
+    assert again.max_batched_tokens is None
