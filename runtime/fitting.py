@@ -1,7 +1,9 @@
 """The first steps of an engine, and the KV pool that is fitted to what they leave: last, and never too large to start.
 
-warm-up, the largest step ──▶ a captured step ──▶ room ──▶ pool ──▶ all graphs ──▶ room for the largest step?
-                                                            ▲──────── smaller ───────────┘ no
+    warm-up, the largest step ──▶ a captured step ──▶ room ──▶ pool ──▶ all graphs ──▶ room for the largest step?
+                                                                ▲──────── smaller ───────────┘ no
+
+Whatever fails for want of memory on this way is tried again smaller, with a warning.
 """
 
 import logging

@@ -160,6 +160,17 @@ def queries_of(qkv: Tensor, layer: Attention) -> Tensor:
     return query.unflatten(1, (layer.kv_heads, -1, layer.dim))
 
 
+def shape_of(decoder: Decoder) -> Shape:
+    """Of a decoder whose layers are all of the kinds that the kernels know."""
+    first = decoder.layers[0]
+    attention, mlp = first.attention, first.mlp
+    assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
+    return Shape(
+        attention.num_heads, attention.kv_heads, attention.dim, decoder.embedding.shape[1], mlp.down.in_features,
+        BLOCK_TOKENS, attention.window, attention.qk_norm is not None,
+    )  # fmt: skip
+
+
 def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> FusedPass | None:
     """The pass where there is a GPU with Triton, and layers of the kinds that the kernels know. A kernel that fails
     its check is replaced by its plain twin."""
@@ -167,14 +178,7 @@ def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> Fu
     known = all(isinstance(layer.attention, Attention) and isinstance(layer.mlp, Mlp) for layer in layers)
     if device.type != "cuda" or TRITON is None or not known:
         return None
-    first = layers[0]
-    attention, mlp = first.attention, first.mlp
-    assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
-    shape = Shape(
-        attention.num_heads, attention.kv_heads, attention.dim, decoder.embedding.shape[1], mlp.down.in_features,
-        BLOCK_TOKENS, attention.window, attention.qk_norm is not None,
-    )  # fmt: skip
-    kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape)
+    kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape_of(decoder))
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
     found.measure_linears()

@@ -1,6 +1,7 @@
 """The kernels as a table that a decoder is given, and the check of each against its plain twin."""
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -96,13 +97,24 @@ class Shape(NamedTuple):
     latent_value_dim: int = 512
 
 
+_checking = threading.Lock()
+_failed: dict[tuple[Kernels, torch.device, torch.dtype, Shape], list[str]] = {}
+
+
 def checked(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, shape: Shape
 ) -> tuple[Kernels, list[str]]:
-    """The kernels, with the plain twin in place of each that fails, and the names of those."""
-    failed = self_check(device, dtype, shape, kernels)
-    for name in failed:
-        log.warning("the kernel %s differs from its plain twin on %s; the twin is used instead", name, device)
+    """The kernels, with the plain twin in place of each that fails, and the names of those. Checked once in a process,
+    by whoever comes first; others wait."""
+    key = (kernels, device, dtype, shape)
+    with _checking:
+        if key not in _failed:
+            _failed[key] = self_check(device, dtype, shape, kernels)
+            for name in _failed[key]:
+                log.warning(
+                    "the kernel %s differs from its plain twin on %s; the twin is used instead", name, device
+                )
+        failed = _failed[key]
     return kernels._replace(**{name: getattr(PLAIN, name) for name in failed}), failed
 
 
