@@ -77,6 +77,7 @@ SGLANG = Target(
         "overlap_depth": lambda value, values, model: nothing(
             "SGLang overlaps steps by itself (--disable-overlap-schedule)"
         ),
+        "stream_interval": lambda value, values, model: flag("--stream-interval", value),
         "kv_block": lambda value, values, model: flag("--page-size", value),
         "kv_dtype": _kv_dtype,
     },

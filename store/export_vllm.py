@@ -95,6 +95,7 @@ VLLM = Target(
         "overlap_depth": lambda value, values, model: nothing(
             "vLLM decides for itself whether steps overlap (--async-scheduling)"
         ),
+        "stream_interval": lambda value, values, model: flag("--stream-interval", value),
         "kv_block": lambda value, values, model: flag("--block-size", value),
         "kv_dtype": _kv_dtype,
     },
