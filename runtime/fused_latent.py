@@ -34,7 +34,7 @@ class FusedLatent:
         self, kernels: Kernels, linears: LinearTable, angles: Tensor, block_tokens: int, num_sms: int
     ) -> None:
         self._kernels, self._linears, self._angles = kernels, linears, angles
-        self._block_tokens, self._num_sms = block_tokens, num_sms
+        self.block_tokens, self._num_sms = block_tokens, num_sms
 
     def attend(
         self,
@@ -89,7 +89,7 @@ class FusedLatent:
             layer.latent_norm.weight, layer.latent_norm.eps, layer.is_interleaved,
         )  # fmt: skip
         return self._kernels.latent_values(
-            absorbed, cache.rows, inputs.tables, inputs.contexts, self._block_tokens, layer.scaling, layer.value_up,
+            absorbed, cache.rows, inputs.tables, inputs.contexts, self.block_tokens, layer.scaling, layer.value_up,
             self._splits(absorbed),
         )  # fmt: skip
 
@@ -105,7 +105,7 @@ class FusedLatent:
         into = absorbed.narrow(2, 0, layer.rank).transpose(0, 1)
         torch.bmm(query.narrow(2, 0, layer.plain).transpose(0, 1), layer.key_up, out=into)
         latents = self._kernels.paged_latent_decode(
-            absorbed, cache.rows, inputs.tables, inputs.contexts, self._block_tokens, layer.scaling, layer.rank,
+            absorbed, cache.rows, inputs.tables, inputs.contexts, self.block_tokens, layer.scaling, layer.rank,
             self._splits(absorbed),
         )  # fmt: skip
         out = query.new_empty(num_rows, heads, layer.value_dim)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
-from runtime.decoder import Attention, Decoder, JointCache
+from runtime.decoder import Attention, Decoder, KVCache
 from runtime.experts import Experts
 from runtime.fused_experts import FusedExperts
 from runtime.fused_latent import FusedLatent
@@ -25,7 +25,7 @@ from runtime.kv_cache import BLOCK_TOKENS
 from runtime.latent_attention import LatentAttention
 from runtime.layer_parts import Mlp
 
-Attend = Callable[[Tensor, JointCache, Attention], Tensor]
+Attend = Callable[[Tensor, KVCache, Attention], Tensor]
 
 
 class DecodeInputs(NamedTuple):
@@ -49,13 +49,18 @@ class FusedPass:
     def __init__(
         self, decoder: Decoder, kernels: Kernels, block_tokens: int, max_model_len: int, num_sms: int
     ) -> None:
-        self._decoder, self._kernels, self._block_tokens = decoder, kernels, block_tokens
+        self._decoder, self._kernels = decoder, kernels
         self._num_sms = num_sms
         self.linears = LinearTable(kernels)
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
         self._latent = FusedLatent(kernels, self.linears, self._angles, block_tokens, num_sms)
         self._experts = FusedExperts(kernels, self.linears)
+        self.use_blocks(block_tokens)
+
+    def use_blocks(self, block_tokens: int) -> None:
+        """From here on the pool's blocks are of so many tokens."""
+        self._block_tokens = self._latent.block_tokens = block_tokens
 
     def forward(self, step: StepTensors, caches: Sequence[Any]) -> Tensor:
         """Any rows. Returns logits [last_tokens, vocab]."""
@@ -70,7 +75,7 @@ class FusedPass:
         )
         splits = self._splits(num_single)
 
-        def attend(qkv: Tensor, cache: JointCache, layer: Attention) -> Tensor:
+        def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             found = []
             if num_single:
                 found.append(self._decode(qkv[:num_single], cache, layer, inputs, splits))
@@ -91,7 +96,7 @@ class FusedPass:
         """
         splits = self._splits(len(inputs.contexts))
 
-        def attend(qkv: Tensor, cache: JointCache, layer: Attention) -> Tensor:
+        def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             return self._decode(qkv, cache, layer, inputs, splits)
 
         return self._logits(self._hidden(inputs, caches, attend, None))
@@ -105,12 +110,12 @@ class FusedPass:
         self.linears.measure("gated", [one.gate_up for one in mlps])
         self.linears.measure("parts", [*(one.out for one in attentions), *(one.down for one in mlps)])
 
-    def _pieces(self, qkv: Tensor, cache: JointCache, layer: Attention, pieces: Pieces) -> Tensor:
+    def _pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, pieces: Pieces) -> Tensor:
         """qkv: of the pieces' tokens. Returns [tokens, heads * D]."""
         heads, kv_heads, dim = layer.num_heads, layer.kv_heads, layer.dim
         query, key, value = qkv.unflatten(1, (-1, dim)).split((heads, kv_heads, kv_heads), 1)
         if pieces.slots is not None:
-            cached = cache.rows.index_select(0, pieces.slots)
+            cached = cache.read(pieces.slots)
             key, value = cached.unflatten(1, (2, kv_heads, dim)).unbind(1)
         return attend_pieces(query, key, value, pieces, layer.scaling, layer.window).flatten(1)
 
@@ -120,8 +125,13 @@ class FusedPass:
         return choose_splits(num_rows, kv_heads, self._num_sms)
 
     def _decode(
-        self, qkv: Tensor, cache: JointCache, layer: Attention, inputs: DecodeInputs, splits: int
+        self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: DecodeInputs, splits: int
     ) -> Tensor:
+        if cache.scales is not None:
+            return self._kernels.paged_decode_fp8(
+                queries_of(qkv, layer), cache.rows, cache.scales, inputs.tables, inputs.contexts, self._block_tokens,
+                layer.scaling, layer.window, splits,
+            )  # fmt: skip
         return self._kernels.paged_decode(
             queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, self._block_tokens, layer.scaling,
             layer.window, splits,
@@ -142,10 +152,14 @@ class FusedPass:
             else:
                 qkv = self.linears.whole(attention.qkv, y)
                 norm = attention.qk_norm
-                kernels.rope_and_cache(
-                    qkv, self._angles, inputs.positions, cache.rows, inputs.slots, attention.kv_heads,
-                    None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
-                )  # fmt: skip
+                turn = (None if norm is None else norm.weight, 0.0 if norm is None else norm.eps)
+                written = (qkv, self._angles, inputs.positions, cache.rows)
+                if cache.scales is not None:
+                    kernels.rope_and_cache_fp8(
+                        *written, cache.scales, inputs.slots, attention.kv_heads, *turn
+                    )
+                else:
+                    kernels.rope_and_cache(*written, inputs.slots, attention.kv_heads, *turn)
                 found = attend(qkv, cache, attention)
             delta = self.linears.added(attention.out, found)
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)

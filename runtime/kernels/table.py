@@ -12,6 +12,7 @@ from runtime.expert_choice import Chosen, Rule
 from runtime.kernels import plain, plain_experts
 from runtime.kernels.expert_trials import ExpertShape, Trial, expert_trials, latent_trials
 from runtime.kernels.plain_experts import Layout
+from runtime.rounded_cache import rounded
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,11 @@ class Kernels(NamedTuple):
     ]
     # (query, rows, block_tables, contexts, block_tokens, scaling, value_up, num_splits)
     latent_values: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, Tensor, int], Tensor]
+    # The same over a cache of 8 bits, whose scales come behind `rows`.
+    paged_decode_fp8: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float, int | None, int], Tensor]
+    rope_and_cache_fp8: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None, float], None
+    ]
 
 
 PLAIN = Kernels(
@@ -73,6 +79,8 @@ PLAIN = Kernels(
     plain_experts.weigh,
     plain.absorb_and_cache,
     plain.latent_values,
+    plain.paged_decode_fp8,
+    plain.rope_and_cache_fp8,
 )
 
 
@@ -85,8 +93,8 @@ def _triton_kernels() -> Kernels:
     from runtime.kernels.latent_few import absorb_and_cache, latent_values
     from runtime.kernels.latent_rope import latent_rope_and_cache
     from runtime.kernels.lay_out import lay_out
-    from runtime.kernels.paged_decode import paged_decode, paged_latent_decode
-    from runtime.kernels.rope_and_cache import rope_and_cache
+    from runtime.kernels.paged_decode import paged_decode, paged_decode_fp8, paged_latent_decode
+    from runtime.kernels.rope_and_cache import rope_and_cache, rope_and_cache_fp8
     from runtime.kernels.route import route
     from runtime.kernels.silu_mul import silu_mul
     from runtime.kernels.skinny_linear import skinny_gated, skinny_linear, skinny_parts
@@ -95,7 +103,7 @@ def _triton_kernels() -> Kernels:
     return Kernels(
         paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, skinny_gated,
         skinny_parts, greedy, embed, latent_rope_and_cache, route, lay_out, expert_gate_up, expert_down, weigh,
-        absorb_and_cache, latent_values,
+        absorb_and_cache, latent_values, paged_decode_fp8, rope_and_cache_fp8,
     )  # fmt: skip
 
 
@@ -222,6 +230,23 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         return [new, cache]
 
     yield "rope_and_cache", turned
+    bits, scales = rounded(rows.unflatten(1, (2 * kv_heads, dim)))
+    bits = bits.flatten(1)
+    for splits in (1, 3):
+        yield (
+            "paged_decode_fp8",
+            _returned(query, bits, scales, tables, contexts, size, dim**-0.5, shape.window, splits),
+        )
+
+    # Turned by nothing, so that both round the same values: one on the edge would go to either side.
+    still = torch.stack((torch.ones_like(table[:, 0]), torch.zeros_like(table[:, 0])), 1)
+
+    def turned_and_rounded(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        new, cached, steps = qkv.clone(), bits.clone(), scales.clone()
+        kernel(new, still, positions, cached, steps, slots, kv_heads, None, 0.0)
+        return [new, cached, steps]
+
+    yield "rope_and_cache_fp8", turned_and_rounded
     x, delta, scale_of = normal(4, hidden), normal(4, hidden), normal(hidden)
 
     def added(kernel: Callable[..., Tensor | None]) -> list[Tensor]:

@@ -22,6 +22,7 @@ from runtime.expert_choice import Rule
 from runtime.kernels import PLAIN, TRITON, Kernels, Shape, self_check
 from runtime.kernels.expert_trials import ExpertShape, by_expert
 from runtime.kernels.table import TOLERANCE, difference
+from runtime.rounded_cache import restored, rounded
 
 NO_BLOCK = 2**30
 Case = Callable[[torch.device, torch.dtype], None]
@@ -95,6 +96,89 @@ def add(name: str, function: Callable[..., None], **options: Any) -> None:
     CASES[name] = functools.partial(function, **options)
 
 
+def decode_fp8(
+    device: torch.device, dtype: torch.dtype, contexts: list[int], kv_heads: int = 2, group: int = 4, dim: int = 32,
+    size: int = 4, window: int | None = None, splits: int = 1, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """`scale`: of all values, so that none would be left, or all too large, without scales."""
+    torch.manual_seed(0)
+    pool = Pool(device, torch.float32, contexts, 2 * kv_heads * dim, size, window)
+    bits, scales = rounded(pool.rows.unflatten(1, (2 * kv_heads, dim)) * scale)
+    query = torch.randn(len(contexts), kv_heads, group, dim).to(device, dtype)
+    given = (
+        query,
+        bits.flatten(1),
+        scales,
+        pool.tables,
+        pool.contexts,
+        size,
+        dim**-0.5 / scale,
+        window,
+        splits,
+    )
+    expected = PLAIN.paged_decode_fp8(*given)
+    close(kernels().paged_decode_fp8(*given), expected)
+    # And both are what the kernel of whole values makes of the same ones.
+    whole = restored(bits, scales, torch.float32).flatten(1)
+    same = (query.float(), whole, *given[3:])
+    close(PLAIN.paged_decode(*same).to(dtype), expected)
+
+
+def rope_fp8(
+    device: torch.device, dtype: torch.dtype, num_heads: int = 4, kv_heads: int = 2, dim: int = 32,
+    slots: tuple[int, ...] = (3, -1, 0, 17, -1), has_norm: bool = False, scale: float = 1.0,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    num_tokens = len(slots)
+    qkv = (torch.randn(num_tokens, (num_heads + 2 * kv_heads) * dim + 8) * scale).to(device, dtype)
+    qkv[0, num_heads * dim : (num_heads + 1) * dim] = 0  # a head of zeros
+    angles = torch.rand(64, dim // 2) * 6.28
+    cos, sin = angles.cos(), angles.sin()
+    table = torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)), 1).to(device, dtype)
+    weight = torch.randn(num_heads + kv_heads, dim).to(device, dtype) if has_norm else None
+    positions = torch.arange(num_tokens, device=device) * 7 % 64
+    before = rounded(torch.randn(24, 2 * kv_heads, dim).to(device))
+    results = []
+    for kernel in (kernels().rope_and_cache_fp8, PLAIN.rope_and_cache_fp8):
+        new, rows, scales = qkv.clone(), before[0].flatten(1), before[1].clone()
+        kernel(
+            new[:, :-8],
+            table,
+            positions,
+            rows,
+            scales,
+            torch.tensor(slots, device=device),
+            kv_heads,
+            weight,
+            1e-6,
+        )
+        results.append((new, restored(rows.unflatten(1, (2 * kv_heads, dim)), scales, torch.float32)))
+    close(results[0][0], results[1][0])
+    actual, expected = results[0][1], results[1][1]
+    assert not expected.isnan().any()
+    # A value on the edge may be rounded to either side, but few are.
+    assert bool(
+        ((actual - expected).abs() <= expected.abs() / 7 + 2.0**-9 * expected.abs().amax(-1, True)).all()
+    )
+    assert float((actual - expected).abs().sum()) <= 0.01 * float(expected.abs().sum())
+    written = torch.tensor([slot for slot in slots if slot >= 0], dtype=torch.long)
+    others = torch.ones(24, dtype=torch.bool)
+    others[written] = False
+    assert torch.equal(actual[others.to(device)], restored(*before, torch.float32)[others.to(device)])
+
+
+for splits in (1, 4):
+    add(f"decode_fp8_ragged_{splits}", decode_fp8, contexts=[3, 200, 64, 65, 1, 129, 0], splits=splits)
+    add(f"decode_fp8_window_{splits}", decode_fp8, contexts=[1, 63, 300], window=5, splits=splits)
+add("decode_fp8_of_small_values", decode_fp8, contexts=[5, 70], scale=1e-3)
+add("decode_fp8_of_large_values", decode_fp8, contexts=[5, 70], scale=1e3)
+for dim in (64, 96, 128):
+    add(f"decode_fp8_head_of_{dim}", decode_fp8, contexts=[3, 77], dim=dim, splits=2, size=64)
+    add(f"rope_fp8_head_of_{dim}", rope_fp8, dim=dim)
+add("rope_fp8_normed", rope_fp8, has_norm=True)
+add("rope_fp8_of_small_values", rope_fp8, scale=1e-3)
+add("rope_fp8_nothing_but_padding", rope_fp8, slots=(-1, -1))
+add("rope_fp8_one_key_head_of_many", rope_fp8, num_heads=71, kv_heads=1, dim=64)
 for splits in (1, 4):
     add(f"decode_context_of_one_{splits}", decode, contexts=[1], splits=splits)
     add(f"decode_exactly_a_block_{splits}", decode, contexts=[4, 8, 128, 256], splits=splits)
@@ -598,7 +682,27 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
     def chosen(num_tokens: int, num_experts: int, rule: Rule) -> Callable[[], object]:
         return lambda: kernels().route(empty(num_tokens, 2048), empty(num_experts, 2048), rule)
 
+    def paged_fp8(kv_heads: int, group: int, dim: int, splits: int) -> Callable[[], object]:
+        tables, contexts = empty(2, 4, dtype=torch.int32), empty(2, dtype=torch.int64)
+        rows, scales = empty(64, 2 * kv_heads * dim, dtype=torch.uint8), empty(64, 2 * kv_heads)
+        return lambda: kernels().paged_decode_fp8(
+            empty(2, kv_heads, group, dim), rows, scales, tables, contexts, 64, 0.1, None, splits
+        )
+
+    def turned_fp8(heads: int, kv_heads: int, dim: int, has_norm: bool) -> Callable[[], object]:
+        whole, at = empty(2, (heads + 2 * kv_heads) * dim), empty(2, dtype=torch.int64)
+        rows, scales = empty(64, 2 * kv_heads * dim, dtype=torch.uint8), empty(64, 2 * kv_heads)
+        weight = empty(heads + kv_heads, dim) if has_norm else None
+        return lambda: kernels().rope_and_cache_fp8(
+            whole, empty(8, 2, dim), at, rows, scales, at, kv_heads, weight, 1e-6
+        )
+
     found: dict[str, Callable[[], object]] = {
+        "decode_fp8_llama": paged_fp8(8, 4, 128, 1),
+        "decode_fp8_llama_split": paged_fp8(8, 4, 128, 8),
+        "decode_fp8_head_of_96": paged_fp8(32, 1, 96, 4),
+        "rope_fp8": turned_fp8(32, 8, 128, False),
+        "rope_fp8_normed": turned_fp8(16, 8, 128, True),
         "latent_rope": lambda: kernels().latent_rope_and_cache(
             empty(2, 16, 576)[..., 512:],
             empty(2, 16, 192)[..., 128:],

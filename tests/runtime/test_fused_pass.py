@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from runtime.kernels import PLAIN
 from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
-from runtime.paged_model import relative_error
+from runtime.paged_model import rearrange_blocks, relative_error
 from runtime.request import Request
 from runtime.sampling import draw, tokens_of
 from runtime.scheduler import Batch, PackedBatch, Scheduler
@@ -31,7 +31,8 @@ from tests.runtime.test_latent_attention import deepseek
 from tests.runtime.tiny_models import VOCAB, tiny_model
 
 DEEPSEEK = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen2_window", "qwen3", "mixtral", "qwen3_moe", *DEEPSEEK)
+OWN_HEADS = ("llama", "mistral", "qwen2", "qwen2_window", "qwen3", "mixtral", "qwen3_moe")
+FAMILIES = (*OWN_HEADS, *DEEPSEEK)
 # Routers of DeepSeek compute in float32 whatever the model is; all else is float64 here.
 EXACT, BY_FLOAT32 = {"rtol": 1e-9, "atol": 1e-9}, {"rtol": 1e-5, "atol": 1e-6}
 
@@ -44,12 +45,14 @@ def decoder(family: str, dtype: torch.dtype = torch.float64, device: str = "cpu"
     return DecoderModel(HFModel(tiny_model(family, dtype).to(device)), max_model_len=200)
 
 
-def mixed_steps(num_blocks: int, **knobs: Any) -> tuple[Scheduler, list[Request]]:
+def mixed_steps(
+    num_blocks: int, block_tokens: int = BLOCK_TOKENS, **knobs: Any
+) -> tuple[Scheduler, list[Request]]:
     """A scheduler with requests of all lengths, for a pool that shares blocks and so scatters them."""
     rng = np.random.default_rng(0)
     asked = [rng.integers(2, VOCAB, length).tolist() for length in (1, 5, 17, 40, 33, 70, 9)]
     config = EngineConfig.of({"max_batched_tokens": 40, "prefill_chunk": 16, **knobs})
-    scheduler = Scheduler(BlockPool(num_blocks, wants_runs=False), config, 200)
+    scheduler = Scheduler(BlockPool(num_blocks, block_tokens, wants_runs=False), config, 200)
     requests = [Request.of_tokens(str(at), ids, 12, 0.0) for at, ids in enumerate(asked)]
     for request in requests:
         scheduler.add(request)
@@ -184,8 +187,11 @@ def test_padding_rows_change_nothing(family: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block_tokens", [16, 64, 256])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replayed_steps_are_as_close_to_exact_ones_as_the_decoders_own(family: str) -> None:
+def test_replayed_steps_are_as_close_to_exact_ones_as_the_decoders_own(
+    family: str, block_tokens: int
+) -> None:
     """Where a token's experts are a near tie, one rounding sends it elsewhere: so no two passes in bfloat16 agree in
     all rows, and both are compared with float64."""
     reference = tiny_model(family, torch.bfloat16)
@@ -195,10 +201,10 @@ def test_replayed_steps_are_as_close_to_exact_ones_as_the_decoders_own(family: s
     )
     assert model._fused is not None
     plain._fused = None
-    scheduler, _ = mixed_steps(40)
+    scheduler, _ = mixed_steps(40, block_tokens)
     for each in (exact, model, plain):
-        each.allocate(40)
-    model.prepare_steps(8)
+        each.allocate(40, block_tokens)
+    assert model.prepare_steps(8, block_tokens)
     errors: list[tuple[float, float]] = []
     while (batch := scheduler.schedule(0.0)) is not None:
         packed = scheduler.pack(batch)
@@ -227,6 +233,27 @@ def test_a_deepseek_of_its_kernels_sizes_uses_all_of_them(caplog: pytest.LogCapt
         assert bool(logits.isfinite().all())
         scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
     assert all(request.finish_reason is not None for request in requests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", OWN_HEADS)
+def test_replayed_steps_over_a_rounded_cache_give_the_logits_of_plain_ones(family: str) -> None:
+    """Nearly: a value on the edge goes to either side, and what a step brings itself is not rounded in pieces."""
+    model, plain = decoder(family, torch.bfloat16, "cuda"), decoder(family, torch.bfloat16, "cuda")
+    plain._fused = None
+    scheduler, _ = mixed_steps(40)
+    model.kv_dtype = plain.kv_dtype = "fp8"
+    model.allocate(40)
+    plain.allocate(40)
+    assert model.prepare_steps(8)
+    errors = []
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        expected = plain.forward(packed)
+        actual = model.forward(packed)
+        errors += [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+        scheduler.finish_step(batch, expected.argmax(-1).tolist(), 0.0)
+    assert max(errors) < 0.5 and float(np.median(errors)) < 0.15
 
 
 @pytest.mark.gpu
@@ -326,3 +353,24 @@ def test_steps_that_cannot_be_captured_are_launched_and_tried_once(
     assert tries and len(tries) == len(set(tries)) and "are not captured" in caplog.text
     model.forget(model.pools)
     assert model._graphs is not None and not model._graphs._refused
+
+
+@torch.inference_mode()
+def test_blocks_of_another_size_get_graphs_of_their_own(repeating: None) -> None:
+    outputs = []
+    for model in (decoder("qwen3"), with_graphs(decoder("qwen3"))):
+        scheduler, requests = mixed_steps(64)
+        model.allocate(64)
+        sizes = [64, 16, 32]
+        for step in count():
+            if step % 6 == 5 and sizes:
+                move = scheduler.move_to(scheduler.pool.resized(64 * 16, sizes.pop()), stays=True)
+                for pool in model.pools.values():
+                    rearrange_blocks(pool, move.move, move.block_tokens)
+            if (batch := scheduler.schedule(0.0)) is None:
+                break
+            logits = model.forward(scheduler.pack(batch))
+            scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
+        outputs.append([request.output_ids.tolist() for request in requests])
+    assert not sizes and outputs[0] == outputs[1]
+    assert model._graphs is not None and {key.block_tokens for key in model._graphs._graphs} >= {32, 16, 64}

@@ -34,6 +34,8 @@ NAMES = (
     "kv_watermark",
     "overlap_depth",
     "stream_interval",
+    "kv_block",
+    "kv_dtype",
 )
 
 
