@@ -375,7 +375,16 @@ def latent_values(
 
 for splits in (1, 2, 7, 64):
     add(f"latent_values_in_{splits}", latent_values, contexts=[1, 0, 31, 200], splits=splits)
-add("latent_values_of_deepseek", latent_values, contexts=[129], heads=16, dim=576, rank=512, value=128, splits=8)
+add(
+    "latent_values_of_deepseek",
+    latent_values,
+    contexts=[129],
+    heads=16,
+    dim=576,
+    rank=512,
+    value=128,
+    splits=8,
+)
 
 
 def routed(
