@@ -446,7 +446,7 @@ add("absorb_odd", absorbed, num_tokens=2, heads=3, plain=20, dim=6, rank=100)
 
 
 def latent_values(
-    device: torch.device, dtype: torch.dtype, contexts: list[int], heads: int = 16, dim: int = 48, rank: int = 32,
+    device: torch.device, dtype: torch.dtype, contexts: list[int], heads: int = 3, dim: int = 48, rank: int = 32,
     value: int = 24, splits: int = 4,
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
@@ -459,7 +459,16 @@ def latent_values(
 
 for splits in (1, 2, 7, 64):
     add(f"latent_values_in_{splits}", latent_values, contexts=[1, 0, 31, 200], splits=splits)
-add("latent_values_of_deepseek", latent_values, contexts=[50, 129], dim=576, rank=512, value=128, splits=32)
+add(
+    "latent_values_of_deepseek",
+    latent_values,
+    contexts=[129],
+    heads=16,
+    dim=576,
+    rank=512,
+    value=128,
+    splits=8,
+)
 
 
 def routed(
@@ -511,9 +520,9 @@ def laid_out(
 for block_rows in (1, 16, 64):
     for num_tokens in (1, 5, 300, 1500):
         add(f"layout_{num_tokens}_in_{block_rows}", laid_out, num_tokens=num_tokens, block_rows=block_rows)
-add("layout_many_experts", laid_out, num_tokens=40, num_experts=255, top_k=8)
+add("layout_many_experts", laid_out, num_tokens=40, num_experts=127, top_k=8)
 add("layout_one_expert_takes_all", laid_out, num_tokens=100, only=7)
-add("layout_the_first_expert_takes_all", laid_out, num_tokens=100, only=0, num_experts=300)
+add("layout_the_first_expert_takes_all", laid_out, num_tokens=100, only=0, num_experts=70)
 
 
 def experts(
