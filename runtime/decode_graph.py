@@ -6,7 +6,7 @@ multiplies; whatever a replay must know lies in tensors that never move. Padding
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +14,23 @@ import torch
 from torch import Tensor
 
 from runtime.fused_pass import DecodeInputs
+from runtime.kernels.launch import compiled_ahead
 from runtime.kv_size import is_out_of_memory
 from runtime.scheduler import PackedBatch
 
 log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+COMPILED_BUCKETS = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+    64,
+    96,
+)  # of which each has kernels of its own; larger ones are as the last
 MAX_DRAWN = 2**14  # tokens that a step of any kind draws at most
 WARM_UPS = 2  # runs before a capture: kernels are compiled, libraries take their workspace
 
@@ -98,6 +109,8 @@ class DecodeGraphs:
         """Captures the graphs of batches of up to `num_rows`, so that no step has to. The largest comes first, so that
         the others fit into its memory. False where one of them had no memory: the others are not tried then."""
         sizes = [size for at, size in enumerate(BUCKETS) if at == 0 or BUCKETS[at - 1] < num_rows]
+        if not self._graphs and self._device.type == "cuda":
+            self._compile(sizes, run)
         for size in sizes[-1:] if only_largest else sizes[::-1]:
             key = Key(size, pools, weights, block_tokens)
             if key not in self._graphs and self._try_to_capture(key, run) is None and self._lacked_memory:
@@ -111,6 +124,15 @@ class DecodeGraphs:
         self._refused = {key for key in self._refused if key.pools != pools and key.weights != weights}
         if not self._graphs:
             self._memory = None  # it went with the last of them
+
+    @torch.inference_mode()
+    def _compile(self, sizes: Sequence[int], run: Run) -> None:
+        """What steps of these sizes launch, several kernels at once."""
+        self._blank()
+        with compiled_ahead():
+            for size in sizes:
+                if size in COMPILED_BUCKETS:
+                    run(self._inputs(size))
 
     def _try_to_capture(self, key: Key, run: Run) -> Captured | None:
         """None where it fails, now or before: such steps are launched kernel by kernel."""

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -18,10 +18,11 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Ten
     block = triton.next_power_of_2(hidden)
     added = x if delta is None else delta
     num_parts = 0 if delta is None else len(delta) if delta.ndim == 3 else 1
-    _add_norm[(num_rows,)](
+    launch(
+        _add_norm, (num_rows,), x.device,
         x, added, weight, out, x.stride(0), added.stride(-2), added.stride(0), eps,
         HIDDEN=hidden, NUM_PARTS=num_parts, BLOCK=block,
-        num_warps=min(16, max(1, block // 512)), **early_start(x),
+        num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return out
 

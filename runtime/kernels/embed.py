@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 
 BLOCK = 1024
 
@@ -17,7 +17,10 @@ BLOCK = 1024
 def embed(token_ids: Tensor, drawn: Tensor, table: Tensor) -> Tensor:
     num_rows, hidden = len(token_ids), table.shape[1]
     out = torch.empty(num_rows, hidden, dtype=table.dtype, device=table.device)
-    _embed[(num_rows, triton.cdiv(hidden, BLOCK))](
+    launch(
+        _embed,
+        (num_rows, triton.cdiv(hidden, BLOCK)),
+        out.device,
         token_ids,
         drawn,
         table,
@@ -26,7 +29,6 @@ def embed(token_ids: Tensor, drawn: Tensor, table: Tensor) -> Tensor:
         HIDDEN=hidden,
         BLOCK=BLOCK,
         num_warps=4,
-        **early_start(out),
     )
     return out
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 from runtime.kernels.plain_experts import Layout
 
 MIN_DOT = 16
@@ -49,12 +49,13 @@ def expert_gate_up(
     out = torch.empty(num_tokens, top_k + num_shared, size, dtype=x.dtype, device=x.device)
     block_k = _fitting(block_k, x, hidden)
     grid = (num_routed + num_shared * triton.cdiv(num_tokens, block_m), triton.cdiv(size, block_n))
-    _gate_up[grid](
+    launch(
+        _gate_up, grid, x.device,
         x, weight, weight if shared is None else shared, index if layout is None else layout.rows,
         index if layout is None else layout.experts, out, num_tokens, num_routed, x.stride(0),
         TOP_K=top_k, SHARED=num_shared, SIZE=size, HIDDEN=hidden, HAS_LAYOUT=layout is not None,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=num_warps, num_stages=num_stages, **early_start(x),
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 
@@ -69,12 +70,13 @@ def expert_down(
     out = torch.empty(slots, num_tokens, hidden, dtype=torch.float32, device=x.device)
     block_k = _fitting(block_k, x, size)
     grid = (num_routed + (slots - top_k) * triton.cdiv(num_tokens, block_m), triton.cdiv(hidden, block_n))
-    _down[grid](
+    launch(
+        _down, grid, x.device,
         x, weight, weight if shared is None else shared, index if layout is None else layout.rows,
         index if layout is None else layout.experts, weights, out, num_tokens, num_routed,
         TOP_K=top_k, SHARED=slots - top_k, SIZE=size, HIDDEN=hidden, HAS_LAYOUT=layout is not None,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=num_warps, num_stages=num_stages, **early_start(x),
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 

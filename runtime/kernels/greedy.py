@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 
 BLOCK = 4096
 
@@ -20,12 +20,22 @@ def greedy(logits: Tensor) -> Tensor:
     best = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)
     at = torch.empty(num_rows, num_blocks, dtype=torch.int32, device=logits.device)
     out = torch.empty(2, num_rows, dtype=torch.int64, device=logits.device)
-    _best_of_block[(num_rows, num_blocks)](
-        logits, best, at, logits.stride(0), VOCAB=vocab_size, BLOCK=BLOCK, num_warps=8, **early_start(out)
+    launch(
+        _best_of_block,
+        (num_rows, num_blocks),
+        out.device,
+        logits,
+        best,
+        at,
+        logits.stride(0),
+        VOCAB=vocab_size,
+        BLOCK=BLOCK,
+        num_warps=8,
     )
-    _best_of_row[(num_rows,)](
+    launch(
+        _best_of_row, (num_rows,), out.device,
         best, at, out, num_rows,
-        NUM_BLOCKS=num_blocks, BLOCK=triton.next_power_of_2(num_blocks), num_warps=1, **early_start(out),
+        NUM_BLOCKS=num_blocks, BLOCK=triton.next_power_of_2(num_blocks), num_warps=1,
     )  # fmt: skip
     return out
 

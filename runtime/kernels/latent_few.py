@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
 from runtime.kernels.latent_rope import _norm_latent
+from runtime.kernels.launch import launch
 from runtime.kernels.paged_decode import latent_parts
 
 MAX_ROWS = 16  # a tile for tensor cores has no fewer
@@ -44,13 +44,14 @@ def absorb_and_cache(
     dim = table.shape[2]
     out = torch.empty(num_tokens, heads, rank + dim, dtype=query.dtype, device=query.device)
     tiles = triton.cdiv(rank, RANK_TILE)
-    _absorb[(heads * tiles + num_tokens,)](
+    launch(
+        _absorb, (heads * tiles + num_tokens,), query.device,
         query, new, key_up, table, positions, rows, slots, norm_weight, out, num_tokens,
         query.stride(0), query.stride(1), new.stride(0), key_up.stride(0), key_up.stride(1), rows.stride(0), eps,
         HEADS=heads, PLAIN=plain, RANK=rank, DIM=dim, IS_INTERLEAVED=is_interleaved, NUM_TILES=tiles,
         PLAIN_BLOCK=max(MIN_DOT, triton.next_power_of_2(plain)), RANK_BLOCK=triton.next_power_of_2(rank),
         HALF_BLOCK=triton.next_power_of_2(dim // 2), ROWS=MAX_ROWS, RANK_TILE=RANK_TILE,
-        num_warps=4, **early_start(query),
+        num_warps=4,
     )  # fmt: skip
     return out
 
@@ -71,12 +72,13 @@ def latent_values(
     sums = torch.empty(num_rows, heads, splits, dtype=torch.float32, device=device)
     latent_parts(query, rows, block_tables, contexts, block_tokens, scaling, rank, splits, parts, sums)
     out = torch.empty(num_rows, heads * value, dtype=query.dtype, device=device)
-    _values[(num_rows * heads, triton.cdiv(value, VALUE_TILE))](
+    launch(
+        _values, (num_rows * heads, triton.cdiv(value, VALUE_TILE)), query.device,
         parts, sums, value_up, out, value_up.stride(0), value_up.stride(1), value_up.stride(2),
         HEADS=heads, RANK=rank, VALUE=value, NUM_SPLITS=splits, SPLIT_BLOCK=triton.next_power_of_2(splits),
         AT_ONCE=min(SPLITS_AT_ONCE, triton.next_power_of_2(splits)), RANK_BLOCK=triton.next_power_of_2(rank),
         VALUE_TILE=VALUE_TILE,
-        num_warps=8, **early_start(query),
+        num_warps=8,
     )  # fmt: skip
     return out
 

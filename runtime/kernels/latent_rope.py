@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 
 VALUES_PER_PROGRAM = 1024
 
@@ -28,12 +28,13 @@ def latent_rope_and_cache(
     num_tokens, heads, dim = turn.shape
     rank, half_block = len(norm_weight), triton.next_power_of_2(dim // 2)
     head_block = min(triton.next_power_of_2(heads), max(1, VALUES_PER_PROGRAM // half_block))
-    _latent_rope[(num_tokens, 1 + triton.cdiv(heads, head_block))](
+    launch(
+        _latent_rope, (num_tokens, 1 + triton.cdiv(heads, head_block)), turn.device,
         target, turn, new, table, positions, rows, slots, norm_weight,
         target.stride(0), target.stride(1), turn.stride(0), turn.stride(1), new.stride(0), rows.stride(0), eps,
         HEADS=heads, RANK=rank, DIM=dim, IS_INTERLEAVED=is_interleaved,
         HEAD_BLOCK=head_block, HALF_BLOCK=half_block, RANK_BLOCK=triton.next_power_of_2(rank),
-        num_warps=4, **early_start(turn),
+        num_warps=4,
     )  # fmt: skip
 
 

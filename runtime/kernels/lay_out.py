@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 from runtime.kernels.plain_experts import Layout, num_blocks
 
 CHUNKS = (256, 2048)  # pairs that a program looks at at once: few sizes, as each is compiled by itself
@@ -27,10 +27,11 @@ def lay_out(index: Tensor, num_experts: int, block_rows: int) -> Layout:
         torch.empty(num_pairs, dtype=torch.int32, device=device),
     )
     chunk = CHUNKS[0] if num_pairs <= CHUNKS[0] else CHUNKS[1]
-    _lay_out[(num_experts + 1,)](
+    launch(
+        _lay_out, (num_experts + 1,), index.device,
         index, *found, num_pairs, size,
         EXPERTS=num_experts, BLOCK_ROWS=block_rows, CHUNK=chunk, BINS=triton.next_power_of_2(num_experts + 1),
-        num_warps=4 if chunk == CHUNKS[0] else 8, **early_start(index),
+        num_warps=4 if chunk == CHUNKS[0] else 8,
     )  # fmt: skip
     return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from runtime.kernels.launch import compiled_ahead
 from runtime.kernels.table import Kernels
 
 TIMED_ROWS = (1, 16, 32, 64)  # a batch goes by the next of them
@@ -77,11 +78,17 @@ class LinearTable:
         for layer in layers:
             if is_plain(layer):
                 by_shape.setdefault(layer.weight.shape, []).append(layer.weight)
-        for weights in by_shape.values():
-            for rows in TIMED_ROWS:
-                shape = _shape(use, weights[0], rows)
-                if shape not in self.choices:
-                    self.choices[shape] = self._timed(shape, weights)
+        wanted = {
+            shape: weights
+            for weights in by_shape.values()
+            for rows in TIMED_ROWS
+            if (shape := _shape(use, weights[0], rows)) not in self.choices
+        }
+        with compiled_ahead():
+            for shape, weights in wanted.items():
+                self._forms(use)[0](_input(shape, weights[0].device), weights[0])
+        for shape, weights in wanted.items():
+            self.choices[shape] = self._timed(shape, weights)
 
     def _is_ours(self, use: Use, layer: nn.Module, x: Tensor) -> bool:
         timed = next((rows for rows in TIMED_ROWS if rows >= len(x)), None)
@@ -91,7 +98,7 @@ class LinearTable:
         return choice is not None and choice.is_ours
 
     def _timed(self, shape: LinearShape, weights: Sequence[Tensor]) -> Choice:
-        x = torch.randn(shape.num_rows, shape.in_features, device=weights[0].device, dtype=shape.dtype)
+        x = _input(shape, weights[0].device)
         num_calls = min(NUM_CALLS, max(4, NUM_CALLS * 2**26 // weights[0].nbytes))
         in_turns = [weights[i % len(weights)] for i in range(num_calls)]
         ours, cublas = (
@@ -116,6 +123,10 @@ def is_plain(layer: nn.Module) -> bool:
 def _shape(use: Use, weight: Tensor, num_rows: int) -> LinearShape:
     out_features, in_features = weight.shape
     return LinearShape(use, out_features, in_features, num_rows, weight.dtype)
+
+
+def _input(shape: LinearShape, device: torch.device) -> Tensor:
+    return torch.randn(shape.num_rows, shape.in_features, device=device, dtype=shape.dtype)
 
 
 def graphed_us(calls: Sequence[Callable[[], object]]) -> float:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 
 MIN_DOT = 16
 MAX_HEAD_BLOCK = 64  # heads of one program; beyond that, accumulators spill
@@ -44,13 +44,14 @@ def paged_decode(
     out = torch.empty(num_rows, heads * dim, dtype=query.dtype, device=query.device)
     parts, sums = _parts(out, num_rows, heads, num_splits, dim)
     grid = (num_rows, kv_heads * triton.cdiv(group, head_block), num_splits)
-    _decode[grid](
+    launch(
+        _decode, grid, out.device,
         query, rows, block_tables, contexts, parts, sums, rows if scales is None else scales,
         query.stride(0), query.stride(1), query.stride(2), rows.stride(0), block_tables.stride(0),
         0 if scales is None else scales.stride(0), scaling, UNBOUNDED if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_TOKENS=block_tokens, NUM_SPLITS=num_splits,
         IS_ROUNDED=scales is not None, HEAD_BLOCK=head_block, DIM_BLOCK=dim_block, TILE=_tile(dim_block, rows),
-        num_warps=4, num_stages=STAGES, **early_start(out),
+        num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     _merge_into(out, parts, sums, num_splits, dim)
     return out
@@ -112,14 +113,14 @@ def latent_parts(
             raise ValueError(f"{name} must be a power of two of at least {MIN_DOT}, but got {size}.")
     head_block = min(MAX_HEAD_BLOCK, max(MIN_DOT, triton.next_power_of_2(heads)))
     grid = (num_rows, triton.cdiv(heads, head_block), num_splits)
-    _latent_decode[grid](
+    launch(
+        _latent_decode, grid, query.device,
         query, rows, block_tables, contexts, parts, sums,
         query.stride(0), query.stride(1), rows.stride(0), block_tables.stride(0),
         scaling,
         HEADS=heads, VALUE_DIM=value_dim, ROPE_DIM=dim - value_dim, BLOCK_TOKENS=block_tokens,
         NUM_SPLITS=num_splits, HEAD_BLOCK=head_block, TILE=2 * _tile(value_dim, rows),
         num_warps=4 if head_block == MIN_DOT else 8, num_stages=LATENT_STAGES,
-        **early_start(query),
     )  # fmt: skip
 
 
@@ -146,10 +147,11 @@ def _merge_into(out: Tensor, parts: Tensor, sums: Tensor, num_splits: int, dim: 
         return
     num_outputs = sums.numel() // num_splits
     split_block, dim_block = triton.next_power_of_2(num_splits), triton.next_power_of_2(dim)
-    _merge[(num_outputs,)](
+    launch(
+        _merge, (num_outputs,), out.device,
         parts, sums, out,
         NUM_SPLITS=num_splits, DIM=dim, SPLIT_BLOCK=split_block, DIM_BLOCK=dim_block,
-        num_warps=min(8, max(1, split_block * dim_block // 1024)), **early_start(out),
+        num_warps=min(8, max(1, split_block * dim_block // 1024)),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 
 VALUES_PER_PROGRAM = 1024
 
@@ -30,13 +30,14 @@ def rope_and_cache(
     head_block = min(
         triton.next_power_of_2(heads + 2 * kv_heads), max(1, VALUES_PER_PROGRAM // half_block // 2)
     )
-    _rope_and_cache[(len(qkv), triton.cdiv(heads + 2 * kv_heads, head_block))](
+    launch(
+        _rope_and_cache, (len(qkv), triton.cdiv(heads + 2 * kv_heads, head_block)), qkv.device,
         qkv, table, positions, rows, slots, table if norm_weight is None else norm_weight,
         rows if scales is None else scales,
         qkv.stride(0), rows.stride(0), 0 if scales is None else scales.stride(0), eps,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HAS_NORM=norm_weight is not None, IS_ROUNDED=scales is not None,
         HEAD_BLOCK=head_block, HALF_BLOCK=half_block,
-        num_warps=4, **early_start(qkv),
+        num_warps=4,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.expert_choice import Chosen, Rule
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 
 MIN_DOT = 16
 MAX_ROWS = 64  # of one program
@@ -33,22 +33,24 @@ def route(x: Tensor, router: Tensor, rule: Rule) -> Chosen:
     ):
         split *= 2
     parts = torch.empty(split, num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    _logits[(*tiles, split)](
+    launch(
+        _logits, (*tiles, split), x.device,
         x, router, parts, num_tokens, x.stride(0), router.stride(0),
         EXPERTS=num_experts, HIDDEN=hidden, PART=triton.cdiv(triton.cdiv(hidden, split), block_k) * block_k,
         BLOCK_M=block_m, BLOCK_N=EXPERTS_PER_PROGRAM, BLOCK_K=block_k,
-        num_warps=4, num_stages=4, **early_start(x),
+        num_warps=4, num_stages=4,
     )  # fmt: skip
     weights = torch.empty(num_tokens, rule.top_k, dtype=torch.float32, device=x.device)
     index = torch.empty(num_tokens, rule.top_k, dtype=torch.int32, device=x.device)
     size = num_experts // rule.num_groups
-    _choose[(num_tokens,)](
+    launch(
+        _choose, (num_tokens,), x.device,
         parts, parts if rule.bias is None else rule.bias, weights, index, num_tokens, rule.factor,
         EXPERTS=num_experts, GROUPS=rule.num_groups, KEPT=rule.kept_groups, TOP_K=rule.top_k, SPLIT=split,
         IS_SIGMOID=rule.bias is not None, IS_NORMALISED=rule.is_normalised,
         GROUP_BLOCK=triton.next_power_of_2(rule.num_groups), SIZE_BLOCK=triton.next_power_of_2(size),
         SLOT_BLOCK=triton.next_power_of_2(rule.top_k),
-        num_warps=1, **early_start(x),
+        num_warps=1,
     )  # fmt: skip
     return Chosen(weights, index)
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 
 BLOCK = 1024
 
@@ -18,7 +18,17 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     num_rows, size = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(num_rows, size, dtype=gate_up.dtype, device=gate_up.device)
     grid = (num_rows, triton.cdiv(size, BLOCK))
-    _silu_mul[grid](gate_up, out, gate_up.stride(0), SIZE=size, BLOCK=BLOCK, num_warps=4, **early_start(out))
+    launch(
+        _silu_mul,
+        grid,
+        out.device,
+        gate_up,
+        out,
+        gate_up.stride(0),
+        SIZE=size,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
     return out
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 
 MAX_ROWS = 64
 MIN_DOT = 16
@@ -99,11 +99,12 @@ def _multiply(x: Tensor, weight: Tensor, out: Tensor, tiles: Tiles, is_gated: bo
         )
     split, _, out_features = out.shape
     columns = triton.cdiv(triton.cdiv(in_features, split), tiles.block_k) * tiles.block_k
-    _skinny[(triton.cdiv(out_features, tiles.block_n), split)](
+    launch(
+        _skinny, (triton.cdiv(out_features, tiles.block_n), split), x.device,
         x, weight, out, num_rows, out_features, in_features, columns, x.stride(0), weight.stride(0),
         IS_GATED=is_gated, IS_EVEN=columns * split == in_features,
         BLOCK_M=_row_block(num_rows), BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **early_start(x),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.early_start import early_start
+from runtime.kernels.launch import launch
 
 BLOCK = 512
 
@@ -17,10 +17,11 @@ BLOCK = 512
 def weigh(found: Tensor, weights: Tensor, places: Tensor, shared: Tensor | None = None) -> Tensor:
     (num_tokens, top_k), hidden = weights.shape, found.shape[1]
     out = torch.empty(num_tokens, hidden, dtype=found.dtype, device=found.device)
-    _weigh[(num_tokens, triton.cdiv(hidden, BLOCK))](
+    launch(
+        _weigh, (num_tokens, triton.cdiv(hidden, BLOCK)), out.device,
         found, weights, places, found if shared is None else shared, out, 0 if shared is None else shared.stride(0),
         TOP_K=top_k, HIDDEN=hidden, HAS_SHARED=shared is not None, BLOCK=BLOCK,
-        num_warps=4, **early_start(out),
+        num_warps=4,
     )  # fmt: skip
     return out
 

@@ -619,7 +619,7 @@ def compile_only() -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from runtime.kernels import early_start
+    from runtime.kernels import launch
 
     class AbsentGPU:
         def get_current_target(self) -> GPUTarget:
@@ -638,7 +638,7 @@ def compile_only() -> None:
         return run(self, *given, grid=grid, warmup=True, **options)
 
     JITFunction.run = compiled
-    early_start.has_early_start = lambda device: True
+    launch.has_early_start = lambda device: True
 
 
 def compiled_cases() -> dict[str, Callable[[], object]]:

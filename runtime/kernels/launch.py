@@ -1,0 +1,63 @@
+"""How kernels are launched: early where the device can, and before anyone waits for them where they must be compiled.
+
+From compute capability 9 on a kernel starts while the one before it ends (programmatic dependent launch). It lets its
+successor start as soon as all of its own programs have, and waits for its predecessor before it touches anything but
+weights. Every such kernel waits, so whoever waits for the last one waits for all before it; a kernel launched in the
+common way waits by itself.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from runtime.host import num_cores
+
+MIN_CAPABILITY = (9, 0)
+MAX_THREADS = 16
+
+log = logging.getLogger(__name__)
+_is_ahead = ContextVar("kernels are compiled and not run", default=False)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *given: Any, **constants: Any) -> None:
+    """Launches a kernel that takes PDL as a constant: whether it is started early."""
+    if has_early_start(device):
+        constants |= {"PDL": True, "launch_pdl": True}
+    else:
+        constants["PDL"] = False
+    if _is_ahead.get():
+        kernel.warmup(*given, grid=grid, **constants)
+    else:
+        kernel[grid](*given, **constants)
+
+
+@functools.cache
+def has_early_start(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+
+
+@contextlib.contextmanager
+def compiled_ahead() -> Iterator[None]:
+    """Within it kernels that are launched are compiled, several at once, and not run: what they would have written is
+    left as it was. On leaving they are there. One that cannot be compiled says so when it is run."""
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode
+    except ImportError:  # kernels are then compiled when they are run, one after the other
+        yield
+        return
+    token = _is_ahead.set(True)
+    try:
+        with ThreadPoolExecutor(min(MAX_THREADS, num_cores())) as threads, AsyncCompileMode(threads):
+            yield
+    except Exception:
+        log.info("a kernel could not be compiled ahead", exc_info=True)
+    finally:
+        _is_ahead.reset(token)
