@@ -172,6 +172,10 @@ class Changes:
     def _value(self, knob: Knob) -> KnobValue:
         if knob.name == "weight_format":
             return str(self.rng.choice(self.formats))
+        if knob.name == "kv_block":  # small ones mostly: no two prompts here share as much as a large one
+            return str(self.rng.choice(knob.choices or (), p=(0.5, 0.3, 0.1, 0.05, 0.05)))
+        if knob.name == "prefix_cache":  # switched off, it forgets all
+            return str(self.rng.choice(("on", "off"), p=(0.8, 0.2)))
         low, high = FLOORS.get(knob.name, knob.low), min(knob.high, CEILINGS.get(knob.name, knob.high))
         return random_value(knob, self.rng, low, high)
 
@@ -269,4 +273,4 @@ def test_float32_differs_only_where_two_tokens_are_nearly_as_likely(folder: Path
 
 @sizes
 def test_no_request_is_lost_while_weights_and_what_the_cache_holds_change_too(folder: Path, num: int) -> None:
-    served_twice(folder, torch.float32, num, 3, without=set())
+    served_twice(folder, torch.float32, num, 6, without=set())
