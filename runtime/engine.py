@@ -14,10 +14,12 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import numpy as np
 
 from runtime.clock import Clock
 from runtime.errors import InvalidKnob, InvalidRequest, LinkBroken, ModelError, PrepareFailed, RuntimeFault
@@ -32,7 +34,7 @@ from runtime.scoring import Scorer
 
 if TYPE_CHECKING:
     from runtime.executor import Executed, Executor, Launched
-    from runtime.logprobs import PromptLogprob
+    from runtime.logprobs import PromptLogprob, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ class Engine:
         self.scheduler.advance(batch)
         self._land()
         self._under_way = UnderWay(launched, started)
-        if not overlaps:
+        if not overlaps or batch.num_drafted:
             self._land()
         return True
 
@@ -127,9 +129,11 @@ class Engine:
         launched, started = self._under_way
         self._under_way = None
         executed = self._executor.land(launched)
+        right_before = self.scheduler.num_right_tokens
         self._finish(launched.batch, executed)
         ended = time.perf_counter()
         record = self._record(launched.batch, executed, ended - max(started, self._landed))
+        record["num_right"] = self.scheduler.num_right_tokens - right_before
         self._landed = ended
         self._send({"op": "step", "record": record})
         return True
@@ -163,6 +167,8 @@ class Engine:
             "kv_cached_tokens": self.scheduler.cached_tokens,
             "prefix_looked_up_tokens_total": self.scheduler.num_looked_up_tokens,
             "prefix_hit_tokens_total": self.scheduler.num_hit_tokens,
+            "drafted_tokens_total": self.scheduler.num_drafted_tokens,
+            "draft_right_tokens_total": self.scheduler.num_right_tokens,
             "num_preemptions_total": self.scheduler.num_preemptions,
             "slice_id": self.tick.slice_id,
             "plan_id": plan.plan_id if plan is not None else None,
@@ -323,20 +329,18 @@ class Engine:
         ended_before = {request.id for request in requests if not self.scheduler.is_here(request)}
         if batch.scored is not None:
             self._send_scores(batch.requests[batch.scored.row], batch.scored, executed.scores)
-        for request, token in zip(requests, executed.tokens, strict=True):
-            if token is None:
+        runs = batch.runs(executed.tokens)
+        for request, run in zip(requests, runs, strict=True):
+            if run[-1] is None:
                 self._fail(request)
         self.scheduler.settle(batch, [token or 0 for token in executed.tokens], now)
+        firsts = np.cumsum(batch.num_drawn) - batch.num_drawn
         items = [
-            [
-                request.id, token, request.finish_reason,
-                request.admitted_at if request.num_read_tokens == request.prompt_tokens + 1 else None,
-                request.num_preemptions,
-                *([executed.logprobs[row]] if row in executed.logprobs else []),
-            ]
-            for row, (request, token) in enumerate(zip(requests, executed.tokens, strict=True))
-            if token is not None and request.id not in ended_before
-        ]  # fmt: skip
+            item
+            for request, run, first in zip(requests, runs, firsts.tolist(), strict=True)
+            if run[-1] is not None and request.id not in ended_before
+            for item in _items(request, run, first, executed.logprobs)
+        ]
         if items:
             self._send({
                 "op": "tokens", "at": now, "config_id": self.tick.config.config_id,
@@ -361,7 +365,7 @@ class Engine:
         return {
             "at": self._clock.now(), "step_s": step_s, "forward_s": executed.forward_s,
             "num_decode": batch.num_decode, "num_prefill_rows": batch.num_prefill_rows,
-            "num_prefill_tokens": batch.num_prefill_tokens, "context_tokens": batch.context_tokens,
+            "num_prefill_tokens": batch.num_prefill_tokens, "num_drafted": batch.num_drafted, "context_tokens": batch.context_tokens,
             "attention_pairs": batch.attention_pairs, **self._load(),
             "config_id": self.tick.config.config_id, "slice_id": self.tick.slice_id, "threads": executed.threads,
         }  # fmt: skip
@@ -372,6 +376,23 @@ class Engine:
             "num_running": len(scheduler.running), "num_waiting": len(scheduler.waiting),
             "kv_used_tokens": scheduler.used_tokens,
         }  # fmt: skip
+
+
+def _items(
+    request: Request, run: "list[int | None]", first: int, logprobs: "Mapping[int, TokenLogprobs]"
+) -> list[list[Any]]:
+    """What the front end is told of the tokens that a row gave its request. `first`: place of the first among those
+    that the step drew."""
+    last, before = len(run) - 1, request.num_read_tokens - len(run)
+    return [
+        [
+            request.id, token, request.finish_reason if place == last else None,
+            request.admitted_at if before + place == request.prompt_tokens else None,
+            request.num_preemptions,
+            *([logprobs[first + place]] if first + place in logprobs else []),
+        ]
+        for place, token in enumerate(run)
+    ]  # fmt: skip
 
 
 def error_kind(error: RuntimeFault) -> str:

@@ -69,5 +69,13 @@ SGLANG = Target(
         "overlap_depth": lambda value, values, model: nothing(
             "SGLang overlaps steps by itself (--disable-overlap-schedule)"
         ),
+        "speculation_length": lambda value, values, model: (
+            Told(("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(value)))
+            if value
+            else Told()
+        ),
+        "speculation_max_seqs": lambda value, values, model: nothing(
+            "SGLang drafts whatever the number of requests"
+        ),
     },
 )

@@ -33,6 +33,8 @@ NAMES = (
     "long_prompt_threshold",
     "kv_watermark",
     "overlap_depth",
+    "speculation_length",
+    "speculation_max_seqs",
 )
 
 
