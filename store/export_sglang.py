@@ -70,12 +70,12 @@ SGLANG = Target(
             "SGLang overlaps steps by itself (--disable-overlap-schedule)"
         ),
         "speculation_length": lambda value, values, model: (
-            Told(("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(value)))
+            nothing("SGLang drafts trees from the texts of all requests (--speculative-algorithm NGRAM)")
             if value
             else Told()
         ),
         "speculation_max_seqs": lambda value, values, model: nothing(
-            "SGLang drafts whatever the number of requests"
+            "SGLang drafts in every step or in none, whatever the number of requests"
         ),
     },
 )
