@@ -100,12 +100,11 @@ class Lookup:
 
 
 def keys_of(tokens: "Int32Array", first: int) -> list[list[int]]:
-    """By length of n-gram, the shortest first: keys of those that end at token `first` and later. Where the text
-    begins after an n-gram would, it is the whole beginning."""
+    """By length of n-gram, the shortest first: keys of those that end at token `first` and later."""
     num = len(tokens) - first
-    values = np.zeros(num + MAX_NGRAM - 1, np.uint64)  # 0: no token
+    values = np.ones(num + MAX_NGRAM - 1, np.uint64)  # 1: no token, as before the beginning; tokens come after
     taken = tokens[max(0, first - MAX_NGRAM + 1) :]
-    values[len(values) - len(taken) :] = taken.astype(np.uint64) + np.uint64(1)
+    values[len(values) - len(taken) :] = taken.astype(np.uint64) + np.uint64(2)
     places = np.stack([values[MAX_NGRAM - 1 - back : MAX_NGRAM - 1 - back + num] for back in range(MAX_NGRAM)])
     summed: list[list[int]] = (places * _MULTIPLIERS).cumsum(axis=0, dtype=np.uint64).tolist()
     return summed[MIN_NGRAM - 1 :]

@@ -188,9 +188,11 @@ def random_load(num: int, rng: np.random.Generator, wants_gaps: bool) -> list[As
     for index in range(num):
         beginning = shared[rng.integers(4)][: rng.integers(49)] if rng.random() < 0.5 else []
         prompt = [*beginning, *rng.integers(2, VOCAB, rng.integers(1, 24)).tolist()]
+        if rng.random() < 0.3:  # a text that is likely to go on with what it had before
+            prompt = (prompt[:4] * 24)[: len(prompt)]
         sampling: dict[str, Any] = {"num_logprobs": 2} if wants_gaps else {}
         if not wants_gaps and rng.random() < 0.3:
-            sampling = {"temperature": 0.8, "top_p": 0.9, "seed": int(rng.integers(2**40))}
+            sampling = {"temperature": 0.3, "top_p": 0.9, "seed": int(rng.integers(2**40))}
         max_tokens = int(rng.integers(1, 16))
         is_cancelled = max_tokens > 4 and rng.random() < 0.03
         salt = (None, None, "ada", "eve")[rng.integers(4)]
@@ -225,9 +227,12 @@ def served_twice(
     assert events["config_committed"] and events["slice_started"] and events["lease_lapsed"]
     assert changed.engine.scheduler.num_hit_tokens
     assert changed.engine.scheduler.num_preemptions or num < 1000
+    assert quiet.engine.scheduler.num_drafted_tokens == 0
+    assert changed.engine.scheduler.num_right_tokens, "the test must reach what it claims"
     print(f"{num} requests, {changes.num_plans} plans, {len(changed.replies)} calls, "
           f"{changed.engine.scheduler.num_preemptions} preemptions, "
           f"{changed.engine.scheduler.num_hit_tokens} tokens found cached, "
+          f"{changed.engine.scheduler.num_right_tokens} of {changed.engine.scheduler.num_drafted_tokens} drafted right, "
           f"events: {dict(events)}, moved: {dict(moved)}")  # fmt: skip
     return load, quiet.got, changed.got
 

@@ -117,6 +117,16 @@ def save_tiny_model(family: str, folder: Path) -> Path:
     return folder
 
 
+def save_repeating_model(family: str, folder: Path) -> Path:
+    """One whose next token follows from the last one above all, so that its texts soon come back to where they were."""
+    model = tiny_model(family, torch.float32)
+    for name, weight in model.named_parameters():
+        if name.endswith("o_proj.weight"):
+            weight.data.mul_(0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
 def save_tiny_tokenizer(folder: Path) -> None:
     """Beside a model: every token is a word of its own, none is special, so that a text says which tokens it is."""
     words = models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0")
