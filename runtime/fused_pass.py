@@ -15,6 +15,7 @@ from torch.nn.functional import embedding
 from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
 from runtime.decoder import Attention, Decoder, JointCache
 from runtime.kernels import TRITON, Kernels, Shape, checked
+from runtime.kernels.linear_table import LinearTable
 from runtime.kernels.splits import choose_splits
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.layer_parts import Mlp
@@ -43,6 +44,7 @@ class FusedPass:
     ) -> None:
         self._decoder, self._kernels, self._block_tokens = decoder, kernels, block_tokens
         self._num_sms = num_sms
+        self.linears = LinearTable(kernels.skinny_linear)
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
 
@@ -118,9 +120,9 @@ class FusedPass:
                 qkv, self._angles, inputs.positions, cache.rows, inputs.slots, attention.kv_heads,
                 None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
             )  # fmt: skip
-            delta = attention.out.forward(attend(qkv, cache, attention))
+            delta = self.linears.added(attention.out, attend(qkv, cache, attention))
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
-            delta = mlp.down.forward(kernels.silu_mul(mlp.gate_up.forward(y)))
+            delta = self.linears.added(mlp.down, kernels.silu_mul(mlp.gate_up.forward(y)))
         return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -150,4 +152,7 @@ def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> Fu
     )  # fmt: skip
     kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
+    found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
+    for layer in layers:
+        found.linears.measure((layer.attention.out, layer.mlp.down))
+    return found

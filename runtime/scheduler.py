@@ -372,7 +372,10 @@ class Scheduler:
         drafted = self._speculate(seats, new_tokens) if self._may_speculate else None
         if drafted is not None:
             new_tokens = new_tokens + drafted
-        order = np.argsort(new_tokens > 1, kind="stable")  # rows of one token first
+        # Rows of one token first, and of those the longest: what is attended to at once is of like length, and what
+        # takes longest is not begun last.
+        is_piece = new_tokens > 1
+        order = np.lexsort((np.where(is_piece, 0, -self._seats.computed[seats]), is_piece))
         return self._batch(seats[order], new_tokens[order], None if drafted is None else drafted[order])
 
     def finish_step(self, batch: Batch, tokens: list[int] | None, now: float) -> list[Request]:

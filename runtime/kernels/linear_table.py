@@ -1,24 +1,22 @@
-"""Which linear layers are faster in our kernel than in cuBLAS: measured on the device, a shape at a time."""
+"""Which linear layers of a few rows are faster in our kernel than in cuBLAS: measured on the device, by shape."""
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from runtime.kernels.skinny_linear import MAX_ROWS, Tiles, skinny_linear
-from runtime.kernels.table import TOLERANCE, difference
-
-TIMED_ROWS = (1, 8, 16, 32, 64)  # a batch goes by the next of them
-STREAMED_BYTES = 200 * 2**20  # copies of a weight are read in turns, so that none is found in the L2 cache
-MIN_GAIN = 1.03  # cuBLAS stays where ours is not at least so much faster
+TIMED_ROWS = (1, 16, 32, 64)  # a batch goes by the next of them
+NUM_CALLS = 24  # of one timing, over all weights of a shape in turns, so that few are found in the L2 cache
 NUM_REPLAYS = 5
+ADDED_US = 1.0  # what it costs to add the parts up
+
+Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 class LinearShape(NamedTuple):
@@ -29,39 +27,59 @@ class LinearShape(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The faster one of a shape. `tiles`: None for cuBLAS."""
+    """Microseconds of a call."""
 
-    tiles: Tiles | None
     ours_us: float
     cublas_us: float
+
+    @property
+    def is_ours(self) -> bool:
+        return self.ours_us + ADDED_US < self.cublas_us
 
 
 @dataclass(slots=True)
 class LinearTable:
-    """A linear layer that takes the faster form of each shape that was measured, and cuBLAS for all others."""
+    """Computes what a linear layer adds to the residual: by `skinny` where that was found faster, otherwise as the
+    layer does itself. `skinny`: the kernel of this name."""
 
+    skinny: Multiply
     choices: dict[LinearShape, Choice] = field(default_factory=dict)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: [M, K]; weight: [N, K]; bias: [N]. Returns [M, N]."""
-        tiles = self.tiles_of(len(x), weight)
-        return linear(x, weight, bias) if tiles is None else skinny_linear(x, weight, bias, tiles)
+    def added(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """x: [M, K]. Returns [M, N], or its parts [S, M, N] in float32, as `add_norm` takes both."""
+        if is_plain(layer):
+            weight: Tensor = layer.weight
+            timed = next((rows for rows in TIMED_ROWS if rows >= len(x)), None)
+            choice = None if timed is None else self.choices.get(_shape(weight, timed))
+            if choice is not None and choice.is_ours:
+                return self.skinny(x, weight)
+        out: Tensor = layer.forward(x)
+        return out
 
-    def tiles_of(self, num_rows: int, weight: Tensor) -> Tiles | None:
-        timed = next((rows for rows in TIMED_ROWS if rows >= num_rows), None)
-        if timed is None:
-            return None
-        choice = self.choices.get(_shape(weight, timed))
-        return None if choice is None else choice.tiles
+    @torch.inference_mode()
+    def measure(self, layers: Iterable[nn.Module]) -> None:
+        """Times every shape among the layers that is not known yet, here and now."""
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for layer in layers:
+            if is_plain(layer):
+                by_shape.setdefault(layer.weight.shape, []).append(layer.weight)
+        for weights in by_shape.values():
+            for rows in TIMED_ROWS:
+                shape = _shape(weights[0], rows)
+                if shape not in self.choices:
+                    self.choices[shape] = self._timed(shape, weights)
 
-    def measure(self, weights: Iterable[Tensor], max_s: float = math.inf) -> None:
-        """Times every shape among `weights` that is not known yet, until `max_s` seconds are over."""
-        until = time.perf_counter() + max_s
-        for rows in TIMED_ROWS:
-            for weight in weights:
-                shape = _shape(weight, rows)
-                if shape not in self.choices and time.perf_counter() < until:
-                    self.choices[shape] = measure(shape, weight.device)
+    def _timed(self, shape: LinearShape, weights: Sequence[Tensor]) -> Choice:
+        x = torch.randn(shape.num_rows, shape.in_features, device=weights[0].device, dtype=shape.dtype)
+        in_turns = [weights[i % len(weights)] for i in range(NUM_CALLS)]
+        ours, cublas = (graphed_us([partial(call, x, one) for one in in_turns]) for call in (self.skinny, linear))
+        return Choice(ours, cublas)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the layer multiplies with its weight as it is: no bias, no format that replaced its forward."""
+    forward = getattr(layer.forward, "__func__", None)
+    return isinstance(layer, nn.Linear) and layer.bias is None and forward is nn.Linear.forward
 
 
 def _shape(weight: Tensor, num_rows: int) -> LinearShape:
@@ -69,53 +87,7 @@ def _shape(weight: Tensor, num_rows: int) -> LinearShape:
     return LinearShape(out_features, in_features, num_rows, weight.dtype)
 
 
-@torch.inference_mode()
-def measure(shape: LinearShape, device: torch.device) -> Choice:
-    """Times cuBLAS and each tiling. One that gives another result, or does not compile, is left out."""
-    out_features, in_features, num_rows, dtype = shape
-    copies = max(1, math.ceil(STREAMED_BYTES / (out_features * in_features * dtype.itemsize)))
-    weights = torch.randn(copies, out_features, in_features, device=device, dtype=dtype).mul_(
-        in_features**-0.5
-    )
-    x = torch.randn(num_rows, in_features, device=device, dtype=dtype)
-    expected = linear(x, weights[0])
-    cublas_us = graphed_us([partial(linear, x, weight) for weight in weights])
-    best, best_us = None, math.inf
-    for tiles in candidates(shape):
-        try:
-            error = difference(skinny_linear(x, weights[0], None, tiles), expected)
-        except Exception as raised:  # too much shared memory, or whatever else the compiler finds
-            if isinstance(raised, torch.cuda.OutOfMemoryError):
-                raise
-            continue
-        if not error <= TOLERANCE[dtype]:
-            continue
-        took_us = graphed_us([partial(skinny_linear, x, weight, None, tiles) for weight in weights])
-        if took_us < best_us:
-            best, best_us = tiles, took_us
-    return Choice(best if best_us * MIN_GAIN < cublas_us else None, best_us, cublas_us)
-
-
-def candidates(shape: LinearShape) -> Iterator[Tiles]:
-    """Tilings worth a try: those that keep between one and sixteen programs an SM of about 132."""
-    out_features, in_features, num_rows, _ = shape
-    if num_rows > MAX_ROWS:
-        return
-    sizes = (
-        ((16, 256), (16, 512), (32, 128), (32, 256), (64, 128))
-        if num_rows <= 16
-        else ((32, 128), (64, 64), (64, 128))
-    )
-    for block_n, block_k in sizes:
-        for split_k in (1, 2, 4, 8):
-            programs = -(-out_features // block_n) * split_k
-            if in_features // split_k < 2 * block_k or (split_k > 1 and programs > 132 * 8):
-                continue
-            if programs >= 96 or split_k == 8:
-                yield Tiles(block_n, block_k, split_k, 4, 4)
-
-
-def graphed_us(calls: list[Callable[[], object]]) -> float:
+def graphed_us(calls: Sequence[Callable[[], object]]) -> float:
     """Microseconds of one call where they follow one another in a CUDA graph, as they do in a step."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -123,9 +95,9 @@ def graphed_us(calls: list[Callable[[], object]]) -> float:
         for call in calls[:2]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    rounds = max(1, 20 // len(calls))
+    rounds = math.ceil(20 / len(calls))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(rounds):
             for call in calls:
                 call()

@@ -11,6 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from runtime.kernels.early_start import early_start
 
 MIN_DOT = 16
 MAX_HEAD_BLOCK = 64  # heads of one program; beyond that, accumulators spill
@@ -45,7 +48,7 @@ def paged_decode(
         scaling, UNBOUNDED if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_TOKENS=block_tokens, NUM_SPLITS=num_splits,
         HEAD_BLOCK=head_block, DIM_BLOCK=dim_block, TILE=_tile(dim_block, rows),
-        num_warps=4, num_stages=STAGES,
+        num_warps=4, num_stages=STAGES, **early_start(out),
     )  # fmt: skip
     _merge_into(out, parts, sums, num_splits, dim)
     return out
@@ -76,6 +79,7 @@ def paged_latent_decode(
         HEADS=heads, VALUE_DIM=value_dim, ROPE_DIM=dim - value_dim, BLOCK_TOKENS=block_tokens,
         NUM_SPLITS=num_splits, HEAD_BLOCK=head_block, TILE=2 * _tile(value_dim, rows),
         num_warps=4 if head_block == MIN_DOT else 8, num_stages=LATENT_STAGES,
+        **early_start(out),
     )  # fmt: skip
     _merge_into(out, parts, sums, num_splits, value_dim)
     return out
@@ -107,7 +111,7 @@ def _merge_into(out: Tensor, parts: Tensor, sums: Tensor, num_splits: int, dim: 
     _merge[(num_outputs,)](
         parts, sums, out,
         NUM_SPLITS=num_splits, DIM=dim, SPLIT_BLOCK=split_block, DIM_BLOCK=dim_block,
-        num_warps=min(8, max(1, split_block * dim_block // 1024)),
+        num_warps=min(8, max(1, split_block * dim_block // 1024)), **early_start(out),
     )  # fmt: skip
 
 
@@ -169,6 +173,7 @@ def _decode(
     HEAD_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     blocks_per_head: tl.constexpr = (GROUP + HEAD_BLOCK - 1) // HEAD_BLOCK
@@ -178,6 +183,9 @@ def _decode(
     in_head, in_dim = member < GROUP, columns < DIM
     context = tl.load(contexts + row).to(tl.int32)
     start, end = _span(context, window, split, NUM_SPLITS, TILE)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
     at = query + row * query_row + kv_head * query_kv_head + member[:, None] * query_head + columns[None]
     q = tl.load(at, mask=in_head[:, None] & in_dim[None] & (start < end), other=0.0)
@@ -227,6 +235,7 @@ def _latent_decode(
     NUM_SPLITS: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """A tile is read once: it is the keys' first part, and the values."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
@@ -235,6 +244,9 @@ def _latent_decode(
     in_head, in_dim = head < HEADS, columns < VALUE_DIM
     context = tl.load(contexts + row).to(tl.int32)
     start, end = _span(context, context, split, NUM_SPLITS, TILE)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
     at, wanted = query + row * query_row + head[:, None] * query_head, in_head[:, None] & (start < end)
     q = tl.load(at + columns[None], mask=wanted, other=0.0)
@@ -273,7 +285,11 @@ def _merge(
     DIM: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     output = tl.program_id(0).to(tl.int64)
     split, column = tl.arange(0, SPLIT_BLOCK), tl.arange(0, DIM_BLOCK)
     sums_at = sums + output * NUM_SPLITS + split

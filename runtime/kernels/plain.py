@@ -91,10 +91,10 @@ def rope_and_cache(
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """Adds `delta` to x in place, and returns the root mean square norm of the sum, times `weight`.
 
-    x, delta: [T, hidden]; weight: [hidden].
+    x: [T, hidden]; delta: the same, or parts [S, T, hidden] in float32; weight: [hidden].
     """
     if delta is not None:
-        x += delta
+        x += delta if delta.ndim == 2 else delta.sum(0)
     return (_normal(x.to(_wide(x)), eps) * weight).to(x.dtype)
 
 
@@ -104,9 +104,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (silu(gate) * up).to(gate_up.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: [M, K]; weight: [N, K]; bias: [N]. Returns [M, N]."""
-    return torch.nn.functional.linear(x, weight, bias)
+def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The product in parts that have yet to be added up. x: [M, K], M at most 64; weight: [N, K].
+
+    Returns [S, M, N] float32.
+    """
+    return torch.nn.functional.linear(x.to(_wide(x)), weight.to(_wide(x)))[None]
 
 
 def greedy(logits: Tensor) -> Tensor:

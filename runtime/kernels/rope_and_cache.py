@@ -6,6 +6,9 @@ Contract: `runtime.kernels.plain`.
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from runtime.kernels.early_start import early_start
 
 VALUES_PER_PROGRAM = 1024
 
@@ -31,7 +34,7 @@ def rope_and_cache(
         qkv.stride(0), rows.stride(0), eps,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HAS_NORM=norm_weight is not None,
         HEAD_BLOCK=head_block, HALF_BLOCK=half_block,
-        num_warps=4,
+        num_warps=4, **early_start(qkv),
     )  # fmt: skip
 
 
@@ -52,6 +55,7 @@ def _rope_and_cache(
     HAS_NORM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """A head's two halves are two tiles, as each is turned with the other."""
     HALF: tl.constexpr = DIM // 2
@@ -60,6 +64,9 @@ def _rope_and_cache(
     column = tl.arange(0, HALF_BLOCK)
     inside = (head < HEADS + 2 * KV_HEADS)[:, None] & (column < HALF)[None]
     is_turned = inside & (head < HEADS + KV_HEADS)[:, None]
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     at = qkv + token * qkv_stride + head[:, None] * DIM + column[None]
     raw_left = tl.load(at, mask=inside, other=0.0)
     raw_right = tl.load(at + HALF, mask=inside, other=0.0)

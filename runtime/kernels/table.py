@@ -26,7 +26,7 @@ class Kernels(NamedTuple):
     rope_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None, float], None]
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]  # (x, delta, weight, eps)
     silu_mul: Callable[[Tensor], Tensor]
-    skinny_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x of at most 64 rows, weight, bias)
+    skinny_linear: Callable[[Tensor, Tensor], Tensor]  # (x of at most 64 rows, weight)
     greedy: Callable[[Tensor], Tensor]
 
 
@@ -36,7 +36,7 @@ PLAIN = Kernels(
     plain.rope_and_cache,
     plain.add_norm,
     plain.silu_mul,
-    plain.linear,
+    plain.skinny_linear,
     plain.greedy,
 )
 
@@ -170,10 +170,21 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         return [_given(kernel(whole, delta, scale_of, 1e-6)), whole]
 
     yield "add_norm", added
+    parts = torch.randn(3, 4, hidden, generator=random, device=device)
+
+    def added_parts(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        whole = x.clone()
+        return [_given(kernel(whole, parts, scale_of, 1e-6)), whole]
+
+    yield "add_norm", added_parts
     yield "silu_mul", _returned(normal(4, 2 * shape.intermediate))
     matrix = normal(shape.intermediate, hidden) * hidden**-0.5
-    yield "skinny_linear", _returned(x, matrix, None)
-    yield "skinny_linear", _returned(normal(64, hidden), matrix, normal(shape.intermediate))
+
+    def multiplied(some: Tensor) -> Trial:
+        return lambda kernel: [_given(kernel(some, matrix)).sum(0).to(dtype)]
+
+    yield "skinny_linear", multiplied(x)
+    yield "skinny_linear", multiplied(normal(64, hidden))
 
 
 def _returned(*given: object) -> Trial:

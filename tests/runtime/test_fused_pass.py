@@ -16,13 +16,14 @@ from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import DecodeInputs, FusedPass
 from runtime.hf_model import HFModel
 from runtime.kernels import PLAIN
+from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.paged_model import relative_error
 from runtime.request import Request
-from runtime.sampling import draw, tokens_of
+from runtime.sampling import draw, sample, tokens_of
 from runtime.scheduler import Batch, PackedBatch, Scheduler
-from tests.runtime.tiny_models import VOCAB, tiny_model
+from tests.runtime.tiny_models import VOCAB, repeating_model, tiny_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen2_window", "qwen3")
 
@@ -31,13 +32,19 @@ def decoder(family: str, dtype: torch.dtype = torch.float64, device: str = "cpu"
     return DecoderModel(HFModel(tiny_model(family, dtype).to(device)), max_model_len=200)
 
 
-def mixed_steps(num_blocks: int, **knobs: Any) -> tuple[Scheduler, list[Request]]:
+def repeating(family: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> DecoderModel:
+    return DecoderModel(HFModel(repeating_model(family, dtype).to(device)), max_model_len=200)
+
+
+def mixed_steps(
+    num_blocks: int, output_tokens: int = 12, **knobs: Any
+) -> tuple[Scheduler, list[Request]]:
     """A scheduler with requests of all lengths, for a pool that shares blocks and so scatters them."""
     rng = np.random.default_rng(0)
     asked = [rng.integers(2, VOCAB, length).tolist() for length in (1, 5, 17, 40, 33, 70, 9)]
     config = EngineConfig.of({"max_batched_tokens": 40, "prefill_chunk": 16, **knobs})
     scheduler = Scheduler(BlockPool(num_blocks, wants_runs=False), config, 200)
-    requests = [Request.of_tokens(str(at), ids, 12, 0.0) for at, ids in enumerate(asked)]
+    requests = [Request.of_tokens(str(at), ids, output_tokens, 0.0) for at, ids in enumerate(asked)]
     for request in requests:
         scheduler.add(request)
     return scheduler, requests
@@ -58,12 +65,19 @@ def written_out(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("packs_pieces", [False, True])
+@pytest.mark.parametrize("in_parts", [False, True])
 def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
-    family: str, packs_pieces: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, packs_pieces: bool, in_parts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime.fused_pass, "attend_pieces", written_out)
     model = decoder(family)
     fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
+    if in_parts:
+        fused.linears.choices = {
+            LinearShape(*layer.weight.shape, rows, torch.float64): Choice(1.0, 9.0)
+            for layer in (model.decoder.layers[0].attention.out, model.decoder.layers[0].mlp.down)
+            for rows in TIMED_ROWS
+        }
     scheduler, _ = mixed_steps(40)
     model.allocate(40)
     pools = model.new_pools(40)
@@ -149,6 +163,28 @@ def test_replayed_steps_give_the_logits_of_plain_ones(family: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_steps_with_drafts_give_the_logits_of_plain_ones(family: str) -> None:
+    model, plain = repeating(family, torch.bfloat16, "cuda"), repeating(family, torch.bfloat16, "cuda")
+    plain._fused = None
+    scheduler, _ = mixed_steps(40, 60, speculation_length=6)
+    model.allocate(40)
+    plain.allocate(40)
+    model.prepare_steps(8)
+    errors, num_replayed = [], 0
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        expected, actual = plain.forward(packed), model.forward(packed)
+        if batch.num_drafted:
+            assert model._graphs is not None
+            num_replayed += model._graphs.takes(packed)
+            errors += [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+        scheduler.finish_step(batch, expected.argmax(-1).tolist(), 0.0)
+    assert num_replayed > 5 and scheduler.num_right_tokens > 0, "the test must reach what it claims"
+    assert max(errors) < 0.1 and float(np.median(errors)) < 0.02
+
+
+@pytest.mark.gpu
 def test_other_pools_get_graphs_of_their_own_and_those_that_go_take_theirs_along() -> None:
     model = decoder("qwen3", torch.bfloat16, "cuda")
     model.allocate(40)
@@ -179,7 +215,7 @@ class Repeated:
 
 
 @pytest.fixture
-def repeating(monkeypatch: pytest.MonkeyPatch) -> None:
+def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     def capture(self: DecodeGraphs, key: Key, run: Callable[[DecodeInputs], Tensor]) -> Captured:
         self._blank()
         graph = Repeated(run, self._inputs(key.num_rows))
@@ -218,14 +254,36 @@ def serve(model: DecoderModel, depth: int) -> tuple[list[list[int]], int]:
 
 @pytest.mark.parametrize("family", ["qwen2_window", "qwen3"])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_replayed_steps_give_the_same_tokens_also_one_ahead(repeating: None, family: str, depth: int) -> None:
+def test_replayed_steps_give_the_same_tokens_also_one_ahead(replayed: None, family: str, depth: int) -> None:
     expected, _ = serve(decoder(family), 0)
     tokens, num_replayed = serve(with_graphs(decoder(family)), depth)
     assert tokens == expected and num_replayed > 5
 
 
+@pytest.mark.parametrize("family", ["qwen2_window", "qwen3"])
+def test_rows_with_drafts_are_replayed_too_and_give_the_same_tokens(replayed: None, family: str) -> None:
+    """Beside the decoder's own pass over the very same steps, and beside a text without drafts."""
+    model, plain = with_graphs(repeating(family)), repeating(family)
+    scheduler, requests = mixed_steps(40, 60, speculation_length=6)
+    model.allocate(40)
+    plain.allocate(40)
+    num_replayed = 0
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        assert model._graphs is not None
+        num_replayed += batch.num_drafted > 0 and model._graphs.takes(packed)
+        logits = plain.forward(packed)
+        torch.testing.assert_close(model.forward(packed), logits, rtol=1e-9, atol=1e-9)
+        scheduler.finish_step(batch, [token or 0 for token in sample(logits, batch.drawing_requests())], 0.0)
+    assert num_replayed > 5 and scheduler.num_right_tokens > 20, "the test must reach what it claims"
+    scheduler, others = mixed_steps(40, 60)
+    while (batch := scheduler.schedule(0.0)) is not None:
+        scheduler.finish_step(batch, plain.forward(scheduler.pack(batch)).argmax(-1).tolist(), 0.0)
+    assert [one.output_ids.tolist() for one in requests] == [one.output_ids.tolist() for one in others]
+
+
 def test_steps_that_cannot_be_captured_are_launched_and_tried_once(
-    monkeypatch: pytest.MonkeyPatch, repeating: None, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, replayed: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     tries: list[Key] = []
 
