@@ -1,7 +1,7 @@
 """Steps of one token a row, captured once as CUDA graphs and replayed: one launch instead of hundreds.
 
 A row with a draft is replayed as a row for each of its tokens, over the same blocks: a layer writes the keys and values
-of all rows before it attends to any, so that each token finds those before it. Its cached tokens are read once for each.
+of all rows before it attends to any, so that each token finds those before it. What is cached is read for each of them.
 
 A graph belongs to a number of rows (a batch is padded to the next one), to the pools it reads and to the weights it
 multiplies; whatever a replay must know lies in tensors that never move. Padding rows write nothing and read nothing.
@@ -64,13 +64,11 @@ class DecodeGraphs:
         num_tokens = len(packed.token_ids)
         if num_tokens != len(packed.last_tokens) or num_tokens > BUCKETS[-1]:
             return False
-        return len(packed.contexts) == num_tokens or bool(
-            (packed.last_tokens == np.arange(num_tokens)).all()
-        )
+        return len(packed.contexts) == num_tokens or bool((packed.last_tokens == np.arange(num_tokens)).all())
 
     def replay(self, packed: PackedBatch, pools: int, weights: str, run: Run, drawn: Tensor) -> Tensor | None:
-        """Returns logits [tokens, vocab], which the next replay overwrites. `run` is captured where it was not yet; None
-        where that failed."""
+        """Returns logits [tokens, vocab], which the next replay overwrites. `run` is captured where it was not yet;
+        None where that failed."""
         num_rows = len(packed.token_ids)
         key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights)
         captured = self._graphs.get(key) or self._try_to_capture(key, run)

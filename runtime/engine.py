@@ -365,8 +365,8 @@ class Engine:
         return {
             "at": self._clock.now(), "step_s": step_s, "forward_s": executed.forward_s,
             "num_decode": batch.num_decode, "num_prefill_rows": batch.num_prefill_rows,
-            "num_prefill_tokens": batch.num_prefill_tokens, "num_drafted": batch.num_drafted, "context_tokens": batch.context_tokens,
-            "attention_pairs": batch.attention_pairs, **self._load(),
+            "num_prefill_tokens": batch.num_prefill_tokens, "num_drafted": batch.num_drafted,
+            "context_tokens": batch.context_tokens, "attention_pairs": batch.attention_pairs, **self._load(),
             "config_id": self.tick.config.config_id, "slice_id": self.tick.slice_id, "threads": executed.threads,
         }  # fmt: skip
 

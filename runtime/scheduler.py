@@ -573,7 +573,7 @@ class Scheduler:
 
     @property
     def _may_speculate(self) -> bool:
-        return 0 < self.config.speculation_length and len(self.running) <= self.config.speculation_max_seqs
+        return self.config.speculation_length > 0 and len(self.running) <= self.config.speculation_max_seqs
 
     def _speculate(self, seats: IntArray, new_tokens: IntArray) -> IntArray | None:
         """[rows] how long a draft each row has, written behind its known tokens, with blocks for it; None if none has.

@@ -13,12 +13,9 @@ Source: Saxena 2023, "Prompt Lookup Decoding"; transformers and vLLM ("ngram") d
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from runtime.request import Int32Array, Request
-
-IntArray = NDArray[np.int64]
 
 MIN_NGRAM, MAX_NGRAM = 2, 4  # a single token has followed too many others to tell what comes next
 MAX_DRAFT_TOKENS = 8
@@ -41,6 +38,7 @@ class Lookup:
     def __init__(self) -> None:
         self._end_of: dict[int, int] = {}  # key of an n-gram -> where it ended last with a token behind it
         self._num_indexed = 0  # tokens at which the n-grams that end there are known
+        self._found: tuple[int, int | None] = (0, None)  # known tokens at the last search, and what it gave
         self._width = MAX_DRAFT_TOKENS
         self._num_failures = 0  # drafts in a row of which no token was right
         self._rests_until = 0  # known tokens below which nothing is drafted
@@ -90,22 +88,26 @@ class Lookup:
 
     def _last_end(self, token_ids: "Int32Array", num_known: int) -> int | None:
         """Where the longest n-gram that ends the text ended before; None if none did. Indexes what is new."""
+        if self._found[0] == num_known:
+            return self._found[1]
         first = min(self._num_indexed, num_known - 1)
         keys = keys_of(token_ids[:num_known], first)
         for of_length in keys:
             self._end_of.update(zip(of_length[:-1], range(first, num_known - 1), strict=True))
         self._num_indexed = num_known - 1
         ends = (self._end_of.get(of_length[-1]) for of_length in reversed(keys))
-        return next((end for end in ends if end is not None), None)
+        self._found = (num_known, next((end for end in ends if end is not None), None))
+        return self._found[1]
 
 
 def keys_of(tokens: "Int32Array", first: int) -> list[list[int]]:
     """By length of n-gram, the shortest first: keys of those that end at token `first` and later."""
     num = len(tokens) - first
-    values = np.ones(num + MAX_NGRAM - 1, np.uint64)  # 1: no token, as before the beginning; tokens come after
+    values = np.ones(num + MAX_NGRAM - 1, np.uint64)  # 1: before the beginning; tokens are 2 and more
     taken = tokens[max(0, first - MAX_NGRAM + 1) :]
     values[len(values) - len(taken) :] = taken.astype(np.uint64) + np.uint64(2)
-    places = np.stack([values[MAX_NGRAM - 1 - back : MAX_NGRAM - 1 - back + num] for back in range(MAX_NGRAM)])
+    last = MAX_NGRAM - 1
+    places = np.stack([values[last - back : last - back + num] for back in range(MAX_NGRAM)])
     summed: list[list[int]] = (places * _MULTIPLIERS).cumsum(axis=0, dtype=np.uint64).tolist()
     return summed[MIN_NGRAM - 1 :]
 
@@ -144,7 +146,7 @@ def _lookup_of(request: "Request") -> Lookup | None:
 
 
 def right_of(
-    drawn: "list[int | None]", draft: IntArray, stop_token_ids: frozenset[int]
+    drawn: "list[int | None]", draft: "Int32Array", stop_token_ids: frozenset[int]
 ) -> "list[int | None]":
     """What counts of the tokens that a row drew, `len(draft) + 1`: up to the first that ends its request, is no number,
     or is not what the draft said, since what comes after it was drawn behind another text."""

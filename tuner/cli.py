@@ -307,9 +307,15 @@ def doctor(config: ConfigOption = None, data_dir: DataDir = None, as_json: AsJso
 )
 def bench(context: typer.Context) -> None:
     """Benchmarks: engine (beside others), gpu (against its limits), warm (knobs that are prepared),
-    speculation (drafts), or of the statistics: aa, azure --trace FILE, harm, hour, anomalies, quality; each with --help."""
+    speculation (drafts), or of the statistics: aa, azure --trace FILE, harm, hour, anomalies, quality;
+    each with --help."""
     which = context.args[0] if context.args else ""
-    if which in ("engine", "gpu", "speculation", "warm"):  # in a child of its own: torch is loaded in the runtime only
+    if which in (
+        "engine",
+        "gpu",
+        "speculation",
+        "warm",
+    ):  # in a child of its own: torch is loaded in the runtime only
         from tuner.quality.canary import PASSAGES
 
         text = ["--text", str(PASSAGES)] if which == "warm" else []

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from runtime.bench.engine import DEMO_MODEL
 from runtime.bench.loads import Load
 from runtime.bench.peers import steps_of
-from runtime.bench.shapes import SHAPES, model_folder
+from runtime.bench.shapes import SHAPES, random_model
 from runtime.executor import Executor, cpu_model, num_cores
 from runtime.knobs import EngineConfig, default_config
 from runtime.loader import load_model, resolve_device, resolve_dtype
@@ -41,6 +41,7 @@ MODULES: tuple[ModuleType, ...] = (argparse, tarfile, asyncio.base_events)
 LOADS = ("copy", "edit", "text", "random", "own")
 PROMPT_TOKENS, ANSWER_TOKENS = 384, 128
 EDITED_SHARE = 1 / 12
+MAX_MODEL_LEN = 4096  # of a shape, so that its pool fits more than one request
 
 
 class Script(NamedTuple):
@@ -92,7 +93,9 @@ def script_of(name: str, num: int, vocab_size: int, scale: float, rng: np.random
         if name in ("copy", "edit"):
             answer = prompt[-num_answer:]
         if name == "edit":
-            answer = [int(rng.integers(2, vocab_size)) if rng.random() < EDITED_SHARE else one for one in answer]
+            answer = [
+                int(rng.integers(2, vocab_size)) if rng.random() < EDITED_SHARE else one for one in answer
+            ]
         if name == "random":
             answer = rng.integers(2, vocab_size, num_answer).tolist()
         prompts.append(prompt)
@@ -178,16 +181,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", type=Path, default=DEMO_MODEL, help="model folder (default: the demo's)")
     add("--shape", choices=sorted(SHAPES), help="random weights of this shape instead of a model")
-    add("--keep", type=Path, help="folder for those weights, which is used again where it exists")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
     add("--threads", type=int, default=num_cores(), help="CPU threads")
     add("--load", nargs="+", choices=LOADS, default=list(LOADS))
     add("--at-once", type=int, nargs="+", default=[1, 4, 8], help="requests that are served at once")
     add("--length", type=int, nargs="+", default=[4, 8], help="values of speculation_length beside 0")
-    add("--scale", type=float, default=1.0, help=f"of {PROMPT_TOKENS} prompt and {ANSWER_TOKENS} answer tokens")
+    add(
+        "--scale",
+        type=float,
+        default=1.0,
+        help=f"of {PROMPT_TOKENS} prompt and {ANSWER_TOKENS} answer tokens",
+    )
     add("--turns", type=int, default=3, help="timed turns of each")
-    add("--cpu-time", action="store_true", help="count this process's CPU seconds, where others use the cores too")
+    add(
+        "--cpu-time",
+        action="store_true",
+        help="count this process's CPU seconds, where others use the cores too",
+    )
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
@@ -199,25 +210,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = default_config("cuda" if device.type == "cuda" else "cpu", num_cores()).patched(threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
     rows: list[Row] = []
-    with model_folder(options.model, options.shape, options.keep) as folder:
-        loaded = load_model(folder, device, dtype)
-        executor = Executor(loaded, None, config)
-        about: dict[str, Any] = {
-            "model": options.shape or loaded.identity["name"], "dtype": str(dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
-            "threads": options.threads, "torch": torch.__version__, "overlap_depth": config.overlap_depth,
-            "scale": options.scale, "turns": options.turns, "seed": options.seed,
-            "seconds": "of the CPU" if options.cpu_time else "of the clock",
-        }  # fmt: skip
-        print(", ".join(f"{key} {value}" for key, value in about.items()))
-        print(f"{'load':<8}{'at once':>8}{'length':>8}{'tokens/s':>10}{'x without (range)':>24}{'steps':>8}"
-              f"{'drafted':>9}{'right':>7}")  # fmt: skip
-        for num in options.at_once:
-            for name in options.load:
-                rng = np.random.default_rng(options.seed)
-                script = script_of(name, num, loaded.identity["vocab_size"], options.scale, rng)
-                rows += compare(executor, config, script, options.length, options.turns, clock)
-                print_rows(rows[-1 - len(options.length) :])
+    if options.shape is None:
+        loaded = load_model(options.model, device, dtype)
+    else:
+        loaded = random_model(options.shape, device, dtype, MAX_MODEL_LEN)
+    executor = Executor(loaded, None, config)
+    about: dict[str, Any] = {
+        "model": options.shape or loaded.identity["name"], "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        "threads": options.threads, "torch": torch.__version__, "overlap_depth": config.overlap_depth,
+        "scale": options.scale, "turns": options.turns, "seed": options.seed,
+        "seconds": "of the CPU" if options.cpu_time else "of the clock",
+    }  # fmt: skip
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{'load':<8}{'at once':>8}{'length':>8}{'tokens/s':>10}{'x without (range)':>24}{'steps':>8}"
+          f"{'drafted':>9}{'right':>7}")  # fmt: skip
+    for num in options.at_once:
+        for name in options.load:
+            rng = np.random.default_rng(options.seed)
+            script = script_of(name, num, loaded.identity["vocab_size"], options.scale, rng)
+            rows += compare(executor, config, script, options.length, options.turns, clock)
+            print_rows(rows[-1 - len(options.length) :])
     print(json.dumps({**about, "rows": [row._asdict() for row in rows]}))
     return 0
 

@@ -36,9 +36,7 @@ def repeating(family: str, dtype: torch.dtype = torch.float64, device: str = "cp
     return DecoderModel(HFModel(repeating_model(family, dtype).to(device)), max_model_len=200)
 
 
-def mixed_steps(
-    num_blocks: int, output_tokens: int = 12, **knobs: Any
-) -> tuple[Scheduler, list[Request]]:
+def mixed_steps(num_blocks: int, output_tokens: int = 12, **knobs: Any) -> tuple[Scheduler, list[Request]]:
     """A scheduler with requests of all lengths, for a pool that shares blocks and so scatters them."""
     rng = np.random.default_rng(0)
     asked = [rng.integers(2, VOCAB, length).tolist() for length in (1, 5, 17, 40, 33, 70, 9)]

@@ -232,7 +232,8 @@ def served_twice(
     print(f"{num} requests, {changes.num_plans} plans, {len(changed.replies)} calls, "
           f"{changed.engine.scheduler.num_preemptions} preemptions, "
           f"{changed.engine.scheduler.num_hit_tokens} tokens found cached, "
-          f"{changed.engine.scheduler.num_right_tokens} of {changed.engine.scheduler.num_drafted_tokens} drafted right, "
+          f"{changed.engine.scheduler.num_right_tokens} of "
+          f"{changed.engine.scheduler.num_drafted_tokens} drafted tokens right, "
           f"events: {dict(events)}, moved: {dict(moved)}")  # fmt: skip
     return load, quiet.got, changed.got
 

@@ -349,7 +349,7 @@ def test_a_number_that_is_none_within_a_draft_fails_its_request_only_when_it_is_
 
     def spoiled(launched: Any) -> Any:
         done = land(launched)
-        return done._replace(tokens=[None] + list(done.tokens[1:]))
+        return done._replace(tokens=[None, *done.tokens[1:]])
 
     here.executor.land = spoiled  # type: ignore[method-assign]
     here.engine.step()
