@@ -14,12 +14,11 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
-
-import numpy as np
 
 from runtime.clock import Clock
 from runtime.errors import InvalidKnob, InvalidRequest, LinkBroken, ModelError, PrepareFailed, RuntimeFault
@@ -34,7 +33,7 @@ from runtime.scoring import Scorer
 
 if TYPE_CHECKING:
     from runtime.executor import Executed, Executor, Launched
-    from runtime.logprobs import PromptLogprob, TokenLogprobs
+    from runtime.logprobs import PromptLogprob
 
 log = logging.getLogger(__name__)
 
@@ -329,18 +328,25 @@ class Engine:
         ended_before = {request.id for request in requests if not self.scheduler.is_here(request)}
         if batch.scored is not None:
             self._send_scores(batch.requests[batch.scored.row], batch.scored, executed.scores)
-        runs = batch.runs(executed.tokens)
-        for request, run in zip(requests, runs, strict=True):
-            if run[-1] is None:
+        counted = batch.counted(executed.tokens)
+        for _, request, token in counted:
+            if token is None:
                 self._fail(request)
+                ended_before.add(request.id)
         self.scheduler.settle(batch, [token or 0 for token in executed.tokens], now)
-        firsts = np.cumsum(batch.num_drawn) - batch.num_drawn
         items = [
-            item
-            for request, run, first in zip(requests, runs, firsts.tolist(), strict=True)
-            if run[-1] is not None and request.id not in ended_before
-            for item in _items(request, run, first, executed.logprobs)
-        ]
+            [
+                request.id, token, request.finish_reason,
+                request.admitted_at if request.num_read_tokens == request.prompt_tokens + 1 else None,
+                request.num_preemptions,
+                *([executed.logprobs[place]] if place in executed.logprobs else []),
+            ]
+            for place, request, token in counted
+            if request.id not in ended_before
+        ]  # fmt: skip
+        if batch.num_drafted:  # a row has several items, and its request ends with the last
+            for item, following in pairwise(items):
+                item[2] = None if item[0] == following[0] else item[2]
         if items:
             self._send({
                 "op": "tokens", "at": now, "config_id": self.tick.config.config_id,
@@ -376,23 +382,6 @@ class Engine:
             "num_running": len(scheduler.running), "num_waiting": len(scheduler.waiting),
             "kv_used_tokens": scheduler.used_tokens,
         }  # fmt: skip
-
-
-def _items(
-    request: Request, run: "list[int | None]", first: int, logprobs: "Mapping[int, TokenLogprobs]"
-) -> list[list[Any]]:
-    """What the front end is told of the tokens that a row gave its request. `first`: place of the first among those
-    that the step drew."""
-    last, before = len(run) - 1, request.num_read_tokens - len(run)
-    return [
-        [
-            request.id, token, request.finish_reason if place == last else None,
-            request.admitted_at if before + place == request.prompt_tokens else None,
-            request.num_preemptions,
-            *([logprobs[first + place]] if first + place in logprobs else []),
-        ]
-        for place, token in enumerate(run)
-    ]  # fmt: skip
 
 
 def error_kind(error: RuntimeFault) -> str:

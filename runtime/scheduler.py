@@ -150,6 +150,15 @@ class Batch:
             first += num
         return found
 
+    def counted(self, drawn: list[int | None]) -> list[tuple[int, Request, int | None]]:
+        """The tokens that count, each with its place among the drawn ones and its request."""
+        requests = self.sampled_requests()
+        if self.drafted is None:
+            return list(zip(range(len(drawn)), requests, drawn, strict=True))
+        firsts = (np.cumsum(self.num_drawn) - self.num_drawn).tolist()
+        rows = zip(requests, firsts, self.runs(drawn), strict=True)
+        return [(first + at, request, token) for request, first, run in rows for at, token in enumerate(run)]
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
