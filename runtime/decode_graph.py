@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from runtime.fused_pass import DecodeInputs
-from runtime.paged_model import known_tokens
 from runtime.scheduler import PackedBatch
 
 log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+MAX_DRAWN = 2**14  # tokens that a step of any kind draws at most
 WARM_UPS = 2  # runs before a capture: kernels are compiled, libraries take their workspace
-
-Run = Callable[[DecodeInputs], Tensor]
 
 
 class Key(NamedTuple):
@@ -36,9 +34,19 @@ class Key(NamedTuple):
     weights: str
 
 
+class Decoded(NamedTuple):
+    """logits: [rows, vocab]; drawn: int64 [2, rows], the likeliest tokens, and whether each may be taken."""
+
+    logits: Tensor
+    drawn: Tensor
+
+
 class Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    logits: Tensor
+    out: Decoded
+
+
+Run = Callable[[DecodeInputs], Decoded]
 
 
 class DecodeGraphs:
@@ -48,6 +56,8 @@ class DecodeGraphs:
         rows = BUCKETS[-1]
         self._device = device
         self._scalars = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self._drawn = torch.zeros(MAX_DRAWN, dtype=torch.int64, device=device)  # by the last step
+        self._drawn_by: int | None = None  # where the graph lies that wrote them there, if one did
         self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=device)
         # In turns: one may still be on its way when the next step is written.
         self._host_scalars = [torch.zeros(4, rows, dtype=torch.int64).pin_memory() for _ in range(2)]
@@ -66,20 +76,23 @@ class DecodeGraphs:
             return False
         return len(packed.contexts) == num_tokens or bool((packed.last_tokens == np.arange(num_tokens)).all())
 
-    def replay(self, packed: PackedBatch, pools: int, weights: str, run: Run, drawn: Tensor) -> Tensor | None:
-        """Returns logits [tokens, vocab], which the next replay overwrites. `run` is captured where it was not yet;
-        None where that failed."""
+    def replay(
+        self, packed: PackedBatch, pools: int, weights: str, run: Run, drawn: Tensor
+    ) -> Decoded | None:
+        """Returns what the next replay overwrites. `run` is captured where it was not yet; None where that failed.
+        `drawn`: tokens of the last step."""
         num_rows = len(packed.token_ids)
         key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights)
         captured = self._graphs.get(key) or self._try_to_capture(key, run)
         if captured is None:
             return None
         self._show(packed, key.num_rows)
-        if packed.has_pending:
-            token_ids = self._scalars[0, :num_rows]
-            token_ids.copy_(known_tokens(token_ids, drawn))
+        if packed.has_pending and drawn.data_ptr() != self._drawn_by:
+            self._drawn[: len(drawn)].copy_(drawn)
         captured.graph.replay()
-        return captured.logits[:num_rows]
+        logits, drawn = captured.out
+        self._drawn_by = drawn.data_ptr()
+        return Decoded(logits[:num_rows], drawn[:, :num_rows])
 
     def prepare(self, num_rows: int, pools: int, weights: str, run: Run) -> None:
         """Captures the graphs of batches of up to `num_rows`, so that no step has to. The largest comes first, so that
@@ -114,6 +127,7 @@ class DecodeGraphs:
 
     def _capture(self, key: Key, run: Run) -> Captured:
         started = time.perf_counter()
+        self._drawn_by = None  # the warm-ups write there too
         torch.cuda.synchronize(self._device)
         self._blank()
         inputs = self._inputs(key.num_rows)
@@ -121,19 +135,25 @@ class DecodeGraphs:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                run(inputs)
+                self._decoded(run, inputs)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            logits = run(inputs)
+            out = self._decoded(run, inputs)
         self._memory = graph.pool()
-        self._graphs[key] = Captured(graph, logits)
+        self._graphs[key] = Captured(graph, out)
         log.info("captured decode steps of %d rows in %.2f s", key.num_rows, time.perf_counter() - started)
         return self._graphs[key]
 
+    def _decoded(self, run: Run, inputs: DecodeInputs) -> Decoded:
+        """What a graph does. What it draws, the next step finds without the host."""
+        out = run(inputs)
+        self._drawn[: len(inputs.token_ids)].copy_(out.drawn[0])
+        return out
+
     def _inputs(self, num_rows: int) -> DecodeInputs:
         token_ids, positions, slots, contexts = (scalars[:num_rows] for scalars in self._scalars)
-        return DecodeInputs(token_ids, positions, slots, contexts, self._tables[:num_rows])
+        return DecodeInputs(token_ids, positions, slots, contexts, self._tables[:num_rows], self._drawn)
 
     def _blank(self) -> None:
         """All rows are padding."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from runtime.attention import StepTensors
-from runtime.decode_graph import DecodeGraphs
+from runtime.decode_graph import Decoded, DecodeGraphs
 from runtime.decoder import Decoder
 from runtime.fused_pass import DecodeInputs, fused_pass
 from runtime.hf_model import HFModel
@@ -44,9 +44,11 @@ class DecoderModel(PagedModel):
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
         graphs = self._graphs
         if graphs is not None and pools is None and packed.copies is None and graphs.takes(packed):
-            logits = graphs.replay(packed, id(self.pools), self.weights_key, self._decode, self.drawn)
-            if logits is not None:
+            decoded = graphs.replay(packed, id(self.pools), self.weights_key, self._decode, self.drawn)
+            if decoded is not None:
+                logits, self.greedy = decoded
                 return logits
+        self.greedy = None
         return super().forward(packed, pools)
 
     def step_of(self, packed: PackedBatch) -> StepTensors:
@@ -81,9 +83,10 @@ class DecoderModel(PagedModel):
         self.forget(self.pools)
         super().release()
 
-    def _decode(self, inputs: DecodeInputs) -> Tensor:
+    def _decode(self, inputs: DecodeInputs) -> Decoded:
         assert self._fused is not None
-        return self._fused.decode(inputs, self._caches_of(self.pools))
+        logits = self._fused.decode(inputs, self._caches_of(self.pools))
+        return Decoded(logits, self._fused.greedy(logits))
 
     def _caches_of(self, pools: KVPools) -> list[Any]:
         if self._caches[0] is not pools:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from runtime.clock import Clock
@@ -33,6 +34,7 @@ from runtime.scoring import Scorer
 
 if TYPE_CHECKING:
     from runtime.executor import Executed, Executor, Launched
+    from runtime.loader import LoadedModel
     from runtime.logprobs import PromptLogprob
 
 log = logging.getLogger(__name__)
@@ -436,30 +438,63 @@ def _first_frame(reader: FrameReader) -> tuple[Frame, list[Frame]]:
 def _prepare(
     options: argparse.Namespace, hello: Frame
 ) -> "tuple[Executor, PlanRunner, list[dict[str, Any]]]":
-    """Loads the model and decides the first configuration: our default, then what the front end insists on."""
-    for name, value in (THREAD_ENVIRONMENT | CACHE_ENVIRONMENT).items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    """Loads the model and decides the first configuration."""
+    loaded = load(options)
+    parts = engine_parts(
+        loaded, options.kv_tokens, hello.get("config") or {}, int(hello.get("version") or 0)
+    )
+    gc.collect()
+    gc.freeze()  # a collection that walks all of transformers would pause every stream
+    return parts
+
+
+def load(options: argparse.Namespace, stage_ended: Callable[[str], None] = lambda name: None) -> "LoadedModel":
+    """The model on its device. `stage_ended` is called when all libraries are there."""
+    set_environment()
+    gc.disable()  # or a quarter of the imports is walking over what they have made so far
     import torch
+
+    from runtime.head_start import begin
+
+    reading = begin(Path(options.model), options.device)
     from transformers.utils import logging as transformers_logging
 
-    from runtime.executor import Executor
+    from runtime.executor import Executor  # noqa: F401 - needed next, and counted as a library
     from runtime.loader import load_model, resolve_device, resolve_dtype
 
+    gc.freeze()  # so that no later collection walks over the libraries
+    gc.enable()
+    stage_ended("imports")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_interop_threads(1)
     device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    return load_model(options.model, device, dtype, options.max_model_len, reading)
+
+
+def set_environment() -> None:
+    """To be called before torch is loaded."""
+    for name, value in (THREAD_ENVIRONMENT | CACHE_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def engine_parts(
+    loaded: "LoadedModel", kv_tokens: int | None, asked: dict[str, Any], version: int = 0
+) -> "tuple[Executor, PlanRunner, list[dict[str, Any]]]":
+    """What an engine with this model is made of, and the reports of its knobs. The first configuration is our default,
+    then what is asked for, as far as this machine can do it.
+
+    Raises:
+        ModelError, InvalidKnob.
+    """
+    from runtime.executor import Executor
+
     cores = num_cores()
-    config = default_config("cuda" if device.type == "cuda" else "cpu", cores).patched(
-        hello.get("config") or {}
-    )
-    loaded = load_model(options.model, device, resolve_dtype(options.dtype, device), options.max_model_len)
-    asked = hello.get("config") or {}
-    executor = Executor(loaded, options.kv_tokens, config, asked.get("kv_tokens"))
+    config = default_config("cuda" if loaded.model.device.type == "cuda" else "cpu", cores).patched(asked)
+    executor = Executor(loaded, kv_tokens, config, asked.get("kv_tokens"))
     config = _with_weights(executor, config, asked.get("weight_format"))
-    gc.collect()
-    gc.freeze()  # a collection that walks all of transformers would pause every stream
     warm = executor.warm
     # Of the fitted pool: engines that start later, on what `kv_tokens` is by then, must tell the same limit.
     fitted_blocks = executor.fitted_kv_tokens // executor.pool.block_tokens
@@ -484,7 +519,7 @@ def _prepare(
                 raise InvalidKnob(f"`{name}` must be at most {high:g} on this machine, but got {value!r}.")
         warm.check(config)
 
-    return executor, PlanRunner(config, int(hello.get("version") or 0), fits), reports
+    return executor, PlanRunner(config, version, fits), reports
 
 
 def _with_weights(executor: "Executor", config: EngineConfig, asked: str | None) -> EngineConfig:

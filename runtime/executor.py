@@ -4,7 +4,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from runtime.logprobs import PromptLogprob, TokenLogprobs, logprobs_of, prompt_l
 from runtime.paged_model import KVPools, PagedModel
 from runtime.plain_model import PlainModel
 from runtime.request import Request, SamplingParams
-from runtime.sampling import draw, tokens_of
+from runtime.sampling import are_greedy, draw, tokens_of
 from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler, ScoredPiece
 from runtime.scoring import Scored
 from runtime.warm import WarmStates
@@ -127,7 +127,7 @@ class Executor:
         started = time.perf_counter()
         logits = self._model.forward(packed)
         requests = batch.drawing_requests()
-        drawn = draw(logits[: len(requests)], requests) if requests else _NOTHING
+        drawn = self._draw(logits[: len(requests)], requests) if requests else _NOTHING
         self._model.drawn = drawn[0]
         if drawn.device.type != "cuda":
             return Launched(batch, requests, logits, drawn, None, started, threads)
@@ -136,6 +136,10 @@ class Executor:
         read = torch.cuda.Event()
         read.record()
         return Launched(batch, requests, logits, on_host, read, started, threads)
+
+    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        greedy = self._model.greedy
+        return greedy if greedy is not None and are_greedy(requests) else draw(logits, requests)
 
     def land(self, launched: Launched) -> Executed:
         """Waits for a step and reads what it drew."""

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
 from runtime.decoder import Attention, Decoder, JointCache
@@ -26,7 +25,8 @@ Attend = Callable[[Tensor, JointCache, Attention], Tensor]
 class DecodeInputs(NamedTuple):
     """Rows of one token each, on the device. Padding rows have slot -1 and context 0.
 
-    `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks].
+    `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks]; `drawn`: int64, the tokens
+    that token ids below 0 stand for.
     """
 
     token_ids: Tensor
@@ -34,6 +34,7 @@ class DecodeInputs(NamedTuple):
     slots: Tensor
     contexts: Tensor
     tables: Tensor
+    drawn: Tensor
 
 
 class FusedPass:
@@ -44,7 +45,7 @@ class FusedPass:
     ) -> None:
         self._decoder, self._kernels, self._block_tokens = decoder, kernels, block_tokens
         self._num_sms = num_sms
-        self.linears = LinearTable(kernels.skinny_linear)
+        self.linears = LinearTable(kernels)
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
 
@@ -57,6 +58,7 @@ class FusedPass:
             step.slots,
             step.contexts[:num_single],
             step.tables[:num_single],
+            drawn=step.token_ids[0],  # all are known
         )
         splits = self._splits(num_single)
 
@@ -86,6 +88,16 @@ class FusedPass:
 
         return self._logits(self._hidden(inputs, caches, attend))
 
+    def measure_linears(self) -> None:
+        """Finds the faster form of each layer."""
+        attentions = [
+            layer.attention for layer in self._decoder.layers if isinstance(layer.attention, Attention)
+        ]
+        mlps = [layer.mlp for layer in self._decoder.layers if isinstance(layer.mlp, Mlp)]
+        self.linears.measure("whole", [self._decoder.head, *(one.qkv for one in attentions)])
+        self.linears.measure("gated", [one.gate_up for one in mlps])
+        self.linears.measure("parts", [*(one.out for one in attentions), *(one.down for one in mlps)])
+
     def _pieces(self, qkv: Tensor, cache: JointCache, layer: Attention, pieces: Pieces) -> Tensor:
         """qkv: of the pieces' tokens. Returns [tokens, heads * D]."""
         heads, kv_heads, dim = layer.num_heads, layer.kv_heads, layer.dim
@@ -109,12 +121,13 @@ class FusedPass:
     def _hidden(self, inputs: DecodeInputs, caches: Sequence[JointCache], attend: Attend) -> Tensor:
         """Returns the normed output of the last layer, [T, hidden]."""
         kernels, decoder = self._kernels, self._decoder
-        x = embedding(inputs.token_ids, decoder.embedding)
+        x = kernels.embed(inputs.token_ids, inputs.drawn, decoder.embedding)
         delta: Tensor | None = None
         for layer, cache in zip(decoder.layers, caches, strict=True):
             attention, mlp = layer.attention, layer.mlp
             assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
-            qkv = attention.qkv.forward(kernels.add_norm(x, delta, layer.before.weight, layer.before.eps))
+            y = kernels.add_norm(x, delta, layer.before.weight, layer.before.eps)
+            qkv = self.linears.whole(attention.qkv, y)
             norm = attention.qk_norm
             kernels.rope_and_cache(
                 qkv, self._angles, inputs.positions, cache.rows, inputs.slots, attention.kv_heads,
@@ -122,18 +135,32 @@ class FusedPass:
             )  # fmt: skip
             delta = self.linears.added(attention.out, attend(qkv, cache, attention))
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
-            delta = self.linears.added(mlp.down, kernels.silu_mul(mlp.gate_up.forward(y)))
+            delta = self.linears.added(mlp.down, self.linears.gated(mlp.gate_up, y))
         return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
 
+    def greedy(self, logits: Tensor) -> Tensor:
+        """The likeliest tokens, and whether each may be taken: int64 [2, rows]."""
+        return self._kernels.greedy(logits)
+
     def _logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self._decoder.head.forward(x)
-        return logits
+        return self.linears.whole(self._decoder.head, x)
 
 
 def queries_of(qkv: Tensor, layer: Attention) -> Tensor:
     """A view, [T, kv_heads, group, D]."""
     query = qkv.narrow(1, 0, layer.num_heads * layer.dim)
     return query.unflatten(1, (layer.kv_heads, -1, layer.dim))
+
+
+def shape_of(decoder: Decoder) -> Shape:
+    """Of a decoder whose layers are all of the kinds that the kernels know."""
+    first = decoder.layers[0]
+    attention, mlp = first.attention, first.mlp
+    assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
+    return Shape(
+        attention.num_heads, attention.kv_heads, attention.dim, decoder.embedding.shape[1], mlp.down.in_features,
+        BLOCK_TOKENS, attention.window, attention.qk_norm is not None,
+    )  # fmt: skip
 
 
 def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> FusedPass | None:
@@ -143,16 +170,8 @@ def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> Fu
     known = all(isinstance(layer.attention, Attention) and isinstance(layer.mlp, Mlp) for layer in layers)
     if device.type != "cuda" or TRITON is None or not known:
         return None
-    first = layers[0]
-    attention, mlp = first.attention, first.mlp
-    assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
-    shape = Shape(
-        attention.num_heads, attention.kv_heads, attention.dim, decoder.embedding.shape[1], mlp.down.in_features,
-        BLOCK_TOKENS, attention.window, attention.qk_norm is not None,
-    )  # fmt: skip
-    kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape)
+    kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape_of(decoder))
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
-    for layer in layers:
-        found.linears.measure((layer.attention.out, layer.mlp.down))
+    found.measure_linears()
     return found

@@ -3,17 +3,18 @@
 Weights are read from safetensors only and code that comes with a model is never run.
 """
 
-import hashlib
 import json
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
-from runtime.errors import ModelError
+from runtime.errors import ModelError, RuntimeFault
+from runtime.weight_stream import Reading
 
 DTYPES = {
     "float32": torch.float32,
@@ -21,7 +22,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-_MAX_HEADER_BYTES = 100_000_000  # as the safetensors library itself
 
 
 @dataclass(frozen=True)
@@ -53,35 +53,80 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    path: str | Path, device: torch.device, dtype: torch.dtype, max_model_len: int | None = None
+    path: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_model_len: int | None = None,
+    reading: Reading | None = None,
 ) -> LoadedModel:
-    """Reads the folder and places the model on the device.
+    """Reads the folder and places the model on the device. `reading`: of this folder, where it has begun.
 
     Raises:
         ModelError: the folder is missing, incomplete or damaged, or its architecture is not known.
     """
     folder = Path(path)
     config = read_config(folder)
-    files = weight_files(folder)
-    digest = _DigestThread(files)  # reads the files while they are loaded
+    reading = reading or Reading.begin(folder, device)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            output_loading_info=True,
-        )  # fmt: skip
+        model = None
+        if reading.stream is not None:
+            model = assembled(folder, config, dtype, reading.stream.take())
+        if model is None:
+            model = _from_pretrained(folder, config, dtype)
         model = model.to(device)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{folder.name} does not fit in the memory of {device}: {error}") from error
+    except RuntimeFault:
+        raise
     except Exception as error:  # a foreign folder: whatever transformers' many checks raise
         raise ModelError(f"The model in {folder} cannot be loaded: {error}") from error
+    length = _max_model_len(config, max_model_len)
+    identity = {
+        **_identity(folder, model), "max_model_len": length, "weights_sha256": reading.digest.result(),
+    }  # fmt: skip
+    return LoadedModel(model.eval(), identity, _eos_token_ids(model), length)
+
+
+def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """As transformers reads it, on the host."""
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+        output_loading_info=True,
+    )  # fmt: skip
     if missing := sorted(report["missing_keys"]) + [str(key) for key in report.get("mismatched_keys", ())]:
         raise ModelError(
             f"The weights in {folder} lack {len(missing)} of the tensors that {type(model).__name__} needs "
             f"({', '.join(missing[:3])}, ...). Download the model again."
         )
-    length = _max_model_len(config, max_model_len)
-    identity = {**_identity(folder, model), "max_model_len": length, "weights_sha256": digest.result()}
-    return LoadedModel(model.eval(), identity, _eos_token_ids(model), length)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def assembled(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, tensors: dict[str, Tensor] | None
+) -> PreTrainedModel | None:
+    """The model with these tensors for its weights, where they are exactly those that it has; None otherwise.
+
+    Its buffers are computed on the host, as transformers does, so that they are the same to the last bit.
+    """
+    with no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    own = dict(model.named_parameters())
+    persistent = model.state_dict().keys() - {
+        name for name, _ in model.named_parameters(remove_duplicate=False)
+    }
+    if tensors is None or own.keys() != tensors.keys() or persistent:
+        return None
+    if any(own[name].shape != tensor.shape for name, tensor in tensors.items()):
+        return None
+    for name in list(tensors):
+        place, _, leaf = name.rpartition(".")
+        tensor = tensors.pop(name).to(own[name].dtype)  # of another type, the one read is let go at once
+        setattr(model.get_submodule(place), leaf, nn.Parameter(tensor, requires_grad=False))
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
 
 
 def _identity(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
@@ -118,71 +163,6 @@ def read_config(folder: Path) -> PretrainedConfig:
             "Code that comes with a model is never run."
         )
     return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files, each checked to be whole.
-
-    Raises:
-        ModelError: none, one that is named in the index is missing, or one is truncated or damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is damaged: {error!r}. Download the model again.") from error
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{folder} has no .safetensors weights. Other formats are not read; convert the model first."
-        )
-    for file in files:
-        _check_whole(file)
-    return files
-
-
-def _check_whole(file: Path) -> None:
-    """A safetensors file is 8 bytes of header length, the header, then exactly the bytes it announces."""
-    if not file.is_file():
-        raise ModelError(f"{file} is named in the index but missing. Download the model again.")
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as opened:
-            header_bytes = int.from_bytes(opened.read(8), "little")
-            if size < 8 or header_bytes > min(size, _MAX_HEADER_BYTES):
-                raise ValueError(f"its header announces {header_bytes} bytes")
-            header = json.loads(opened.read(header_bytes))
-        ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
-        announced = 8 + header_bytes + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{file} is damaged: {error}. Download the model again.") from error
-    if announced != size:
-        raise ModelError(
-            f"{file} is truncated: {announced} bytes announced, {size} found. Download the model again."
-        )
-
-
-class _DigestThread:
-    """Hashes the weights beside the loading: SHA-256 over the files' bytes in order of their names."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self._files = files
-        self._digest = hashlib.sha256()
-        self._thread = threading.Thread(target=self._run, name="weights-digest", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        for file in self._files:
-            with file.open("rb") as opened:
-                while chunk := opened.read(2**24):
-                    self._digest.update(chunk)
-
-    def result(self) -> str:
-        self._thread.join()
-        return self._digest.hexdigest()
 
 
 def _max_model_len(config: PretrainedConfig, asked: int | None) -> int:

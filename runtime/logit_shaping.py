@@ -22,7 +22,7 @@ def shaped(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 
     logits: [len(requests), vocab].
     """
-    rows = [row for row, request in enumerate(requests) if _asks(request)]
+    rows = [row for row, request in enumerate(requests) if is_shaped(request)]
     if not rows:
         return logits
     logits = logits.float() if logits.dtype != torch.float32 else logits.clone()
@@ -38,7 +38,8 @@ def shaped(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     return logits
 
 
-def _asks(request: Request) -> bool:
+def is_shaped(request: Request) -> bool:
+    """Whether it asks for other logits than the model's."""
     params = request.sampling
     return bool(params.logit_bias) or params.has_penalties or request.num_output_tokens < params.min_tokens
 

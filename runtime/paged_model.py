@@ -48,6 +48,8 @@ class PagedModel:
         self.model, self.device, self.kv_shapes = model, device, kv_shapes
         self.pools: KVPools = {}  # in force; others that are assigned serve from the next step on
         self.drawn = torch.empty(0, dtype=torch.int64)  # tokens of the last step, where they were drawn
+        # The likeliest tokens of the step just computed, as `draw` returns them, where it has them already.
+        self.greedy: Tensor | None = None
         self.weights_key = ""  # names the weights in force, for what was prepared with them
 
     @property

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.logit_shaping import shaped
+from runtime.logit_shaping import is_shaped, shaped
 from runtime.request import Request, SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -34,6 +34,11 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [requests[row] for row in drawn])
     return torch.stack((tokens, torch.isfinite(best).to(tokens.dtype)))
+
+
+def are_greedy(requests: Sequence[Request]) -> bool:
+    """Whether each takes the likeliest token of its logits as they are."""
+    return not any(request.sampling.temperature > 0.0 or is_shaped(request) for request in requests)
 
 
 def tokens_of(drawn: Tensor) -> list[int | None]:

@@ -306,15 +306,16 @@ def doctor(config: ConfigOption = None, data_dir: DataDir = None, as_json: AsJso
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Benchmarks: engine (beside others), gpu (against its limits), warm (knobs that are prepared),
-    speculation (drafts), or of the statistics: aa, azure --trace FILE, harm, hour, anomalies, quality;
-    each with --help."""
+    """Benchmarks: engine (beside others), gpu (against its limits), warm (knobs that are prepared), reconfigure (knobs
+    that change under load), speculation (drafts), or of the statistics: aa, azure --trace FILE, harm, hour, anomalies,
+    quality; each with --help."""
     which = context.args[0] if context.args else ""
     if which in (
         "engine",
         "gpu",
         "speculation",
         "warm",
+        "reconfigure",
     ):  # in a child of its own: torch is loaded in the runtime only
         from tuner.quality.canary import PASSAGES
 

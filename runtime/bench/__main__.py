@@ -1,14 +1,15 @@
-"""Benchmarks of the engine: python -m runtime.bench warm | engine | gpu | speculation, each with --help."""
+"""Benchmarks of the engine: python -m runtime.bench warm | engine | gpu | reconfigure | speculation (--help)."""
 
 import sys
 from collections.abc import Callable, Sequence
 
-from runtime.bench import engine, gpu, speculation, warm
+from runtime.bench import engine, gpu, reconfigure, speculation, warm
 
 BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
     "warm": warm.main,
     "engine": engine.main,
     "gpu": gpu.main,
+    "reconfigure": reconfigure.main,
     "speculation": speculation.main,
 }
 

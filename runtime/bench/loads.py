@@ -63,7 +63,7 @@ WORKLOADS: dict[str, tuple[int, Callable[[np.random.Generator, int], tuple[int, 
     "b1": (1, lambda rng, at: (128, 256)),
     "b32": (32, lambda rng, at: (128, 256)),
     "b256": (256, lambda rng, at: (128, 256)),
-    "mix300": (300, lambda rng, at: (_mixed_prompt(rng, at), 128)),
+    "mix300": (300, lambda rng, at: (mixed_prompt_tokens(rng, at), 128)),
     "nano256": (256, lambda rng, at: (int(rng.integers(100, 1025)), int(rng.integers(100, 1025)))),
     "tiny": (4, lambda rng, at: (20 + at, 8)),
 }
@@ -79,7 +79,7 @@ def workload(name: str, vocab_size: int, rng: np.random.Generator) -> Load:
     )
 
 
-def _mixed_prompt(rng: np.random.Generator, at: int) -> int:
+def mixed_prompt_tokens(rng: np.random.Generator, at: int) -> int:
     """Of ten prompts six are short, three of middle length and one is long."""
     low, high = ((16, 512), (512, 2048), (2048, 4096))[(0, 0, 0, 0, 0, 0, 1, 1, 1, 2)[at % 10]]
     return int(rng.integers(low, high + 1))

@@ -1,7 +1,7 @@
 """Shapes of known models, with random weights: what speed depends on, without a download."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
-from runtime.loader import LoadedModel
+from runtime.loader import LoadedModel, load_model, read_config
 
 # Source: config.json of Qwen/Qwen2-0.5B, Qwen/Qwen3-0.6B, meta-llama/Llama-3.1-8B (without its scaled rope) and
 # deepseek-ai/DeepSeek-V2-Lite (without its yarn).
@@ -67,6 +67,21 @@ def random_model(
         "dtype": str(dtype).removeprefix("torch."),
     }
     return LoadedModel(model, identity, frozenset(), length)
+
+
+def save_random(shape: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Writes the weights of `random_model` as a Hugging Face folder, without a tokenizer."""
+    random_model(shape, device, dtype).model.save_pretrained(folder)
+
+
+def source_of(
+    model: Path | None, shape: str, device: torch.device, dtype: torch.dtype, max_model_len: int
+) -> Callable[[], LoadedModel]:
+    """What loads the model folder where there is one, and makes random weights of the shape otherwise."""
+    if model is None:
+        return lambda: random_model(shape, device, dtype, max_model_len)
+    trained = read_config(model).get_text_config().max_position_embeddings
+    return lambda: load_model(model, device, dtype, min(max_model_len, trained))
 
 
 @contextmanager

@@ -1,25 +1,29 @@
-"""Which linear layers of a few rows are faster in our kernel than in cuBLAS: measured on the device, by shape."""
+"""Which linear layers of a few rows are faster in our kernels than in cuBLAS: measured on the device, by shape."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from runtime.kernels.table import Kernels
+
 TIMED_ROWS = (1, 16, 32, 64)  # a batch goes by the next of them
 NUM_CALLS = 24  # of one timing, over all weights of a shape in turns, so that few are found in the L2 cache
 NUM_REPLAYS = 5
-ADDED_US = 1.0  # what it costs to add the parts up
+ADDED_US = 1.0  # what it costs to add parts up
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
+Use = Literal["whole", "gated", "parts"]
 
 
 class LinearShape(NamedTuple):
+    use: Use
     out_features: int
     in_features: int
     num_rows: int
@@ -34,30 +38,40 @@ class Choice(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        return self.ours_us + ADDED_US < self.cublas_us
+        return self.ours_us < self.cublas_us
 
 
 @dataclass(slots=True)
 class LinearTable:
-    """Computes what a linear layer adds to the residual: by `skinny` where that was found faster, otherwise as the
-    layer does itself. `skinny`: the kernel of this name."""
+    """Linear layers in the faster form of each shape that was measured, and as the layer does it for all others."""
 
-    skinny: Multiply
+    kernels: Kernels
     choices: dict[LinearShape, Choice] = field(default_factory=dict)
 
+    def whole(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """x: [M, K]. Returns [M, N]."""
+        return (
+            self.kernels.skinny_linear(x, layer.weight)
+            if self._is_ours("whole", layer, x)
+            else layer.forward(x)
+        )
+
+    def gated(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Of gates and ups: silu(gate) * up, [M, N / 2]."""
+        if self._is_ours("gated", layer, x):
+            return self.kernels.skinny_gated(x, layer.weight)
+        return self.kernels.silu_mul(layer.forward(x))
+
     def added(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """x: [M, K]. Returns [M, N], or its parts [S, M, N] in float32, as `add_norm` takes both."""
-        if is_plain(layer):
-            weight: Tensor = layer.weight
-            timed = next((rows for rows in TIMED_ROWS if rows >= len(x)), None)
-            choice = None if timed is None else self.choices.get(_shape(weight, timed))
-            if choice is not None and choice.is_ours:
-                return self.skinny(x, weight)
-        out: Tensor = layer.forward(x)
-        return out
+        """What is added to the residual: [M, N], or its parts [S, M, N] in float32, as `add_norm` takes both."""
+        return (
+            self.kernels.skinny_parts(x, layer.weight)
+            if self._is_ours("parts", layer, x)
+            else layer.forward(x)
+        )
 
     @torch.inference_mode()
-    def measure(self, layers: Iterable[nn.Module]) -> None:
+    def measure(self, use: Use, layers: Iterable[nn.Module]) -> None:
         """Times every shape among the layers that is not known yet, here and now."""
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for layer in layers:
@@ -65,15 +79,32 @@ class LinearTable:
                 by_shape.setdefault(layer.weight.shape, []).append(layer.weight)
         for weights in by_shape.values():
             for rows in TIMED_ROWS:
-                shape = _shape(weights[0], rows)
+                shape = _shape(use, weights[0], rows)
                 if shape not in self.choices:
                     self.choices[shape] = self._timed(shape, weights)
 
+    def _is_ours(self, use: Use, layer: nn.Module, x: Tensor) -> bool:
+        timed = next((rows for rows in TIMED_ROWS if rows >= len(x)), None)
+        if timed is None or not is_plain(layer):
+            return False
+        choice = self.choices.get(_shape(use, layer.weight, timed))
+        return choice is not None and choice.is_ours
+
     def _timed(self, shape: LinearShape, weights: Sequence[Tensor]) -> Choice:
         x = torch.randn(shape.num_rows, shape.in_features, device=weights[0].device, dtype=shape.dtype)
-        in_turns = [weights[i % len(weights)] for i in range(NUM_CALLS)]
-        ours, cublas = (graphed_us([partial(call, x, one) for one in in_turns]) for call in (self.skinny, linear))
-        return Choice(ours, cublas)
+        num_calls = min(NUM_CALLS, max(4, NUM_CALLS * 2**26 // weights[0].nbytes))
+        in_turns = [weights[i % len(weights)] for i in range(num_calls)]
+        ours, cublas = (
+            graphed_us([partial(call, x, one) for one in in_turns]) for call in self._forms(shape.use)
+        )
+        return Choice(ours + (ADDED_US if shape.use == "parts" else 0.0), cublas)
+
+    def _forms(self, use: Use) -> tuple[Multiply, Multiply]:
+        """Ours, and that of cuBLAS."""
+        kernels = self.kernels
+        if use == "gated":
+            return kernels.skinny_gated, lambda x, weight: kernels.silu_mul(linear(x, weight))
+        return (kernels.skinny_parts if use == "parts" else kernels.skinny_linear), linear
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -82,9 +113,9 @@ def is_plain(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and layer.bias is None and forward is nn.Linear.forward
 
 
-def _shape(weight: Tensor, num_rows: int) -> LinearShape:
+def _shape(use: Use, weight: Tensor, num_rows: int) -> LinearShape:
     out_features, in_features = weight.shape
-    return LinearShape(out_features, in_features, num_rows, weight.dtype)
+    return LinearShape(use, out_features, in_features, num_rows, weight.dtype)
 
 
 def graphed_us(calls: Sequence[Callable[[], object]]) -> float:
@@ -95,7 +126,7 @@ def graphed_us(calls: Sequence[Callable[[], object]]) -> float:
         for call in calls[:2]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    rounds = math.ceil(20 / len(calls))
+    rounds = math.ceil(4 / len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(rounds):

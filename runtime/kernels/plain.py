@@ -105,16 +105,35 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The product in parts that have yet to be added up. x: [M, K], M at most 64; weight: [N, K].
+    """x: [M, K], M at most 64; weight: [N, K]. Returns [M, N]."""
+    return torch.nn.functional.linear(x, weight)
 
-    Returns [S, M, N] float32.
-    """
+
+def skinny_gated(x: Tensor, weight: Tensor) -> Tensor:
+    """weight: [2 * I, K], gates first. Returns silu(gate) * up, [M, I]."""
+    return silu_mul(torch.nn.functional.linear(x, weight))
+
+
+def skinny_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """The product in parts that have yet to be added up. Returns [S, M, N] float32."""
     return torch.nn.functional.linear(x.to(_wide(x)), weight.to(_wide(x)))[None]
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token of each row. logits: [B, vocab]. Returns int64 [B]."""
-    return logits.argmax(-1)
+    """The likeliest token of each row, the first of equals, and whether it may be taken: not where a logit is NaN or
+    none is finite. logits: [B, vocab]. Returns int64 [2, B].
+    """
+    best, tokens = logits.max(dim=-1)  # NaN wins a max, so `best` tells of it
+    return torch.stack((tokens, torch.isfinite(best).to(tokens.dtype)))
+
+
+def embed(token_ids: Tensor, drawn: Tensor, table: Tensor) -> Tensor:
+    """token_ids: int64 [T], in which -1 - k is the k-th of `drawn`, int64; table: [vocab, hidden].
+
+    Returns [T, hidden].
+    """
+    known = torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)], token_ids)
+    return torch.nn.functional.embedding(known, table)
 
 
 def _slots(

@@ -24,7 +24,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def _silu_mul(
-    gate_up: tl.tensor, out: tl.tensor, stride: int, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    stride: int,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     if PDL:
         gdc_launch_dependents()

@@ -1,11 +1,15 @@
-"""Linear layers of a few rows whose outputs are too few to keep a GPU busy: the inputs are shared out too.
+"""Linear layers of a few rows, as fast as their weights can be read.
 
-Contract: `skinny_linear` in `runtime.kernels.plain`.
+    skinny_linear   all of the product
+    skinny_parts    where outputs are too few to keep a GPU busy: the inputs are shared out too, into parts
+    skinny_gated    gate and up of an MLP, multiplied as they are at hand
 
-A program streams some rows of the weight past all rows of x, over a part of the columns. The parts stay apart: whoever
-adds the result to something (`add_norm`) adds them in fixed order on the way, so the same input gives the same output
-always, which atomic additions would not, and no kernel is launched for it. The weight is the left factor of the
-products: it fills the 64 rows of a tensor core's tile, of which a few rows of x would leave most empty.
+Contract: `runtime.kernels.plain`.
+
+A program streams some rows of the weight past all rows of x. Whoever adds a product to something (`add_norm`) adds its
+parts in fixed order on the way, so the same input gives the same output always, which atomic additions would not, and
+no kernel is launched for it. The weight is the left factor of the products: it fills the 64 rows of a tensor core's
+tile, of which a few rows of x would leave most empty.
 """
 
 from typing import NamedTuple
@@ -23,7 +27,11 @@ MIN_DOT = 16
 COLUMN_BYTES = 256  # of a tile's row: 128 values of two bytes
 MAX_SPLIT = 8
 MIN_STEPS = 2  # tiles of a part, so that one is loaded while another is multiplied
-WANTED_PROGRAMS = 192  # of 132 SMs; llama-8b's 4096 x 4096 took 10.5 to 10.8 us with 128 to 256, 14 in cuBLAS (H200)
+WANTED_PROGRAMS = (
+    192  # of 132 SMs; llama-8b's 4096 x 4096 took 10.5 to 10.8 us with 128 to 256, 14 in cuBLAS (H200)
+)
+ENOUGH_PROGRAMS = 90  # below, smaller tiles that more programs share are worth their overhead
+STAGED_BYTES = 2**17  # of shared memory
 
 
 class Tiles(NamedTuple):
@@ -36,7 +44,7 @@ class Tiles(NamedTuple):
     num_stages: int = 4
 
 
-def default_tiles(out_features: int, in_features: int, element_bytes: int = 2) -> Tiles:
+def split_tiles(out_features: int, in_features: int, element_bytes: int = 2) -> Tiles:
     """Split so often that there are programs for all SMs."""
     block_k = COLUMN_BYTES // element_bytes
     programs = triton.cdiv(out_features, Tiles().block_n)
@@ -50,41 +58,71 @@ def default_tiles(out_features: int, in_features: int, element_bytes: int = 2) -
     return Tiles(block_k=block_k, split_k=split_k)
 
 
-def skinny_linear(x: Tensor, weight: Tensor, tiles: Tiles | None = None) -> Tensor:
-    """`tiles`: a guess from the shape where none are given.
+def whole_tiles(out_features: int, num_rows: int, element_bytes: int = 2, num_weights: int = 1) -> Tiles:
+    """As many rows of the weight a program as leave work for all SMs. `num_weights`: 2 for gate and up."""
+    block_n = Tiles().block_n
+    while block_n > MIN_DOT and triton.cdiv(out_features, block_n) < ENOUGH_PROGRAMS:
+        block_n //= 2
+    staged = COLUMN_BYTES * (num_weights * block_n + _row_block(num_rows))
+    stages = max(3, min(6, STAGED_BYTES // staged))
+    return Tiles(block_n, COLUMN_BYTES // element_bytes, num_stages=stages)
 
-    Raises:
-        ValueError: x has more than 64 rows.
-    """
-    (num_rows, in_features), out_features = x.shape, len(weight)
+
+def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Raises ValueError where x has more than 64 rows; so do the others."""
+    out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    _multiply(x, weight, out[None], whole_tiles(len(weight), len(x), x.element_size()))
+    return out
+
+
+def skinny_gated(x: Tensor, weight: Tensor) -> Tensor:
+    size = len(weight) // 2
+    out = torch.empty(len(x), size, dtype=x.dtype, device=x.device)
+    _multiply(x, weight, out[None], whole_tiles(size, len(x), x.element_size(), 2), is_gated=True)
+    return out
+
+
+def skinny_parts(x: Tensor, weight: Tensor, tiles: Tiles | None = None) -> Tensor:
+    """`tiles`: a guess from the shape where none are given."""
+    tiles = tiles or split_tiles(len(weight), weight.shape[1], x.element_size())
+    out = torch.empty(tiles.split_k, len(x), len(weight), dtype=torch.float32, device=x.device)
+    _multiply(x, weight, out, tiles)
+    return out
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor, tiles: Tiles, is_gated: bool = False) -> None:
+    """out: [parts, M, outputs]."""
+    num_rows, in_features = x.shape
     if num_rows > MAX_ROWS:
         raise ValueError(
             f"x must have at most {MAX_ROWS} rows, but got {num_rows}. Use torch.nn.functional.linear for more."
         )
-    tiles = tiles or default_tiles(out_features, in_features, x.element_size())
-    split = tiles.split_k
+    split, _, out_features = out.shape
     columns = triton.cdiv(triton.cdiv(in_features, split), tiles.block_k) * tiles.block_k
-    parts = torch.empty(split, num_rows, out_features, dtype=torch.float32, device=x.device)
     _skinny[(triton.cdiv(out_features, tiles.block_n), split)](
-        x, weight, parts, num_rows, out_features, in_features, columns, x.stride(0), weight.stride(0),
-        IS_EVEN=columns * split == in_features,
-        BLOCK_M=max(MIN_DOT, triton.next_power_of_2(num_rows)), BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        x, weight, out, num_rows, out_features, in_features, columns, x.stride(0), weight.stride(0),
+        IS_GATED=is_gated, IS_EVEN=columns * split == in_features,
+        BLOCK_M=_row_block(num_rows), BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **early_start(x),
     )  # fmt: skip
-    return parts
 
 
-@triton.jit
+def _row_block(num_rows: int) -> int:
+    return max(MIN_DOT, triton.next_power_of_2(num_rows))
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # or each number of rows is compiled anew
 def _skinny(
     x: tl.tensor,
     weight: tl.tensor,
-    parts: tl.tensor,
+    out: tl.tensor,
     num_rows: int,
     out_features: int,
     in_features: int,
     columns: int,
     x_stride: int,
     weight_stride: int,
+    IS_GATED: tl.constexpr,
     IS_EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -97,18 +135,34 @@ def _skinny(
     # Rows beyond the edge read the last one again: that is cheaper than a mask in the loop.
     x_at = x + tl.minimum(m, num_rows - 1)[:, None] * x_stride + k[None]
     weight_at = weight + tl.minimum(n, out_features - 1).to(tl.int64)[:, None] * weight_stride + k[None]
+    up_at = weight_at + tl.cast(out_features, tl.int64) * weight_stride
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     for done in range(0, columns, BLOCK_K):
+        left = (k + done < in_features)[None]
         if IS_EVEN:
             some_x = tl.load(x_at + done, eviction_policy="evict_last")
-            some = tl.load(weight_at + done, eviction_policy="evict_first")
         else:
-            left = (k + done < in_features)[None]
             some_x = tl.load(x_at + done, mask=left, other=0.0, eviction_policy="evict_last")
-            some = tl.load(weight_at + done, mask=left, other=0.0, eviction_policy="evict_first")
-        acc = tl.dot(some, tl.trans(some_x), acc, input_precision="ieee")
+        acc = tl.dot(_tile(weight_at + done, left, IS_EVEN), tl.trans(some_x), acc, input_precision="ieee")
+        if IS_GATED:
+            up = tl.dot(_tile(up_at + done, left, IS_EVEN), tl.trans(some_x), up, input_precision="ieee")
+    if IS_GATED:
+        # Rounded as it would be on its way through memory.
+        gate, up = acc.to(x.dtype.element_ty).to(tl.float32), up.to(x.dtype.element_ty).to(tl.float32)
+        acc = gate / (1.0 + tl.exp(-gate)) * up
     inside = (m < num_rows)[None] & (n < out_features)[:, None]
-    tl.store(parts + (part * num_rows + m)[None] * out_features + n[:, None], acc, mask=inside)
+    at = out + (part * num_rows + m)[None] * out_features + n[:, None]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tile(at: tl.tensor, left: tl.tensor, IS_EVEN: tl.constexpr) -> tl.tensor:
+    if IS_EVEN:
+        found = tl.load(at, eviction_policy="evict_first")
+    else:
+        found = tl.load(at, mask=left, other=0.0, eviction_policy="evict_first")
+    return found

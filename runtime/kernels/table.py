@@ -1,6 +1,7 @@
 """The kernels as a table that a decoder is given, and the check of each against its plain twin."""
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -27,7 +28,10 @@ class Kernels(NamedTuple):
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]  # (x, delta, weight, eps)
     silu_mul: Callable[[Tensor], Tensor]
     skinny_linear: Callable[[Tensor, Tensor], Tensor]  # (x of at most 64 rows, weight)
+    skinny_gated: Callable[[Tensor, Tensor], Tensor]
+    skinny_parts: Callable[[Tensor, Tensor], Tensor]
     greedy: Callable[[Tensor], Tensor]
+    embed: Callable[[Tensor, Tensor, Tensor], Tensor]  # (token_ids, drawn, table)
 
 
 PLAIN = Kernels(
@@ -37,21 +41,27 @@ PLAIN = Kernels(
     plain.add_norm,
     plain.silu_mul,
     plain.skinny_linear,
+    plain.skinny_gated,
+    plain.skinny_parts,
     plain.greedy,
+    plain.embed,
 )
 
 
 def _triton_kernels() -> Kernels:
     """Raises ImportError where Triton is missing or does not load."""
     from runtime.kernels.add_norm import add_norm
+    from runtime.kernels.embed import embed
+    from runtime.kernels.greedy import greedy
     from runtime.kernels.paged_decode import paged_decode, paged_latent_decode
     from runtime.kernels.rope_and_cache import rope_and_cache
     from runtime.kernels.silu_mul import silu_mul
-    from runtime.kernels.skinny_linear import skinny_linear
+    from runtime.kernels.skinny_linear import skinny_gated, skinny_linear, skinny_parts
 
     return Kernels(
-        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, plain.greedy
-    )
+        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, skinny_gated,
+        skinny_parts, greedy, embed,
+    )  # fmt: skip
 
 
 TRITON: Kernels | None = None
@@ -79,13 +89,24 @@ class Shape(NamedTuple):
     latent_value_dim: int = 512
 
 
+_checking = threading.Lock()
+_failed: dict[tuple[Kernels, torch.device, torch.dtype, Shape], list[str]] = {}
+
+
 def checked(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, shape: Shape
 ) -> tuple[Kernels, list[str]]:
-    """The kernels, with the plain twin in place of each that fails, and the names of those."""
-    failed = self_check(device, dtype, shape, kernels)
-    for name in failed:
-        log.warning("the kernel %s differs from its plain twin on %s; the twin is used instead", name, device)
+    """The kernels, with the plain twin in place of each that fails, and the names of those. Checked once in a process,
+    by whoever comes first; others wait."""
+    key = (kernels, device, dtype, shape)
+    with _checking:
+        if key not in _failed:
+            _failed[key] = self_check(device, dtype, shape, kernels)
+            for name in _failed[key]:
+                log.warning(
+                    "the kernel %s differs from its plain twin on %s; the twin is used instead", name, device
+                )
+        failed = _failed[key]
     return kernels._replace(**{name: getattr(PLAIN, name) for name in failed}), failed
 
 
@@ -180,15 +201,30 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
     yield "silu_mul", _returned(normal(4, 2 * shape.intermediate))
     matrix = normal(shape.intermediate, hidden) * hidden**-0.5
 
-    def multiplied(some: Tensor) -> Trial:
-        return lambda kernel: [_given(kernel(some, matrix)).sum(0).to(dtype)]
+    logits = normal(4, 5000)
 
-    yield "skinny_linear", multiplied(x)
-    yield "skinny_linear", multiplied(normal(64, hidden))
+    def likeliest(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        tokens, may_be_taken = _given(kernel(logits))
+        return [(tokens[:, None] == torch.arange(5000, device=device)).float(), may_be_taken]
+
+    yield "greedy", likeliest
+    yield (
+        "embed",
+        _returned(*(torch.tensor(one, device=device) for one in ([3, -1, 0, -3], [1, 0, 2])), matrix),
+    )
+    gates = torch.cat((matrix, matrix.flip(0)))
+    for some in (x, normal(64, hidden)):
+        yield "skinny_linear", _returned(some, matrix)
+        yield "skinny_gated", _returned(some, gates)
+        yield "skinny_parts", _added_up(some, matrix)
 
 
 def _returned(*given: object) -> Trial:
     return lambda kernel: [_given(kernel(*given))]
+
+
+def _added_up(x: Tensor, weight: Tensor) -> Trial:
+    return lambda kernel: [_given(kernel(x, weight)).sum(0).to(x.dtype)]
 
 
 def _given(result: Tensor | None) -> Tensor:

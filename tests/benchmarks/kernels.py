@@ -1,8 +1,8 @@
 """How right and how fast the kernels of the decode path are on the GPU at hand: python -m tests.benchmarks.kernels.
 
-Needs torch, triton and numpy. First every claim of tests/runtime/kernel_cases.py, in several processes, which compile
-beside that what is timed later; then times in a CUDA graph, over so much memory that the L2 cache does not help. "of
-copy" is the share of the bandwidth that a copy reaches here. Exit 1 where a claim does not hold.
+Needs torch, triton and numpy. First every claim of tests/runtime/kernel_cases.py, in several processes; then times in
+a CUDA graph, over so much memory that the L2 cache does not help. "of copy" is the share of the bandwidth that a copy
+reaches here. Exit 1 where a claim does not hold.
 """
 
 import argparse
@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.kernels import PLAIN, TRITON, WHY_NO_TRITON, Kernels, Shape, paged_decode, self_check
-from runtime.kernels.linear_table import LinearShape, candidates, graphed_us, measure
-from runtime.kernels.skinny_linear import skinny_linear
+from runtime.kernels.linear_table import LinearTable, Use, graphed_us
 from runtime.kernels.splits import choose_splits
 from tests.runtime.kernel_cases import CASES, told
 
@@ -30,7 +29,7 @@ HALF = torch.bfloat16
 STREAMED_BYTES = 300 * 2**20
 BATCHES, CONTEXTS = (1, 32, 256), (256, 2048)
 SPLITS = (1, 2, 4, 8, 16, 32, 64)
-LINEAR_ROWS = (1, 16, 64)
+USES: dict[str, Use] = {"qkv": "whole", "out": "parts", "gate_up": "gated", "down": "parts", "head": "whole"}
 CHECKED = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_TOKENS = 16
 
@@ -245,21 +244,24 @@ def small_calls(
 
 
 def time_linears(device: torch.device, copy_bytes_per_s: float, late: Callable[[], bool]) -> None:
-    print(
-        f"\n{'linear layers':22}{'N x K':>16}{'M':>4}{'cuBLAS µs':>11}{'ours µs':>9}   GB/s  of copy  tiles"
-    )
-    for rows in LINEAR_ROWS:
-        for model in MODELS:
-            for name, (out_features, in_features) in linear_shapes(model).items():
-                if late():
-                    return
-                choice = measure(LinearShape(out_features, in_features, rows, HALF), device)
-                best_us = min(choice.ours_us, choice.cublas_us)
-                rate = out_features * in_features * HALF.itemsize / best_us / 1e-6
+    print(f"\n{'linear layers':22}{'N x K':>16}{'M':>4}{'cuBLAS µs':>11}{'ours µs':>9}   GB/s  of copy")
+    for model in MODELS:
+        for name, (out_features, in_features) in linear_shapes(model).items():
+            if late():
+                return
+            num_bytes = out_features * in_features * HALF.itemsize
+            copies = math.ceil(STREAMED_BYTES / num_bytes)
+            layers = [
+                nn.Linear(in_features, out_features, False, device, HALF).requires_grad_(False)
+                for _ in range(copies)
+            ]
+            table = LinearTable(kernels())
+            table.measure(USES[name], layers)
+            for shape, choice in table.choices.items():
+                rate = num_bytes / min(choice.ours_us, choice.cublas_us) / 1e-6
                 print(
-                    f"{model.name:12}{name:10}{out_features:>9} x {in_features:<5}{rows:3}{choice.cublas_us:11.1f}"
-                    f"{choice.ours_us:9.1f} {rate / 1e9:6.0f}    {rate / copy_bytes_per_s:4.0%}  "
-                    + ("cuBLAS" if choice.tiles is None else " ".join(map(str, choice.tiles))),
+                    f"{model.name:12}{name:10}{out_features:>9} x {in_features:<5}{shape.num_rows:3}"
+                    f"{choice.cublas_us:11.1f}{choice.ours_us:9.1f}{rate / 1e9:7.0f}{rate / copy_bytes_per_s:8.0%}",
                     flush=True,
                 )
 
@@ -282,24 +284,7 @@ def check_part(part: int, num_parts: int, device: torch.device) -> dict[str, str
         for dtype in CHECKED
     ]
     results = {name: told(run) for name, run in runs[part::num_parts]}
-    for compiles in list(compiled_later(device))[part::num_parts]:
-        told(compiles)
     return results
-
-
-def compiled_later(device: torch.device) -> Iterator[Callable[[], object]]:
-    for model in MODELS:
-        for out_features, in_features in linear_shapes(model).values():
-            for rows in LINEAR_ROWS[1:]:  # 1 row is computed as 16
-                for tiles in candidates(LinearShape(out_features, in_features, rows, HALF)):
-                    yield functools.partial(_multiply_once, out_features, in_features, rows, tiles, device)
-
-
-def _multiply_once(
-    out_features: int, in_features: int, rows: int, tiles: object, device: torch.device
-) -> None:
-    x, weight = (torch.empty(size, in_features, dtype=HALF, device=device) for size in (rows, out_features))
-    skinny_linear(x, weight, None, tiles)
 
 
 def check_all(num_parts: int) -> dict[str, str | None]:

@@ -200,7 +200,9 @@ def norm(
     x, delta = (torch.randn(3, hidden).mul(scale).to(device, dtype) for _ in range(2))
     delta = torch.cat((delta, delta), 1)[:, :hidden]  # rows lie apart
     if num_parts:
-        delta = torch.randn(num_parts, 3, hidden, device=device).mul_(0.5).round_().mul_(2)  # exact in any order
+        delta = (
+            torch.randn(num_parts, 3, hidden, device=device).mul_(0.5).round_().mul_(2)
+        )  # exact in any order
     weight = torch.randn(hidden).to(device, dtype)
     sums, results = [], []
     for kernel in (kernels().add_norm, PLAIN.add_norm):
@@ -233,14 +235,18 @@ add("silu_of_large_values", silu, size=200, scale=40.0)
 def skinny(
     device: torch.device, dtype: torch.dtype, m: int, n: int = 100, k: int = 512, **tiles: int
 ) -> None:
-    from runtime.kernels.skinny_linear import Tiles, skinny_linear
+    from runtime.kernels.skinny_linear import Tiles, skinny_parts
 
     torch.manual_seed(0)
     x = torch.randn(m, k + 16).to(device, dtype)[:, :k]  # rows lie apart
     weight = (torch.randn(n, k) * k**-0.5).to(device, dtype)
-    parts = skinny_linear(x, weight, Tiles(**tiles) if tiles else None)
+    parts = skinny_parts(x, weight, Tiles(**tiles) if tiles else None)
     assert parts.dtype == torch.float32
-    close(parts.sum(0).to(dtype), PLAIN.skinny_linear(x, weight)[0].to(dtype))
+    close(parts.sum(0).to(dtype), PLAIN.skinny_parts(x, weight)[0].to(dtype))
+    if not tiles:
+        close(kernels().skinny_linear(x, weight), PLAIN.skinny_linear(x, weight))
+        both = torch.cat((weight, weight.flip(0)))
+        close(kernels().skinny_gated(x, both), PLAIN.skinny_gated(x, both))
 
 
 for m in (1, 3, 16, 17, 33, 64):
@@ -253,6 +259,40 @@ for split in (1, 2, 3, 8):
     add(f"linear_split_{split}", skinny, m=5, k=520, block_n=32, block_k=64, split_k=split)
 add("linear_more_splits_than_columns", skinny, m=2, k=64, block_n=16, block_k=64, split_k=4)
 add("linear_split_even", skinny, m=5, k=512, block_n=16, block_k=64, split_k=4)
+
+
+def likeliest(
+    device: torch.device, dtype: torch.dtype, vocab: int, fill: float | None = None, at: int = 0
+) -> None:
+    """`fill`: what stands at `at` in the second row."""
+    torch.manual_seed(0)
+    logits = (
+        torch.randn(3, vocab + 5).round_(decimals=1).to(device, dtype)[:, :vocab]
+    )  # rows lie apart, many equal
+    if fill is not None:
+        logits[1, at] = fill
+    tokens, may_be_taken = kernels().greedy(logits)
+    expected_may = PLAIN.greedy(logits)[1]
+    assert may_be_taken.tolist() == expected_may.tolist()
+    assert torch.equal(tokens[expected_may == 1], logits.argmax(-1)[expected_may == 1])
+
+
+for vocab in (1, 100, 4096, 9000):
+    add(f"greedy_of_{vocab}", likeliest, vocab=vocab)
+for name, value in {"nan": float("nan"), "inf": float("inf"), "minus_inf": float("-inf")}.items():
+    add(f"greedy_with_{name}", likeliest, vocab=5000, fill=value, at=4999)
+add("greedy_of_minus_inf_alone", likeliest, vocab=1, fill=float("-inf"))
+
+
+def embedded(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
+    torch.manual_seed(0)
+    table = torch.randn(20, hidden + 8).to(device, dtype)[:, :hidden]
+    token_ids, drawn = (torch.tensor(one, device=device) for one in ([7, -1, 0, -3, 19], [4, 2**40, 11]))
+    assert torch.equal(kernels().embed(token_ids, drawn, table), table[[7, 4, 0, 11, 19]])
+
+
+for hidden in (8, 1000, 2048):
+    add(f"embed_{hidden}", embedded, hidden=hidden)
 
 
 def checks(device: torch.device, dtype: torch.dtype) -> None:
@@ -296,7 +336,7 @@ def compile_only() -> None:
 
 def compiled_cases() -> dict[str, Callable[[], object]]:
     """Shapes of real models in bfloat16."""
-    from runtime.kernels.skinny_linear import Tiles, skinny_linear
+    from runtime.kernels.skinny_linear import Tiles, skinny_parts
 
     half, cpu = torch.bfloat16, torch.device("cpu")
 
@@ -343,11 +383,17 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
             empty(2, 4096), empty(8, 2, 4096, dtype=torch.float32), empty(4096), 1e-6
         ),
         "norm_without_delta": lambda: kernels().add_norm(empty(2, 8192), None, empty(8192), 1e-6),
+        "greedy": lambda: kernels().greedy(empty(2, 128256)),
+        "embed": lambda: kernels().embed(
+            empty(2, dtype=torch.int64), empty(8, dtype=torch.int64), empty(9, 4096)
+        ),
         "silu": lambda: kernels().silu_mul(empty(2, 2 * 14336)),
     }
     for rows in (1, 32, 64):
         found[f"linear_{rows}"] = lambda m=rows: kernels().skinny_linear(empty(m, 4096), empty(4096, 4096))
-    found["linear_split"] = lambda: skinny_linear(empty(2, 3072), empty(1024, 3072), Tiles(split_k=4))
+        found[f"gated_{rows}"] = lambda m=rows: kernels().skinny_gated(empty(m, 4096), empty(28672, 4096))
+        found[f"parts_{rows}"] = lambda m=rows: kernels().skinny_parts(empty(m, 4096), empty(4096, 4096))
+    found["parts_tiled"] = lambda: skinny_parts(empty(2, 3072), empty(1024, 3072), Tiles(split_k=4))
     return found
 
 

@@ -1,6 +1,7 @@
 """The pass that a GPU takes, beside the decoder's own: with plain kernels here, with Triton's and graphs on a GPU."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import runtime.fused_pass
 from runtime.attention import Pieces, StepTensors, allowed_positions, attend_plain
-from runtime.decode_graph import BUCKETS, Captured, DecodeGraphs, Key
+from runtime.decode_graph import BUCKETS, Captured, Decoded, DecodeGraphs, Key, Run
 from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import DecodeInputs, FusedPass
 from runtime.hf_model import HFModel
@@ -71,9 +72,11 @@ def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
     model = decoder(family)
     fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
     if in_parts:
+        layer = model.decoder.layers[0]
+        uses = {"whole": layer.attention.qkv, "gated": layer.mlp.gate_up, "parts": layer.attention.out}
         fused.linears.choices = {
-            LinearShape(*layer.weight.shape, rows, torch.float64): Choice(1.0, 9.0)
-            for layer in (model.decoder.layers[0].attention.out, model.decoder.layers[0].mlp.down)
+            LinearShape(use, *one.weight.shape, rows, torch.float64): Choice(1.0, 9.0)
+            for use, one in (*uses.items(), ("parts", layer.mlp.down))
             for rows in TIMED_ROWS
         }
     scheduler, _ = mixed_steps(40)
@@ -109,7 +112,7 @@ def inputs_of(packed: PackedBatch, num_rows: int, max_blocks: int) -> DecodeInpu
 
     return DecodeInputs(
         padded(packed.token_ids, 0), padded(packed.positions, 0), padded(packed.slots, -1),
-        padded(packed.contexts, 0), tables,
+        padded(packed.contexts, 0), tables, drawn=torch.zeros(1, dtype=torch.int64),
     )  # fmt: skip
 
 
@@ -205,19 +208,21 @@ def test_other_pools_get_graphs_of_their_own_and_those_that_go_take_theirs_along
 
 
 class Repeated:
-    def __init__(self, run: Callable[[DecodeInputs], Tensor], inputs: DecodeInputs) -> None:
-        self.run, self.inputs, self.logits = run, inputs, run(inputs)
+    def __init__(self, run: Callable[[], Decoded]) -> None:
+        self.run, self.out = run, run()
 
     def replay(self) -> None:
-        self.logits.copy_(self.run(self.inputs))
+        for kept, new in zip(self.out, self.run(), strict=True):
+            kept.copy_(new)
 
 
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(self: DecodeGraphs, key: Key, run: Callable[[DecodeInputs], Tensor]) -> Captured:
+    def capture(self: DecodeGraphs, key: Key, run: Run) -> Captured:
+        self._drawn_by = None
         self._blank()
-        graph = Repeated(run, self._inputs(key.num_rows))
-        self._graphs[key] = Captured(graph, graph.logits)  # type: ignore[arg-type]
+        graph = Repeated(partial(self._decoded, run, self._inputs(key.num_rows)))
+        self._graphs[key] = Captured(graph, graph.out)  # type: ignore[arg-type]
         return self._graphs[key]
 
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
@@ -240,10 +245,13 @@ def serve(model: DecoderModel, depth: int) -> tuple[list[list[int]], int]:
         if batch is not None:
             packed = scheduler.pack(batch)
             num_replayed += model._graphs is not None and model._graphs.takes(packed)
-            drawn = draw(model.forward(packed), batch.sampled_requests()) if batch.sampled.any() else None
-            model.drawn = torch.empty(0, dtype=torch.int64) if drawn is None else drawn[0]
+            logits = model.forward(packed)
+            drawn = torch.empty(2, 0, dtype=torch.int64)
+            if batch.sampled.any():
+                drawn = draw(logits, batch.sampled_requests()) if model.greedy is None else model.greedy
+            model.drawn = drawn[0]
             scheduler.advance(batch)
-            under_way.append((batch, torch.empty(2, 0) if drawn is None else drawn))
+            under_way.append((batch, drawn.clone()))  # as it is read from the device before the next replay
         while len(under_way) > (depth if batch is not None else 0):
             done, drawn = under_way.pop(0)
             scheduler.settle(done, [token or 0 for token in tokens_of(drawn)], 0.0)
@@ -285,7 +293,7 @@ def test_steps_that_cannot_be_captured_are_launched_and_tried_once(
 ) -> None:
     tries: list[Key] = []
 
-    def fail(self: DecodeGraphs, key: Key, run: Callable[[DecodeInputs], Tensor]) -> Captured:
+    def fail(self: DecodeGraphs, key: Key, run: Run) -> Captured:
         tries.append(key)
         raise torch.OutOfMemoryError("CUDA out of memory")
 

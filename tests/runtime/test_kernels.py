@@ -116,7 +116,7 @@ def test_check_finds_nothing_in_the_twins_themselves() -> None:
     assert self_check(CPU, torch.float32, SMALL, PLAIN) == []
 
 
-@pytest.mark.parametrize("name", [name for name in Kernels._fields if name != "greedy"])
+@pytest.mark.parametrize("name", Kernels._fields)
 @pytest.mark.parametrize("fault", ["raises", "differs", "gives NaN", "does nothing"])
 def test_check_names_and_replaces_a_kernel_that(
     fault: str, name: str, caplog: pytest.LogCaptureFixture
@@ -204,10 +204,13 @@ def test_twin_of_norm_does_what_the_norm_of_the_decoder_does() -> None:
 
 def test_table_goes_by_the_next_number_of_rows_that_was_timed_and_leaves_the_rest_to_cublas() -> None:
     layer, other = nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False)
-    ours, cublas = Choice(5.0, 10.0), Choice(9.5, 10.0)  # adding the parts up takes a microsecond
+    ours, cublas = Choice(5.0, 10.0), Choice(10.5, 10.0)
     table = LinearTable(
-        PLAIN.skinny_linear,
-        {LinearShape(8, 4, rows, torch.float32): ours if rows in (16, 64) else cublas for rows in TIMED_ROWS},
+        PLAIN,
+        {
+            LinearShape("parts", 8, 4, rows, torch.float32): ours if rows in (16, 64) else cublas
+            for rows in TIMED_ROWS
+        },
     )
 
     def is_in_parts(layer: nn.Linear, rows: int) -> bool:
@@ -220,6 +223,7 @@ def test_table_goes_by_the_next_number_of_rows_that_was_timed_and_leaves_the_res
     chosen = {rows: is_in_parts(layer, rows) for rows in (1, 2, 16, 17, 32, 33, 64, 65)}
     assert chosen == {1: False, 2: True, 16: True, 17: False, 32: False, 33: True, 64: True, 65: False}
     assert not is_in_parts(other, 16)
+    assert table.whole(layer, torch.ones(16, 4)).ndim == 2, "measured for another use"
     assert not is_in_parts(nn.Linear(4, 8), 16), "the parts have no bias"
     object.__setattr__(layer, "forward", lambda x: nn.functional.linear(x, layer.weight))
     assert not is_in_parts(layer, 16), "its weights are in another format"
@@ -228,12 +232,20 @@ def test_table_goes_by_the_next_number_of_rows_that_was_timed_and_leaves_the_res
 @needs_triton
 @pytest.mark.parametrize("size", [(1024, 2048), (1024, 3072), (4096, 4096), (4096, 14336), (151936, 1024)])
 def test_every_layer_of_a_real_model_is_shared_out_among_all_sms(size: tuple[int, int]) -> None:
-    from runtime.kernels.skinny_linear import default_tiles
+    from runtime.kernels.skinny_linear import split_tiles, whole_tiles
 
-    tiles = default_tiles(*size)
+    tiles = split_tiles(*size)
     assert size[0] / tiles.block_n * tiles.split_k >= 128
     assert size[1] / tiles.split_k / tiles.block_k >= 2, "one tile must be loaded while another is multiplied"
-    assert default_tiles(64, 128).split_k == 1
+    assert split_tiles(64, 128).split_k == 1
+    assert size[0] / whole_tiles(size[0], 1).block_n >= 64
+    staged = [
+        (num * tiles.block_n + rows) * tiles.block_k * 2 * tiles.num_stages
+        for rows in (16, 64)
+        for num in (1, 2)
+        for tiles in [whole_tiles(size[0], rows, num_weights=num)]
+    ]
+    assert max(staged) <= 200_000, "shared memory of an SM"
 
 
 @needs_triton
@@ -248,9 +260,10 @@ def test_skinny_linear_refuses_more_rows_than_it_is_for() -> None:
 @needs_triton
 def test_measured_table_multiplies_as_torch_does() -> None:
     layers = [nn.Linear(512, 1024, False, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    table = LinearTable(kernels().skinny_linear)
-    table.measure(layers)
-    assert len(table.choices) == len(TIMED_ROWS)
+    table = LinearTable(kernels())
+    for use in ("whole", "gated", "parts"):
+        table.measure(use, layers)
+    assert len(table.choices) == 3 * len(TIMED_ROWS)
     assert all(0 < choice.cublas_us < 1000 and choice.ours_us < 1000 for choice in table.choices.values())
     for rows in (1, 20, 64, 100):
         x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
@@ -260,6 +273,9 @@ def test_measured_table_multiplies_as_torch_does() -> None:
             assert found.ndim == (3 if choice.is_ours and rows <= 64 else 2)
             whole = found if found.ndim == 2 else found.sum(0).bfloat16()
             torch.testing.assert_close(whole, layers[0](x), rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(table.whole(layers[0], x), layers[0](x), rtol=2e-2, atol=2e-2)
+            gated = PLAIN.silu_mul(layers[0](x))
+            torch.testing.assert_close(table.gated(layers[0], x), gated, rtol=2e-2, atol=2e-2)
 
 
 # -- splits ---------------------------------------------------------------------------------------------------------

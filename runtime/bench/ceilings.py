@@ -1,0 +1,53 @@
+"""What an accelerator can do at most, measured where it is: copying, reading weights, GEMM."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import linear
+
+COPY_BYTES = 2**30
+GEMM_SIZE = 8192
+TIMED = 10
+
+
+class Ceilings(NamedTuple):
+    """Bytes and floating-point operations a second. `copy`: of bytes read and of bytes written, together."""
+
+    copy_bytes_per_s: float
+    read_bytes_per_s: float
+    gemm_flop_per_s: float
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    scale = 1 if device.type == "cuda" else 64
+    source = torch.empty(COPY_BYTES // scale, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_s = best_s(device, lambda: target.copy_(source))
+    size = GEMM_SIZE if device.type == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    gemm_s = best_s(device, lambda: a @ b)
+    weights = [torch.randn(size, size, device=device, dtype=dtype) for _ in range(4)]
+    x = torch.randn(1, size, device=device, dtype=dtype)
+    read_s = best_s(device, lambda: [linear(x, weight) for weight in weights])
+    read_bytes = sum(weight.nbytes for weight in weights)
+    return Ceilings(2 * source.nbytes / copy_s, read_bytes / read_s, 2 * size**3 / gemm_s)
+
+
+def best_s(device: torch.device, work: Callable[[], Any]) -> float:
+    """The fastest of TIMED calls after as many that are not timed."""
+    found = []
+    for turn in range(2 * TIMED):
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        if turn >= TIMED:
+            found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
