@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.executor import servable
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BlockPool
 from runtime.request import Request, SamplingParams
+from runtime.sampling import sample
 from runtime.scheduler import Batch, Scheduler
 from runtime.speculate import (
     FIRST_REST_TOKENS,
@@ -25,7 +27,7 @@ from runtime.speculate import (
     write_draft,
 )
 from tests.runtime.test_engine import InProcess, ends_of, submission, tokens_of
-from tests.runtime.tiny_models import VOCAB, save_repeating_model
+from tests.runtime.tiny_models import VOCAB, repeating_model, save_repeating_model
 
 Text = list[int]
 
@@ -203,24 +205,37 @@ def test_nothing_is_drafted_with_more_running_requests_than_said_nor_past_the_bu
 def test_a_draft_takes_no_block_that_others_need() -> None:
     s = scheduler(num_blocks=4, speculation_length=8)  # of 4 tokens
     for name in "ab":
-        s.add(Request.of_tokens(name, [1, 2, 1, 2], 4, 0.0))
+        s.add(Request.of_tokens(name, [1, 2, 1, 2], 12, 0.0))
     s.finish_step(s.schedule(0.0), [1, 1], 0.0)  # type: ignore[arg-type]
     batch = s.schedule(0.0)
     assert batch is not None and s.num_preemptions == 0
-    assert batch.num_drafted == 4, "two tokens each, within the block that the next token needs anyway"
+    assert batch.num_drafted == 6, "three tokens each, within the block that the next token needs anyway"
 
 
 @pytest.mark.parametrize("pending", [False, True])
 def test_steps_overlap_as_long_as_no_draft_is_to_be_expected(pending: bool) -> None:
-    s = scheduler(speculation_length=4)
     for prompt, overlaps in (([1, 2, 3, 4], True), ([1, 2, 1, 2, 1, 2], False)):
-        request = Request.of_tokens("a", prompt, 20, 0.0)
-        s.add(request)
+        s = scheduler(speculation_length=4)
+        s.add(Request.of_tokens("a", prompt, 20, 0.0))
         s.finish_step(s.schedule(0.0), [1], 0.0)  # type: ignore[arg-type]
         if pending:
             s.advance(s.schedule(0.0))  # type: ignore[arg-type]
-        assert s.may_overlap == overlaps or (pending and not overlaps)
-        s = scheduler(speculation_length=4)
+        assert s.may_overlap == overlaps
+
+
+def test_what_a_draft_says_of_a_token_under_way_is_held_to_it() -> None:
+    for token, drafted in ((2, 4), (9, 0)):  # both have been drawn after a 1
+        s = scheduler()
+        s.add(Request.of_tokens("a", [1, 9, 8, 2, 1, 2, 1, 2], 20, 0.0))
+        s.finish_step(s.schedule(0.0), [1], 0.0)  # type: ignore[arg-type]
+        under_way = s.schedule(0.0)
+        assert under_way is not None
+        s.advance(under_way)
+        s.config = s.config.patched({"speculation_length": 4})
+        assert not s.may_overlap, "a 2 is foreseen, and more behind it"
+        s.settle(under_way, [token], 0.0)
+        batch = s.schedule(0.0)
+        assert batch is not None and batch.num_drafted == drafted
 
 
 KNOBS = st.fixed_dictionaries(
@@ -308,6 +323,24 @@ def told(frames: list[dict[str, Any]]) -> dict[str, list[Any]]:
             rounded = [(round(one.logprob, 6), [token for token, _ in one.top]) for one in logprobs]
             found.setdefault(id, []).append((token, end, rounded))
     return found
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma2", "gpt_oss"])
+def test_rows_with_drafts_are_computed_in_every_form_of_attention(family: str) -> None:
+    """Latents, soft caps, sinks and windows: those that the engine's tests above do not have."""
+    model = servable(repeating_model(family))
+    texts = []
+    for length in (0, 6):
+        s = Scheduler(BlockPool(64), EngineConfig.of({"speculation_length": length}), 200)
+        model.allocate(64)
+        requests = [Request.of_tokens(str(at), [5 + at, 9, 30, 12] * 3, 90, 0.0) for at in range(8)]
+        for request in requests:
+            s.add(request)
+        while (batch := s.schedule(0.0)) is not None:
+            drawn = sample(model.forward(s.pack(batch)), batch.drawing_requests())
+            s.finish_step(batch, [token or 0 for token in drawn], 0.0)
+        texts.append([request.output_ids.tolist() for request in requests])
+    assert texts[1] == texts[0] and s.num_right_tokens > 5
 
 
 def at_once(frame: dict[str, Any]) -> set[str]:
