@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii
 from typing import Any, Literal, NamedTuple
 
 from runtime.errors import (
@@ -73,6 +74,15 @@ class ChunkWriter:
         self._text_key = b', "delta": {"content": ' if kind == "chat" else b', "text": '
         self._text_end = b"}" if kind == "chat" else b""
         self._usage = b', "usage": null' if include_usage else b""
+        self._around: dict[int, tuple[bytes, bytes]] = {}  # by choice, what its text is put between
+
+    def more(self, index: int, text: str) -> bytes:
+        """`text` in the middle of an answer, where no logprobs were asked for."""
+        around = self._around.get(index)
+        if around is None:
+            before, _, after = self.text(index, "", None).rpartition(b'""')
+            around = self._around[index] = before, after
+        return around[0] + encode_basestring_ascii(text).encode() + around[1]
 
     def role(self, index: int) -> bytes:
         """The first event of a chat answer; a completion has none."""

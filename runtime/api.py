@@ -19,7 +19,7 @@ from runtime.api_document import Bodies
 from runtime.body import MAX_VALUES, parse_object, read_parsed
 from runtime.envelope import Envelope
 from runtime.errors import InvalidRequest, RequestFailed, RuntimeFault, UnknownModel
-from runtime.exchange import Exchange, Sampling, error_kind
+from runtime.exchange import Exchange, Sampling, Wake, error_kind
 from runtime.exposition import MAX_LABELS, Scrape, render
 from runtime.front_end import FrontEnd
 from runtime.generation import Answer, Choice, Echo
@@ -43,6 +43,7 @@ from runtime.request import SamplingParams
 log = logging.getLogger(__name__)
 
 INTERNAL_ERROR = "The server failed on this request."
+MAX_IDS_CHECKED_AT_ONCE = 8192  # token ids of a call's prompts that the event loop looks at itself
 NO_KEY = error_body(
     "This server asks for a key: send `Authorization: Bearer KEY`.",
     "authentication_error",
@@ -151,8 +152,10 @@ async def _answer(service: Service, request: Request, kind: Kind, form: type[Any
         front.meter.errors_by_kind[error_kind(error)] += 1
         raise
     num_choices = (len(asked.prompt) if isinstance(asked, CompletionRequest) else 1) * (asked.n or 1)
-    wake = asyncio.Event()
+    wake = Wake()
     exchanges = front.open(num_choices, arrived_at, bool(asked.stream), wake)
+    for exchange in exchanges:
+        exchange.gathers = bool(asked.stream) and not asked.stop
     try:
         prompts = await asyncio.shield(service.prompts)
         echoes = await _submit_all(service, prompts, asked, exchanges)
@@ -219,13 +222,18 @@ async def _submit_all(
     """All prompts are checked before the first is submitted. Returns what each answer begins with."""
     context = service.max_model_len
     loop = asyncio.get_running_loop()
-    prompt_ids = await loop.run_in_executor(service.tokenising, _tokenise, prompts, asked, context)
+    if _is_short_ids(asked):  # going to a thread and back takes longer than to look at them here
+        prompt_ids = _tokenise(prompts, asked, context)
+    else:
+        prompt_ids = await loop.run_in_executor(service.tokenising, _tokenise, prompts, asked, context)
     for ids in prompt_ids:
         _check_context(asked, len(ids), context)
     _check_tokens_named(asked, prompts)
     _check_prompt_logprobs(asked, sum(map(len, prompt_ids)))
-    echoes = await loop.run_in_executor(service.tokenising, _echoes, prompts, asked)
     num_answers = asked.n or 1
+    echoes: list[Echo | None] = [None] * len(prompt_ids)
+    if isinstance(asked, CompletionRequest) and asked.echo:
+        echoes = await loop.run_in_executor(service.tokenising, _echoes, prompts, asked)
     for number, exchange in enumerate(exchanges):  # all answers to the first prompt come first, as OpenAI's
         ids = prompt_ids[number // num_answers]
         service.front.submit(
@@ -234,10 +242,15 @@ async def _submit_all(
     return [echo for echo in echoes for _ in range(num_answers)]
 
 
-def _echoes(prompts: Prompts, asked: AnyRequest) -> list[Echo | None]:
+def _is_short_ids(asked: AnyRequest) -> bool:
+    """Whether the prompts are token ids, and few enough to be checked within some 0.1 ms."""
+    if isinstance(asked, ChatRequest) or any(isinstance(prompt, str) for prompt in asked.prompt):
+        return False
+    return sum(map(len, asked.prompt)) <= MAX_IDS_CHECKED_AT_ONCE
+
+
+def _echoes(prompts: Prompts, asked: CompletionRequest) -> list[Echo | None]:
     """One a prompt: the text as it was given, or that of all its tokens."""
-    if isinstance(asked, ChatRequest) or not asked.echo:
-        return [None] * (len(asked.prompt) if isinstance(asked, CompletionRequest) else 1)
     texts = [prompt if isinstance(prompt, str) else prompts.text_of(prompt) for prompt in asked.prompt]
     return [Echo(text, asked.logprobs, asked.asked_tokens == 0) for text in texts]
 

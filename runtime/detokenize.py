@@ -10,27 +10,63 @@ MAX_WINDOW_TOKENS = 64  # a longer run without one clean character is garbage, c
 Decode = Callable[[Sequence[int]], str]
 
 
-class Detokenizer:
-    """Turns one request's tokens into text, piece by piece.
+class BytewiseDecode:
+    """A decoder under which every token stands for the same bytes whatever is beside it, as of byte-level BPE.
 
-    The pieces put together are what `decode` says of all tokens at once (test). Tokens are decoded in a small
-    window that starts one finished piece back, since many decoders treat the very first token differently.
+    `whole` holds, by token, the text of those that are whole characters; None where one is a part of a character.
     """
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
+        self.whole = _WholeTokens(decode)
+
+    def __call__(self, token_ids: Sequence[int]) -> str:
+        return self._decode(token_ids)
+
+
+class _WholeTokens(dict[int, str | None]):
+    """Filled as tokens are asked for: a dictionary's own look-up is the cheapest there is."""
+
+    def __init__(self, decode: Decode) -> None:
+        super().__init__()
+        self._decode = decode
+
+    def __missing__(self, token: int) -> str | None:
+        text = self._decode([token])
+        piece = self[token] = None if REPLACEMENT in text else text
+        return piece
+
+
+class Detokenizer:
+    """Turns one request's tokens into text, piece by piece.
+
+    The pieces put together are what `decode` says of all tokens at once (test). Tokens are decoded in a small
+    window that starts one finished piece back, since many decoders treat the very first token differently. Under a
+    decoder that does not, a whole token is looked up, and the window is empty between two whole characters.
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._whole = decode.whole if isinstance(decode, BytewiseDecode) else None
         self._window: list[int] = []
         self._num_prefix = 0  # tokens of the window whose text was out when the window began
         self._sent_chars = 0  # characters of the window's text that are out
 
     def push(self, token: int) -> str:
         """Returns the text that is certain by now; may be empty."""
+        if self._whole is not None and not self._window:
+            whole = self._whole[token]
+            if whole is not None:
+                return whole
         self._window.append(token)
         text = self._decode(self._window)
         certain = _without_unfinished(text)
         piece = certain[self._sent_chars :]
         self._sent_chars = max(self._sent_chars, len(certain))
         if piece and len(certain) == len(text):
+            if self._whole is not None:
+                self._window, self._num_prefix, self._sent_chars = [], 0, 0
+                return piece
             self._shift(len(self._window), text)
         elif len(self._window) - self._num_prefix > MAX_WINDOW_TOKENS:
             self._cut(text)

@@ -25,7 +25,7 @@ from runtime.clock import Clock
 from runtime.errors import InvalidKnob, InvalidRequest, LinkBroken, ModelError, PrepareFailed, RuntimeFault
 from runtime.host import num_cores
 from runtime.knobs import EngineConfig, default_config, knob_reports
-from runtime.link import Frame, FrameReader, encode
+from runtime.link import Frame, FrameReader, FrameWriter
 from runtime.plan import PlanRunner, PlanTick, SlicePlan
 from runtime.prepare import Preparation, Prepared, Preparer
 from runtime.request import Request, SamplingParams
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GAUGE_EVERY_S = 0.25
+FLUSH_EVERY_S = 0.002  # an idle engine tries so often to get rid of frames that the front end had no room for
 PREPARE_POLL_S = 0.005  # an idle engine looks so often whether a preparation has ended
 MODEL_ERROR_EXIT_CODE = 66  # EX_NOINPUT: the folder is missing or damaged; starting again cannot help
 # Set before torch is loaded: idle OpenMP threads must sleep, not spin on the cores of the front end.
@@ -326,33 +327,38 @@ class Engine:
 
     def _finish(self, batch: Batch, executed: "Executed") -> None:
         """Records the tokens and sends them in one frame. A row without a token fails its request alone."""
-        now, requests = self._clock.now(), batch.sampled_requests()
-        ended_before = {request.id for request in requests if not self.scheduler.is_here(request)}
+        now, tokens, is_here = self._clock.now(), executed.tokens, self.scheduler.is_here
+        owners = [
+            request if request is not None and is_here(request) else None for request in batch.owners(tokens)
+        ]
         if batch.scored is not None:
             self._send_scores(batch.requests[batch.scored.row], batch.scored, executed.scores)
-        counted = batch.counted(executed.tokens)
-        for _, request, token in counted:
-            if token is None:
-                self._fail(request)
-                ended_before.add(request.id)
-        self.scheduler.settle(batch, [token or 0 for token in executed.tokens], now)
-        items = [
+        if None in tokens:
+            for request, token in zip(owners, tokens, strict=True):
+                if token is None and request is not None:
+                    self._fail(request)
+        self.scheduler.settle(batch, [token or 0 for token in tokens], now)
+        rows: list[list[Any] | None] = [
             [
                 request.id, token, request.finish_reason,
-                request.admitted_at if request.num_read_tokens == request.prompt_tokens + 1 else None,
-                request.num_preemptions,
-                *([executed.logprobs[place]] if place in executed.logprobs else []),
+                request.admitted_at if request.first_token_at == now else None, request.num_preemptions,
             ]
-            for place, request, token in counted
-            if request.id not in ended_before
+            if request is not None and token is not None
+            else None
+            for request, token in zip(owners, tokens, strict=True)
         ]  # fmt: skip
-        if batch.num_drafted:  # a row has several items, and its request ends with the last
+        for number, logprobs in executed.logprobs.items():
+            if (row := rows[number]) is not None:
+                row.append(logprobs)
+        items = [row for row in rows if row is not None]
+        if batch.num_drafted:  # a request may have several, and ends with the last
             for item, following in pairwise(items):
                 item[2] = None if item[0] == following[0] else item[2]
         if items:
             self._send({
                 "op": "tokens", "at": now, "config_id": self.tick.config.config_id,
                 "slice_id": self.tick.slice_id, "items": items,
+                "stream_interval": self.tick.config.stream_interval,
             })  # fmt: skip
 
     def _send_scores(
@@ -393,11 +399,8 @@ def error_kind(error: RuntimeFault) -> str:
 
 def serve(link: socket.socket, options: argparse.Namespace) -> None:
     """One life of an engine on a connected link."""
-    reader = FrameReader(link)
-
-    def send(frame: Frame) -> None:
-        link.sendall(encode(frame))
-
+    reader, writer = FrameReader(link), FrameWriter(link)
+    send = writer.send
     hello, rest = _first_frame(reader)
     clock = Clock(hello["boot_epoch"], hello["boot_monotonic"])
     executor, runner, reports = _prepare(options, hello)
@@ -412,7 +415,8 @@ def serve(link: socket.socket, options: argparse.Namespace) -> None:
         "control": engine.control,
     }
     while True:
-        for frame in rest or reader.poll(engine.idle_s()):
+        idle_s = engine.idle_s() if writer.flush() else min(FLUSH_EVERY_S, engine.idle_s())
+        for frame in rest or reader.poll(idle_s):
             if frame["op"] == "stop":
                 return
             if frame["op"] not in handlers:
@@ -440,15 +444,15 @@ def _prepare(
 ) -> "tuple[Executor, PlanRunner, list[dict[str, Any]]]":
     """Loads the model and decides the first configuration."""
     loaded = load(options)
-    parts = engine_parts(
-        loaded, options.kv_tokens, hello.get("config") or {}, int(hello.get("version") or 0)
-    )
+    parts = engine_parts(loaded, options.kv_tokens, hello.get("config") or {}, int(hello.get("version") or 0))
     gc.collect()
     gc.freeze()  # a collection that walks all of transformers would pause every stream
     return parts
 
 
-def load(options: argparse.Namespace, stage_ended: Callable[[str], None] = lambda name: None) -> "LoadedModel":
+def load(
+    options: argparse.Namespace, stage_ended: Callable[[str], None] = lambda name: None
+) -> "LoadedModel":
     """The model on its device. `stage_ended` is called when all libraries are there."""
     set_environment()
     gc.disable()  # or a quarter of the imports is walking over what they have made so far

@@ -1,6 +1,7 @@
 """One client's request as the front end sees it: what was asked, what came so far, how it ended."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -34,6 +35,38 @@ class Progress(NamedTuple):
     finish: Finish | None
 
 
+class Wake(asyncio.Event):
+    """Set whenever there is something to take, for the task that answers a call.
+
+    While `instead` is there, the loop calls it once after such a time and leaves the task alone: a call takes a third
+    of what waking a task does, which of a streamed token is a good part.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instead: Callable[[], None] | None = None
+        self._call_soon = asyncio.get_running_loop().call_soon
+        self._is_called = False
+
+    def set(self) -> None:
+        if self.instead is None:
+            super().set()
+        elif not self._is_called:
+            self._is_called = True
+            self._call_soon(self._call)
+
+    def rouse(self) -> None:
+        """Wakes the task, whatever there is instead."""
+        super().set()
+
+    def _call(self) -> None:
+        self._is_called = False
+        if self.instead is None:
+            super().set()
+        else:
+            self.instead()
+
+
 @dataclass(eq=False, slots=True)
 class SliceGaps:
     """Tokens that one slice made for one request, and the gaps before them, seconds."""
@@ -51,12 +84,13 @@ class Exchange:
     id: str
     arrived_at: float
     streamed: bool
-    wake: asyncio.Event
+    wake: Wake
     config_id: str  # in force at arrival, then of the first token
     arrival_slice: str | None
     stats: SliceStats | None
     prompt_ids: list[int] | None = None  # None until tokenised
     sampling: Sampling | None = None
+    gathers: bool = False  # tokens may wait for the next ones: where no stop string is looked for in each
     deadline: asyncio.TimerHandle | None = None
     replica: Replica | None = None  # the engine that has it; None while it waits for one
 
@@ -117,11 +151,20 @@ class Exchange:
         """All of them are there before the first token. An engine that begins again sends them from 0 again."""
         self.prompt_logprobs[start:] = logprobs
 
+    def is_due(self, stream_interval: int) -> bool:
+        """Whether what came since the last call of `take` is to be sent now."""
+        return not self.gathers or len(self._untaken) >= stream_interval
+
     def take(self) -> Progress:
         """Returns the tokens that came since the last call and, once it is over, how it ended."""
-        tokens, self._untaken = self._untaken, []
+        tokens = self.take_tokens()
         logprobs, self.logprobs = self.logprobs, []
         return Progress(tokens, logprobs, self.finish)
+
+    def take_tokens(self) -> list[int]:
+        """As `take`, of a request that asked for no logprobs and is not over."""
+        tokens, self._untaken = self._untaken, []
+        return tokens
 
     def timing(self, finished_at: float) -> RequestTiming:
         assert self.finish is not None

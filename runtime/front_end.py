@@ -23,7 +23,7 @@ from runtime.errors import (
     RequestTimedOut,
     RuntimeFault,
 )
-from runtime.exchange import Exchange, Finish, Sampling, error_kind
+from runtime.exchange import Exchange, Finish, Sampling, Wake, error_kind
 from runtime.exposition import Meter
 from runtime.link import Frame
 from runtime.replica import Phase, Replica, least_loaded
@@ -55,7 +55,7 @@ class FrontEnd:
 
     # -- the client's side -------------------------------------------------------------------------------
 
-    def open(self, num: int, arrived_at: float, streamed: bool, wake: asyncio.Event) -> list[Exchange]:
+    def open(self, num: int, arrived_at: float, streamed: bool, wake: Wake) -> list[Exchange]:
         """Admits `num` requests of one call, or none.
 
         Raises:
@@ -226,7 +226,7 @@ class FrontEnd:
             if replica.phase == "ready":
                 replica.send({"op": "control", "call": UNASKED, "name": "abort", "args": args})
 
-    def _new_exchange(self, arrived_at: float, streamed: bool, wake: asyncio.Event) -> Exchange:
+    def _new_exchange(self, arrived_at: float, streamed: bool, wake: Wake) -> Exchange:
         slice_id, stats = self.slices.arrival(arrived_at)
         exchange = Exchange(
             id=uuid.uuid4().hex, arrived_at=arrived_at, streamed=streamed, wake=wake,
@@ -251,14 +251,15 @@ class FrontEnd:
 
     def _on_tokens(self, replica: Replica, frame: Frame) -> None:
         at, config_id, slice_id = frame["at"], frame["config_id"], frame["slice_id"]
-        meter, live = self.meter, self.live
+        meter, live, interval = self.meter, self.live, frame.get("stream_interval", 1)
+        meter.tokens_total += len(frame["items"])
         for request_id, token, finish_reason, admitted_at, num_preemptions, *logprobs in frame["items"]:
-            meter.tokens_total += 1
             exchange = live.get(request_id)
             if exchange is None or exchange.replica is not replica:  # cancelled while the step ran
                 continue
             gap_s = exchange.add_token(token, at, config_id, slice_id)
-            exchange.logprobs += logprobs
+            if logprobs:
+                exchange.logprobs += logprobs
             replica.outstanding_tokens -= 1
             exchange.num_preemptions = num_preemptions
             if gap_s is None:
@@ -268,7 +269,8 @@ class FrontEnd:
                 meter.gap_s.observe(gap_s)
             if finish_reason is not None:
                 self._close(exchange, finish_reason, at=at)
-            exchange.wake.set()
+            elif interval == 1 or gap_s is None or exchange.is_due(interval):
+                exchange.wake.set()
 
     def _on_prompt_logprobs(self, replica: Replica, frame: Frame) -> None:
         exchange = self.live.get(frame["id"])

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,9 +11,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from runtime.answers import DONE, ChunkWriter, Kind, PromptLogprobs, Usage, choice, error_answer, whole
+from runtime.body_pipe import BODY_PIPE, BodyPipe
 from runtime.detokenize import Decode, Detokenizer, StopMatcher
 from runtime.errors import RuntimeFault
-from runtime.exchange import Exchange
+from runtime.exchange import Exchange, Wake
 from runtime.front_end import FrontEnd
 from runtime.logprob_writer import LogprobWriter, Written, together
 
@@ -58,6 +59,9 @@ class Choice:
         self._num_behind = 0  # tokens that came together with the one that a stop string ended at
         self.finish_reason: str | None = None
         self._detokenizer, self._matcher, self._stopped = Detokenizer(decode), StopMatcher(stops), stopped
+        asked = exchange.sampling is not None and exchange.sampling.params.num_logprobs is not None
+        # Nothing is looked for in the text and nothing told beside it, which is so of most answers.
+        self.is_plain = not stops and echo is None and not asked
 
     def advance(self) -> Delta | None:
         """Returns what is new, or None.
@@ -65,6 +69,9 @@ class Choice:
         Raises:
             RuntimeFault: the exchange ended with this error.
         """
+        if self.is_plain and self.exchange.finish is None:
+            text = self.text()
+            return Delta(self.index, text, None, []) if text else None
         tokens, logprobs, finish = self.exchange.take()
         text, told = self._echoed() if tokens else ("", [])
         num_echoed = len(told)
@@ -90,6 +97,10 @@ class Choice:
         if finish.error is not None:
             raise finish.error
         return self._last(text, finish.reason, told)
+
+    def text(self) -> str:
+        """What is new of a plain choice that has not ended."""
+        return "".join(map(self._detokenizer.push, self.exchange.take_tokens()))
 
     @property
     def num_tokens(self) -> int:
@@ -139,7 +150,7 @@ class Answer(Response):
     created: int
     model: str
     choices: list[Choice]
-    wake: asyncio.Event
+    wake: Wake
     streamed: bool
     include_usage: bool
     num_answers_a_prompt: int = 1
@@ -147,7 +158,15 @@ class Answer(Response):
 
     background = None
 
+    def __post_init__(self) -> None:
+        self._unfinished = list(self.choices)
+        self._pipe: BodyPipe | None = None
+        self._begun: set[int] = set()  # choices whose first event is out
+        self._writer = ChunkWriter(self.kind, self.request_id, self.created, self.model, self.include_usage)
+        self._is_plain = all(told.is_plain for told in self.choices)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._pipe = scope.get(BODY_PIPE)
         work = asyncio.ensure_future(
             self._stream(send) if self.streamed else self._whole(scope, receive, send)
         )
@@ -168,19 +187,21 @@ class Answer(Response):
             pass
 
     def _leave(self) -> None:
+        self.wake.instead = None
         for told in self.choices:
             self.front.leave(told.exchange)
 
-    async def _deltas(self) -> AsyncIterator[list[Delta]]:
-        """What is new in any choice, until all have ended."""
-        unfinished = list(self.choices)
-        while unfinished:
-            await self.wake.wait()
-            self.wake.clear()
-            news = [delta for told in unfinished if (delta := told.advance()) is not None]
-            unfinished = [told for told in unfinished if told.finish_reason is None]
-            if news:
-                yield news
+    async def _news(self) -> list[Delta]:
+        """Waits until something may be new in any choice that has not ended, and returns what is."""
+        if self._begun and self._pipe is not None and self._is_plain:
+            self.wake.instead = self._write_news
+        await self.wake.wait()
+        self.wake.instead = None
+        self.wake.clear()
+        news = [delta for told in self._unfinished if (delta := told.advance()) is not None]
+        if any(delta.finish_reason is not None for delta in news):
+            self._unfinished = [told for told in self._unfinished if told.finish_reason is None]
+        return news
 
     def _usage(self) -> Usage:
         """A prompt with several answers counts once."""
@@ -194,8 +215,8 @@ class Answer(Response):
         texts: dict[int, list[str]] = {told.index: [] for told in self.choices}
         logprobs: dict[int, list[Written]] = {told.index: [] for told in self.choices}
         try:
-            async for news in self._deltas():
-                for delta in news:
+            while self._unfinished:
+                for delta in await self._news():
                     texts[delta.choice_index].append(delta.text)
                     logprobs[delta.choice_index] += delta.logprobs
         except RuntimeFault as error:
@@ -217,31 +238,48 @@ class Answer(Response):
         await JSONResponse(body)(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
-        begun: set[int] = set()
         try:
-            await self._stream_events(send, begun)
+            await self._stream_events(send)
         except RuntimeFault as error:
-            await self._fail(send, error, bool(begun))
+            await self._fail(send, error, bool(self._begun))
         except TimeoutError:
             pass  # a slow reader: returning without an end closes the connection
 
-    async def _stream_events(self, send: Send, begun: set[int]) -> None:
-        """Adds to `begun` the choices whose first event is out."""
-        writer = ChunkWriter(self.kind, self.request_id, self.created, self.model, self.include_usage)
-        async for news in self._deltas():
-            if not begun:
+    async def _stream_events(self, send: Send) -> None:
+        while self._unfinished:
+            news = await self._news()
+            if not news:
+                continue
+            if not self._begun:
                 await _start_stream(send)
-            events = b""
-            for delta in news:
-                if delta.choice_index not in begun:
-                    begun.add(delta.choice_index)
-                    events += writer.role(delta.choice_index)
-                told = together(self.kind, delta.logprobs)
-                events += writer.text(delta.choice_index, delta.text, delta.finish_reason, told)
-            await _send_body(send, events)
-        await _send_body(
-            send, (writer.usage(self._usage()) if self.include_usage else b"") + DONE, more=False
-        )
+            await _send_body(send, b"".join(map(self._event, news)))
+        usage = self._writer.usage(self._usage()) if self.include_usage else b""
+        await _send_body(send, usage + DONE, more=False)
+
+    def _write_news(self) -> None:
+        """What the task does between the first event and the last, without waking it. Where something has ended, or
+        the socket is full, the task does it."""
+        pipe = self._pipe
+        has_ended = [told for told in self._unfinished if told.exchange.finish is not None]
+        if has_ended or pipe is None or not pipe.is_open:
+            self.wake.rouse()
+            return
+        events = b""
+        for told in self._unfinished:
+            if text := told.text():
+                events += self._event(Delta(told.index, text, None, []))
+        if events:
+            pipe.write(events)
+
+    def _event(self, delta: Delta) -> bytes:
+        index, text, finish_reason, logprobs = delta
+        writer, role = self._writer, b""
+        if index not in self._begun:
+            self._begun.add(index)
+            role = writer.role(index)
+        if finish_reason is None and not logprobs:
+            return role + writer.more(index, text)
+        return role + writer.text(index, text, finish_reason, together(self.kind, logprobs))
 
     async def _fail(self, send: Send, error: RuntimeFault, begun: bool) -> None:
         answer = error_answer(error)

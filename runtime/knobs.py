@@ -237,6 +237,16 @@ class EngineConfig:
         is_later=True,
         help="Steps that may be under way when the next one is launched; its tokens are read while that one computes.",
     )
+    stream_interval: int = knob(
+        1,
+        kind="int",
+        low=1,
+        high=16,
+        unit="tokens",
+        searched=False,  # latencies are measured where tokens are made, so a search would see no harm in it
+        is_later=True,
+        help="Tokens that a stream gathers before they are sent, after the first, which is sent at once.",
+    )
     speculation_length: int = knob(
         0,
         kind="int",

@@ -25,6 +25,7 @@ from runtime.errors import LinkBroken
 
 MAX_FRAME_BYTES = 64 * 2**20
 _LENGTH = struct.Struct(">I")
+MAX_HELD_BYTES = 64 * 2**20
 _READ_BYTES = 256 * 1024
 
 Frame = dict[str, Any]
@@ -141,3 +142,40 @@ class FrameReader:
             start = body + length
         del self._buffer[:start]
         return frames
+
+
+class FrameWriter:
+    """Sends frames over a connected socket, and never waits for who reads them (the engine's side).
+
+    What the socket has no room for is held and goes out first, so that the steps of an engine go on while the front
+    end is busy. Only beyond MAX_HELD_BYTES does a sender wait.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._held = bytearray()
+
+    def send(self, frame: Mapping[str, Any]) -> None:
+        """Raises LinkBroken for a frame that is too large, and OSError where the other side is gone."""
+        encoded = encode(frame)
+        if self._held:
+            self._held += encoded
+            self.flush()
+        elif (num := self._send_some(encoded)) < len(encoded):
+            self._held += encoded[num:]
+        if len(self._held) > MAX_HELD_BYTES:
+            self._sock.sendall(self._held)
+            self._held.clear()
+
+    def flush(self) -> bool:
+        """Sends what is held as far as there is room. Returns whether nothing is held any more. Raises OSError."""
+        if self._held:
+            del self._held[: self._send_some(self._held)]
+        return not self._held
+
+    def _send_some(self, data: bytes | bytearray) -> int:
+        """Returns how many bytes there was room for."""
+        try:
+            return self._sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0

@@ -11,6 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from runtime.body_pipe import BODY_PIPE, BodyPipe
 from runtime.errors import AddressInUse
 
 HEADER_LIMIT_S = 20.0  # from connecting, or from the first byte of a request, to the end of its header
@@ -102,6 +103,7 @@ class HeaderLimited(HttpToolsProtocol):
         self._in_header, self._header_bytes = False, 0
         self._forget_limit()
         super().on_headers_complete()
+        self.scope[BODY_PIPE] = BodyPipe(self.cycle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_limit()

@@ -150,14 +150,15 @@ class Batch:
             first += num
         return found
 
-    def counted(self, drawn: list[int | None]) -> list[tuple[int, Request, int | None]]:
-        """The tokens that count, each with its place among the drawn ones and its request."""
+    def owners(self, drawn: list[int | None]) -> Sequence[Request | None]:
+        """By drawn token, the request that it counts for; None where it does not count."""
         requests = self.sampled_requests()
         if self.drafted is None:
-            return list(zip(range(len(drawn)), requests, drawn, strict=True))
-        firsts = (np.cumsum(self.num_drawn) - self.num_drawn).tolist()
-        rows = zip(requests, firsts, self.runs(drawn), strict=True)
-        return [(first + at, request, token) for request, first, run in rows for at, token in enumerate(run)]
+            return requests
+        rows = zip(requests, self.runs(drawn), self.num_drawn.tolist(), strict=True)
+        return [
+            request if place < len(run) else None for request, run, num in rows for place in range(num)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ Exit codes (sysexits.h): 0 drained, 2 bad usage or configuration, 66 model missi
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -215,7 +216,10 @@ class Serving:
             prompts.start()
             return prompts
 
-        self._service.prompts.set_result(await asyncio.to_thread(load))
+        prompts = await asyncio.to_thread(load)
+        gc.collect()
+        gc.freeze()  # a collection that walks all of transformers would pause every stream
+        self._service.prompts.set_result(prompts)
 
     def _identity(self) -> dict[str, Any]:
         """The engine's word on the model and hardware; before it spoke, what the folder tells."""

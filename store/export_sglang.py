@@ -69,6 +69,7 @@ SGLANG = Target(
         "overlap_depth": lambda value, values, model: nothing(
             "SGLang overlaps steps by itself (--disable-overlap-schedule)"
         ),
+        "stream_interval": lambda value, values, model: flag("--stream-interval", value),
         "speculation_length": lambda value, values, model: (
             nothing("SGLang drafts trees from the texts of all requests (--speculative-algorithm NGRAM)")
             if value

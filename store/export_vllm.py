@@ -98,6 +98,7 @@ VLLM = Target(
         "overlap_depth": lambda value, values, model: nothing(
             "vLLM decides for itself whether steps overlap (--async-scheduling)"
         ),
+        "stream_interval": lambda value, values, model: flag("--stream-interval", value),
         "speculation_length": _draft,
         "speculation_max_seqs": lambda value, values, model: nothing(
             "vLLM plans the length of a draft by batch size (num_speculative_tokens_per_batch_size in "

@@ -16,6 +16,8 @@ import typer
 
 from tuner.cli_store import store_app
 
+ENGINE_BENCHMARKS = ("engine", "gpu", "http", "warm", "reconfigure", "speculation")
+
 app = typer.Typer(
     name="tuner",
     no_args_is_help=True,
@@ -306,17 +308,11 @@ def doctor(config: ConfigOption = None, data_dir: DataDir = None, as_json: AsJso
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Benchmarks: engine (beside others), gpu (against its limits), warm (knobs that are prepared), reconfigure (knobs
-    that change under load), speculation (drafts), or of the statistics: aa, azure --trace FILE, harm, hour, anomalies,
-    quality; each with --help."""
+    """Benchmarks: engine (beside others), gpu (against its limits), http (the server against its engine alone), warm
+    (knobs that are prepared), reconfigure (knobs that change under load), speculation (drafts), or of the statistics:
+    aa, azure --trace FILE, harm, hour, anomalies, quality; each with --help."""
     which = context.args[0] if context.args else ""
-    if which in (
-        "engine",
-        "gpu",
-        "speculation",
-        "warm",
-        "reconfigure",
-    ):  # in a child of its own: torch is loaded in the runtime only
+    if which in ENGINE_BENCHMARKS:  # in a child: torch is loaded in the runtime only
         from tuner.quality.canary import PASSAGES
 
         text = ["--text", str(PASSAGES)] if which == "warm" else []

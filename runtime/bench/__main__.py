@@ -1,15 +1,16 @@
-"""Benchmarks of the engine: python -m runtime.bench warm | engine | gpu | reconfigure | speculation (--help)."""
+"""Benchmarks of the engine: python -m runtime.bench warm | engine | gpu | http | reconfigure | speculation (--help)."""
 
 import sys
 from collections.abc import Callable, Sequence
 
-from runtime.bench import engine, gpu, reconfigure, speculation, warm
+from runtime.bench import engine, gpu, over_http, reconfigure, speculation, warm
 
 BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
     "warm": warm.main,
     "engine": engine.main,
     "gpu": gpu.main,
     "reconfigure": reconfigure.main,
+    "http": over_http.main,
     "speculation": speculation.main,
 }
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.detokenize import Detokenizer, StopMatcher
+from runtime.detokenize import BytewiseDecode, Detokenizer, StopMatcher
 from runtime.model_folder import ModelFolder
 from runtime.prompts import Prompts
 from tests.servers import DEMO_MODEL
@@ -47,6 +47,12 @@ def test_garbage_comes_out_as_the_decoder_writes_it(tokens: list[int]) -> None:
     assert "".join(pieces(decode_bytes, tokens)) == decode_bytes(tokens)
 
 
+@given(st.lists(st.integers(0, 255) | st.sampled_from(list("aé€🙂\ufffd".encode())), max_size=100))
+def test_looking_whole_tokens_up_gives_the_same_pieces_as_decoding_them(tokens: list[int]) -> None:
+    plain, looked_up = pieces(decode_bytes, tokens), pieces(BytewiseDecode(decode_bytes), tokens)
+    assert looked_up == plain and "".join(plain) == decode_bytes(tokens)
+
+
 def test_endless_garbage_is_cut_and_still_whole() -> None:
     tokens = [0xFF] * 1000 + list("é".encode())
     assert "".join(pieces(decode_bytes, tokens)) == "\ufffd" * 1000 + "é"
@@ -66,6 +72,7 @@ def test_spaces_between_words_survive_a_decoder_that_strips_the_first() -> None:
 
 @given(st.lists(st.integers(0, 4095), max_size=60))
 def test_the_demo_models_tokens_stream_as_they_decode(prompts: Prompts, tokens: list[int]) -> None:
+    assert isinstance(prompts.decode, BytewiseDecode)
     assert "".join(pieces(prompts.decode, tokens)) == prompts.decode(tokens)
 
 

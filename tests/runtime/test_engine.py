@@ -91,6 +91,7 @@ def test_each_step_sends_its_tokens_in_one_frame_and_one_record(folder: Path) ->
     first = frames[0]["items"][0]
     assert first[3] is not None and first[4] == 0 and frames[1]["items"][0][3] is None
     assert {frame["config_id"] for frame in frames} == {here.runner.champion.config_id}
+    assert {frame["stream_interval"] for frame in frames} == {1}
     records = [frame["record"] for frame in here.frames if frame["op"] == "step"]
     rows = [(r["num_decode"], r["num_prefill_rows"], r["num_prefill_tokens"]) for r in records]
     assert rows == [(0, 2, 23), (1, 1, 12), (2, 0, 0)]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from runtime import generation
+from runtime.body_pipe import BODY_PIPE
 from runtime.clock import Clock
 from runtime.errors import EngineNotReady, QueueFull, RequestFailed
-from runtime.exchange import Exchange, Sampling
+from runtime.exchange import Exchange, Sampling, Wake
 from runtime.front_end import FrontEnd
 from runtime.generation import Answer, Choice
 from runtime.knobs import EngineConfig
@@ -34,7 +35,7 @@ class Desk:
         self.front.engine_ready(self.replica, frame)
 
     def submit(self, num_prompt_tokens: int = 3) -> Exchange:
-        (exchange,) = self.front.open(1, self.clock.now(), True, asyncio.Event())
+        (exchange,) = self.front.open(1, self.clock.now(), True, Wake())
         self.front.submit(exchange, list(range(num_prompt_tokens)), GREEDY)
         return exchange
 
@@ -65,7 +66,7 @@ def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 async def test_a_submission_carries_its_priority_and_its_salt_however_often_it_is_sent() -> None:
     desk = Desk()
     desk.engine_ready()
-    (exchange,) = desk.front.open(1, desk.clock.now(), True, asyncio.Event())
+    (exchange,) = desk.front.open(1, desk.clock.now(), True, Wake())
     desk.front.submit(exchange, [1, 2], Sampling(4, priority=-3, cache_salt="ada"))
     desk.submit()
     told = [(frame["priority"], frame["cache_salt"]) for frame in desk.sent if frame["op"] == "submit"]
@@ -237,3 +238,66 @@ def test_a_disconnect_cancels_before_anything_else_is_sent() -> None:
         assert desk.ops() == ["submit", "cancel"]
 
     asyncio.run(run())
+
+
+class Pipe:
+    """As the one to a socket; `bodies` is what was written to either."""
+
+    def __init__(self, bodies: list[bytes]) -> None:
+        self.bodies, self.is_open, self.num_written = bodies, True, 0
+
+    def write(self, body: bytes) -> None:
+        self.bodies.append(body)
+        self.num_written += 1
+
+
+async def stream_of(desk: Desk, pipe: Pipe | None, bodies: list[bytes]) -> str:
+    """What a client reads of six tokens, which come one by one. `pipe` is full for the third to the fourth of them."""
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            bodies.append(message["body"])
+
+    exchange = desk.submit()
+    answer = answer_of(desk, exchange)
+    scope = {"type": "http"} if pipe is None else {"type": "http", BODY_PIPE: pipe}
+    answering = asyncio.create_task(answer(scope, never, send))
+    for number in range(6):
+        if pipe is not None:
+            pipe.is_open = number not in (2, 3)
+        desk.tokens((exchange, number, "length" if number == 5 else None))
+        for _ in range(4):
+            await asyncio.sleep(0)
+    await answering
+    return b"".join(bodies).decode().replace(exchange.id, "id")
+
+
+@in_loop
+async def test_a_stream_is_the_same_past_the_layers_as_through_them() -> None:
+    desk, bodies = Desk(), [[], []]  # type: tuple[Desk, list[list[bytes]]]
+    desk.engine_ready()
+    pipe = Pipe(bodies[0])
+    told = await stream_of(desk, pipe, bodies[0])
+    assert told == await stream_of(desk, None, bodies[1]) and told.count("data: ") == 8
+    assert pipe.num_written == 2, "all but the first, the last, and those that found the socket full"
+    assert not desk.front.live
+
+
+@in_loop
+async def test_tokens_of_a_stream_are_gathered_after_the_first() -> None:
+    desk = Desk()
+    desk.engine_ready()
+    gathering, watched = desk.submit(), desk.submit()
+    gathering.gathers = True
+    woken: list[tuple[bool, bool]] = []
+    for number in range(6):
+        items = [[one.id, number, "length" if number == 5 else None, 0.0, 0] for one in (gathering, watched)]
+        frame = {"op": "tokens", "at": 0.1 * number, "config_id": "c", "slice_id": None, "items": items}
+        desk.front.on_frame(desk.replica, {**frame, "stream_interval": 3})
+        woken.append((gathering.wake.is_set(), watched.wake.is_set()))
+        for one in (gathering, watched):
+            if one.wake.is_set():
+                one.wake.clear()
+                one.take()
+    assert [one for one, _ in woken] == [True, False, False, True, False, True]
+    assert all(one for _, one in woken), "where a stop string is looked for, every token is looked at"

@@ -33,6 +33,7 @@ NAMES = (
     "long_prompt_threshold",
     "kv_watermark",
     "overlap_depth",
+    "stream_interval",
     "speculation_length",
     "speculation_max_seqs",
 )

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime import link
 from runtime.errors import LinkBroken
-from runtime.link import MAX_FRAME_BYTES, Frame, FrameReader, decode, encode, read_frame
+from runtime.link import MAX_FRAME_BYTES, Frame, FrameReader, FrameWriter, decode, encode, read_frame
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -124,3 +125,33 @@ def test_async_reader_ends_between_frames_and_breaks_inside_one() -> None:
         read_all(whole[:-1])
     with pytest.raises(LinkBroken):
         read_all(struct.pack(">I", MAX_FRAME_BYTES + 1))
+
+
+def test_a_writer_does_not_wait_for_who_does_not_read_and_nothing_is_lost(pair: Pair) -> None:
+    writer, reader = FrameWriter(pair[0]), FrameReader(pair[1])
+    frames = [{"op": "tokens", "number": number, "items": [0] * 50_000} for number in range(40)]
+    for frame in frames:
+        writer.send(frame)
+    assert not writer.flush(), "more than the socket has room for"
+    arrived: list[Frame] = []
+    while len(arrived) < len(frames):
+        writer.flush()
+        arrived += reader.poll(0.0)
+    assert arrived == frames and writer.flush()
+
+
+def test_a_writer_waits_where_it_would_hold_too_much(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "MAX_HELD_BYTES", 100_000)
+    writer, arrived = FrameWriter(pair[0]), []
+
+    def read() -> None:
+        reader = FrameReader(pair[1])
+        while len(arrived) < 50:
+            arrived.extend(reader.poll(1.0))
+
+    reading = threading.Timer(0.05, read)
+    reading.start()
+    for number in range(50):
+        writer.send({"op": "tokens", "number": number, "items": [0] * 50_000})
+    reading.join()
+    assert [frame["number"] for frame in arrived] == list(range(50))

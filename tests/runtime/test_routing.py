@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.clock import Clock
-from runtime.exchange import Exchange, Sampling
+from runtime.exchange import Exchange, Sampling, Wake
 from runtime.front_end import FrontEnd
 from runtime.knobs import EngineConfig
 from runtime.link import Frame
@@ -140,7 +140,7 @@ class World:
         before = [engine.num_ever for engine in self.engines]
         in_force = [index for index, one in enumerate(self.engines) if one.replica.phase == "ready"]
         in_force = in_force[: self.config.replicas]
-        (exchange,) = self.front.open(1, self.front.clock.now(), True, asyncio.Event())
+        (exchange,) = self.front.open(1, self.front.clock.now(), True, Wake())
         self.front.submit(exchange, [1] * num_prompt, Sampling(max_tokens))
         self.exchanges.append(exchange)
         given_to = [index for index, one in enumerate(self.engines) if one.num_ever > before[index]]
