@@ -226,7 +226,7 @@ def served_twice(
     assert set(moved) == {knob.name for knob in knobs}, "the test must reach what it claims"
     assert changes.chosen(changed, "policy") == set(knob_named("policy").choices or ()) or num < 1000
     assert events["config_committed"] and events["slice_started"] and events["lease_lapsed"]
-    assert changed.engine.scheduler.num_hit_tokens
+    assert changed.engine.scheduler.num_hit_tokens or num < 1000
     assert changed.engine.scheduler.num_preemptions or num < 1000
     assert quiet.engine.scheduler.num_drafted_tokens == 0
     assert changed.engine.scheduler.num_drafted_tokens
