@@ -23,6 +23,7 @@ PADDED_MIN_ROWS_CPU = 6
 PADDED_MAX_CONTEXT_CPU = 256
 # Padding copies keys and values: a group of rows is closed at this many padded tokens.
 PADDED_MAX_TOKENS = 131_072
+PADDED_TO = 16  # tokens
 
 
 def attend_plain(
@@ -236,8 +237,10 @@ def _groups(packed: PackedBatch, num_rows: int) -> list[tuple[int, int]]:
 
 def _padded_rows(first: int, last: int, blocks: Tensor, contexts: Tensor, packed: PackedBatch) -> PaddedRows:
     size = packed.block_tokens
-    longest = -(-int(packed.contexts[first:last].max()) // size) * size
-    slots = _slots(blocks[:, : longest // size], size)
+    context = int(packed.contexts[first:last].max())
+    longest = -(-context // PADDED_TO) * PADDED_TO  # a large block is not padded to its end
+    slots = _slots(blocks[:, : -(-context // size)], size)[:, :longest]
+    longest = slots.shape[1]
     beyond = torch.arange(longest, device=slots.device)[None] >= contexts[:, None]
     index = torch.where(beyond, slots[:, :1], slots)
     return PaddedRows(first, last, index.reshape(-1), contexts, longest)

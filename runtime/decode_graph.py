@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.fused_pass import DecodeInputs
+from runtime.kv_size import is_out_of_memory
 from runtime.scheduler import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Key(NamedTuple):
     num_rows: int
     pools: int
     weights: str
+    block_tokens: int
 
 
 class Decoded(NamedTuple):
@@ -68,6 +70,7 @@ class DecodeGraphs:
         self._graphs: dict[Key, Captured] = {}
         self._refused: set[Key] = set()
         self._memory: tuple[int, int] | None = None  # shared by all graphs: one of them runs at a time
+        self._lacked_memory = False  # the last capture that failed
 
     def takes(self, packed: PackedBatch) -> bool:
         """Whether each token of the step gets its logits: rows of one token, and those with a draft."""
@@ -82,7 +85,7 @@ class DecodeGraphs:
         """Returns what the next replay overwrites. `run` is captured where it was not yet; None where that failed.
         `drawn`: tokens of the last step."""
         num_rows = len(packed.token_ids)
-        key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights)
+        key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights, packed.block_tokens)
         captured = self._graphs.get(key) or self._try_to_capture(key, run)
         if captured is None:
             return None
@@ -94,20 +97,25 @@ class DecodeGraphs:
         self._drawn_by = drawn.data_ptr()
         return Decoded(logits[:num_rows], drawn[:, :num_rows])
 
-    def prepare(self, num_rows: int, pools: int, weights: str, run: Run) -> None:
+    def prepare(
+        self, num_rows: int, pools: int, weights: str, block_tokens: int, run: Run, only_largest: bool = False
+    ) -> bool:
         """Captures the graphs of batches of up to `num_rows`, so that no step has to. The largest comes first, so that
-        the others fit into its memory."""
+        the others fit into its memory. False where one of them had no memory: the others are not tried then."""
         sizes = [size for at, size in enumerate(BUCKETS) if at == 0 or BUCKETS[at - 1] < num_rows]
-        for size in reversed(sizes):
-            key = Key(size, pools, weights)
-            if key not in self._graphs:
-                self._try_to_capture(key, run)
+        for size in sizes[-1:] if only_largest else sizes[::-1]:
+            key = Key(size, pools, weights, block_tokens)
+            if key not in self._graphs and self._try_to_capture(key, run) is None and self._lacked_memory:
+                return False
+        return True
 
     def forget(self, pools: int | None, weights: str | None) -> None:
         """Drops the graphs that read pools or weights which are about to go."""
         for key in [key for key in self._graphs if key.pools == pools or key.weights == weights]:
             del self._graphs[key]
         self._refused = {key for key in self._refused if key.pools != pools and key.weights != weights}
+        if not self._graphs:
+            self._memory = None  # it went with the last of them
 
     def _try_to_capture(self, key: Key, run: Run) -> Captured | None:
         """None where it fails, now or before: such steps are launched kernel by kernel."""
@@ -119,6 +127,7 @@ class DecodeGraphs:
             RuntimeError
         ) as error:  # torch.OutOfMemoryError among them; a weight format that waits for the host
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._lacked_memory = is_out_of_memory(error)
             log.warning(
                 "decode steps of %d rows are not captured, so they take longer: %s", key.num_rows, reason
             )

@@ -25,6 +25,7 @@ from runtime.hf_model import AttentionCall
 from runtime.latent_attention import LatentAttention
 from runtime.layer_parts import Mlp, Norm, Rope, fused, norm_of
 from runtime.paged_model import KVShape
+from runtime.rounded_cache import STORED, RoundedCache
 
 LATENT_TYPES = ("deepseek_v2", "deepseek_v3")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", *LATENT_TYPES)
@@ -42,6 +43,18 @@ class JointCache(NamedTuple):
     def of(cls, rows: Tensor, kv_heads: int) -> "JointCache":
         return cls(rows, rows.view(len(rows), 2, kv_heads, -1).permute(1, 2, 0, 3))
 
+    @property
+    def scales(self) -> None:
+        """None: what lies here is what was written."""
+
+    def write(self, slots: Tensor, new: Tensor) -> None:
+        """new: [T, 2 * kv_heads * D]."""
+        self.rows.index_copy_(0, slots, new)
+
+    def read(self, slots: Tensor) -> Tensor:
+        """Returns [slots, 2 * kv_heads * D]."""
+        return self.rows.index_select(0, slots)
+
     def of_row(self, row: Row) -> tuple[Tensor, Tensor]:
         if isinstance(row.place, slice):
             key, value = self.heads.narrow(2, row.place.start, row.context).split(1)
@@ -56,6 +69,9 @@ class JointCache(NamedTuple):
         return key, value
 
 
+KVCache = JointCache | RoundedCache
+
+
 class Attention(nn.Module):
     """The attention of one layer, heads of queries over heads of keys and values, with weights taken over from the
     model's own."""
@@ -65,6 +81,9 @@ class Attention(nn.Module):
         self.kv_heads, self.dim, _, dtype = call.shape
         self.scaling, self.window = call.scaling, call.sliding_window
         self.kv_shape = KVShape(1, 2 * self.kv_heads * self.dim, 0, dtype)  # keys of a token, then its values
+        self.rounded_shape = KVShape(
+            1, 2 * self.kv_heads * self.dim, 2 * 2 * self.kv_heads, STORED
+        )  # and its scales
         self.qk_norm = qk_norm_of(attention)
         self.qkv = fused(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = attention.o_proj
@@ -75,7 +94,10 @@ class Attention(nn.Module):
         """pool: [slots, 2 * kv_heads * D]."""
         return JointCache.of(pool, self.kv_heads)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: JointCache, step: StepTensors) -> Tensor:
+    def rounded_cache_of(self, pool: tuple[Tensor, Tensor]) -> RoundedCache:
+        return RoundedCache.of(pool, self.kv_shape.dtype)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: StepTensors) -> Tensor:
         """x: [T, hidden]. Returns the same shape."""
         kv_heads, dim = self.kv_heads, self.dim
         qkv = self.qkv.forward(x)
@@ -84,7 +106,7 @@ class Attention(nn.Module):
             turned.copy_(self.qk_norm(turned))
         torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin, out=turned)
         query, new = qkv.split(self._sizes, 1)
-        cache.rows.index_copy_(0, step.slots, new)
+        cache.write(step.slots, new)
         found = attend(query.unflatten(1, (kv_heads, -1, dim)), cache, step, self.scaling, self.window)
         out: Tensor = self.out.forward(found)
         return out

@@ -1,5 +1,6 @@
 """Our decoder over the paged pool: tier A. On a GPU with Triton by kernels, and steps of one token a row as graphs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,12 +9,16 @@ from transformers import PreTrainedModel
 
 from runtime.attention import StepTensors
 from runtime.decode_graph import Decoded, DecodeGraphs
-from runtime.decoder import Decoder
+from runtime.decoder import Attention, Decoder
 from runtime.fused_pass import DecodeInputs, fused_pass
 from runtime.hf_model import HFModel
 from runtime.kv_cache import BLOCK_TOKENS
-from runtime.paged_model import KVPools, PagedModel, probe_tokens
+from runtime.paged_model import KVPools, KVShape, PagedModel, probe_tokens, slots_in
+from runtime.retable import Retabled
+from runtime.rounded_cache import STORED
 from runtime.scheduler import PackedBatch
+
+CONVERTED_TOKENS = 65_536  # of a pool that is rounded or restored, at a time
 
 
 class DecoderModel(PagedModel):
@@ -33,6 +38,11 @@ class DecoderModel(PagedModel):
         self.decoder = Decoder(plain.model, plain.attention_calls)
         shapes = {index: layer.attention.kv_shape for index, layer in enumerate(self.decoder.layers)}
         super().__init__(self.decoder, plain.device, shapes)
+        parts = [layer.attention for layer in self.decoder.layers]
+        if heads := {
+            index: part.rounded_shape for index, part in enumerate(parts) if isinstance(part, Attention)
+        }:
+            self._rounded_shapes, self.kv_dtypes, self.fixed_knobs = heads, ("auto", "fp8"), {}
         self._caches: tuple[KVPools, list[Any]] = ({}, [])
         self._fused = fused_pass(self.decoder, self.device, max_model_len)
         self._graphs: DecodeGraphs | None = None
@@ -40,9 +50,26 @@ class DecoderModel(PagedModel):
         token_ids = probe_tokens(self.decoder.embedding.shape[0], self.device)[0].tolist()
         self.check_against(plain.expected, token_ids)
 
+    def shapes_of(self, kv_dtype: str) -> Mapping[int, KVShape]:
+        return self._rounded_shapes if kv_dtype == "fp8" else self.kv_shapes
+
+    def copy_pool(
+        self, layer: int, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], move: Retabled
+    ) -> None:
+        if source[0].dtype == target[0].dtype:
+            super().copy_pool(layer, source, target, move)
+            return
+        part = self.decoder.layers[layer].attention
+        taken, given = cache_of(part, source), cache_of(part, target)
+        sources, targets = (slots_in(blocks, move.block_tokens).to(self.device) for blocks in move.move)
+        for old, new in zip(sources.split(CONVERTED_TOKENS), targets.split(CONVERTED_TOKENS), strict=True):
+            given.write(new, taken.read(old))
+
     @torch.inference_mode()
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
         graphs = self._graphs
+        if self._fused is not None:
+            self._fused.use_blocks(packed.block_tokens)
         if graphs is not None and pools is None and packed.copies is None and graphs.takes(packed):
             decoded = graphs.replay(packed, id(self.pools), self.weights_key, self._decode, self.drawn)
             if decoded is not None:
@@ -63,12 +90,17 @@ class DecoderModel(PagedModel):
         return self._fused.forward(step, caches)
 
     @torch.inference_mode()
-    def prepare_steps(self, max_num_seqs: int) -> None:
+    def prepare_steps(
+        self, max_num_seqs: int, block_tokens: int = BLOCK_TOKENS, only_largest: bool = False
+    ) -> bool:
         """Captures what steps of up to so many rows will replay, over the pools in force."""
         if self._fused is None:
-            return
+            return True
+        self._fused.use_blocks(block_tokens)
         self._graphs = self._graphs or DecodeGraphs(self.device, self._max_blocks)
-        self._graphs.prepare(max_num_seqs, id(self.pools), self.weights_key, self._decode)
+        return self._graphs.prepare(
+            max_num_seqs, id(self.pools), self.weights_key, block_tokens, self._decode, only_largest
+        )
 
     def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
         if pools is not None and self._caches[0] is pools:
@@ -91,6 +123,11 @@ class DecoderModel(PagedModel):
     def _caches_of(self, pools: KVPools) -> list[Any]:
         if self._caches[0] is not pools:
             parts = [layer.attention for layer in self.decoder.layers]
-            caches = [part.cache_of(pool[0][0]) for part, pool in zip(parts, pools.values(), strict=True)]
+            caches = [cache_of(part, pool) for part, pool in zip(parts, pools.values(), strict=True)]
             self._caches = (pools, caches)
         return self._caches[1]
+
+
+def cache_of(part: Any, pool: tuple[Tensor, Tensor]) -> Any:
+    """One layer's pool as its attention reads and writes it."""
+    return part.rounded_cache_of(pool) if pool[0].dtype == STORED else part.cache_of(pool[0][0])

@@ -25,6 +25,7 @@ from runtime.clock import Clock
 from runtime.errors import InvalidKnob, InvalidRequest, LinkBroken, ModelError, PrepareFailed, RuntimeFault
 from runtime.host import num_cores
 from runtime.knobs import EngineConfig, default_config, knob_reports
+from runtime.kv_cache import BLOCK_TOKENS
 from runtime.link import Frame, FrameReader, FrameWriter
 from runtime.plan import PlanRunner, PlanTick, SlicePlan
 from runtime.prepare import Preparation, Prepared, Preparer
@@ -96,7 +97,7 @@ class Engine:
         self._pending: list[Pending] = []
         runner.is_prepared = executor.warm.is_ready
         self.scheduler = Scheduler(executor.pool, runner.champion, executor.max_model_len)
-        self.scheduler.use_namespace(executor.warm.weight_format)
+        self.scheduler.use_namespace(executor.warm.namespace)
         self.scorer = Scorer(executor, send)
         self.tick = PlanTick(runner.champion, None, [])
         self._under_way: UnderWay | None = None
@@ -501,10 +502,11 @@ def engine_parts(
     config = _with_weights(executor, config, asked.get("weight_format"))
     warm = executor.warm
     # Of the fitted pool: engines that start later, on what `kv_tokens` is by then, must tell the same limit.
-    fitted_blocks = executor.fitted_kv_tokens // executor.pool.block_tokens
+    fitted_blocks = executor.fitted_kv_tokens // BLOCK_TOKENS
     reports = knob_reports(
         cores, min(1024, fitted_blocks), executor.identity()["fitted_knobs"],
-        warm.max_blocks * executor.pool.block_tokens, warm.formats, warm.fixed_knobs, executor.max_model_len,
+        warm.max_blocks * BLOCK_TOKENS, warm.formats, warm.fixed_knobs, executor.max_model_len,
+        executor.max_batched_tokens,
     )  # fmt: skip
     limits = {
         report["name"]: report["high"]

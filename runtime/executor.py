@@ -4,8 +4,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -16,30 +15,24 @@ from transformers import PreTrainedModel
 import runtime
 from runtime.decoder_model import DecoderModel
 from runtime.errors import ModelError
+from runtime.fitting import Fitting
 from runtime.hf_model import HFModel
 from runtime.host import cpu_model, free_memory_bytes, num_cores
 from runtime.knobs import EngineConfig
-from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.linear import lay_out_linears
 from runtime.loader import LoadedModel
 from runtime.logprobs import PromptLogprob, TokenLogprobs, logprobs_of, prompt_logprobs_of
 from runtime.paged_model import KVPools, PagedModel
 from runtime.plain_model import PlainModel
-from runtime.request import Request, SamplingParams
+from runtime.request import Request
 from runtime.sampling import are_greedy, draw, tokens_of
-from runtime.scheduler import Batch, IntArray, PackedBatch, Scheduler, ScoredPiece
+from runtime.scheduler import Batch, IntArray, PackedBatch, ScoredPiece
 from runtime.scoring import Scored
 from runtime.warm import WarmStates
 
 log = logging.getLogger(__name__)
 
-CPU_KV_SHARE = 0.25  # of free memory, by default
-CPU_KV_LIMIT = 0.8  # of free memory, when asked for more
-CUDA_KV_SHARE = 0.8
 LAID_OUT_SHARE = 0.3  # of free memory, for copies of weights that a CPU multiplies faster
-CPU_KV_SEQUENCES = 64
-CUDA_KV_SEQUENCES = 1024
-WARM_UP_ROWS = (1, 2, 4, 8, 16)
 
 
 class Executed(NamedTuple):
@@ -99,19 +92,23 @@ class Executor:
         self._threads = 0
         self._landed = 0.0  # when the last step did
         self._use_threads(config.threads_decode)
+        if config.kv_dtype in self._model.kv_dtypes:
+            self._model.kv_dtype = config.kv_dtype
+        else:
+            log.warning(
+                "`kv_dtype` %s is not to be had: this model %s", config.kv_dtype, self._model.why_fixed
+            )
         lay_out_linears(self._model.model, int(LAID_OUT_SHARE * free_memory_bytes()))
-        activation_bytes = self._warm_up(config)
-        fitted, max_blocks = self._pool_blocks(kv_tokens, activation_bytes)
-        num_blocks = fitted
-        if asked_kv_tokens is not None:
-            num_blocks, _ = self._pool_blocks(asked_kv_tokens, activation_bytes)
-        self.fitted_kv_tokens = fitted * BLOCK_TOKENS
-        self.pool = self._allocate(num_blocks)
+        fitted = Fitting(self._model, loaded.max_model_len, self.execute).fit(
+            config, kv_tokens, asked_kv_tokens
+        )
+        self.pool, self.fitted_kv_tokens, self.kv_tokens_possible, max_blocks, self.max_batched_tokens = (
+            fitted
+        )
         self.max_model_len = min(loaded.max_model_len, self.pool.num_tokens)
         self.warm = WarmStates(
-            self._model, self.pool.num_blocks, self.free_bytes, self.max_model_len, max_blocks
+            self._model, self.pool.block_tokens, self.free_bytes, self.max_model_len, max_blocks
         )
-        self._model.prepare_steps(config.max_num_seqs)
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._process = psutil.Process()
@@ -158,9 +155,10 @@ class Executor:
         """Nothing is left to compute for now: what was held for the last requests is given back."""
         self._model.rest()
 
-    def score_area(self, num_blocks: int) -> KVPools:
-        """Room for one sequence that is scored beside serving. Raises RuntimeError where there is no memory."""
-        return self._model.new_pools(num_blocks)
+    def score_area(self, num_blocks: int, config: EngineConfig) -> KVPools:
+        """Room for one sequence that is scored beside serving, of the `kv_dtype` of `config`. Raises RuntimeError where
+        there is no memory."""
+        return self._model.new_pools(num_blocks, kv_dtype=config.kv_dtype)
 
     @torch.inference_mode()
     def score(self, packed: PackedBatch, targets: IntArray, area: KVPools, config: EngineConfig) -> Scored:
@@ -218,7 +216,8 @@ class Executor:
                 "kv_tokens": self.fitted_kv_tokens,
                 **self._model.fixed_knobs,
             },
-            "kv_total_tokens": self.pool.num_tokens,
+            "kv_total_tokens": self._model.num_slots,
+            "kv_tokens_possible": self.kv_tokens_possible,
             "kv_block_tokens": self.pool.block_tokens,
             "kv_bytes_per_token": self._model.kv_bytes_per_token,
         }
@@ -227,77 +226,6 @@ class Executor:
         if threads != self._threads:
             torch.set_num_threads(threads)
             self._threads = threads
-
-    # -- before the first request ----------------------------------------------------------------------------
-
-    def _warm_up(self, config: EngineConfig) -> int:
-        """Computes a few steps of several shapes with both thread settings, on a small pool of its own.
-
-        Returns the bytes that the largest step took on the device beside weights and pool (0 on a CPU).
-        """
-        prompt_tokens = min(config.max_batched_tokens, self._loaded.max_model_len - 2)
-        pool = BlockPool(-(-(prompt_tokens + 2 * max(WARM_UP_ROWS)) // BLOCK_TOKENS) + 3 * max(WARM_UP_ROWS))
-        self._model.allocate(pool.num_blocks)
-        before = 0
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)  # an earlier executor's peak is not ours
-            before = torch.cuda.memory_allocated(self._device)
-        most_rows = int(self._model.fixed_knobs.get("max_num_seqs", max(WARM_UP_ROWS)))
-        tried_rows = [rows for rows in WARM_UP_ROWS if rows <= most_rows]
-        for threads, rows in product({config.threads_prefill, config.threads_decode}, tried_rows):
-            tried = config.patched(
-                {"threads_prefill": threads, "threads_decode": threads, "max_num_seqs": rows}
-            )
-            scheduler = Scheduler(pool, tried, self._loaded.max_model_len)
-            for request in _warm_up_requests(rows, prompt_tokens):
-                scheduler.add(request)
-            while (batch := scheduler.schedule(0.0)) is not None:
-                tokens = self.execute(batch, scheduler.pack(batch), tried).tokens
-                scheduler.finish_step(batch, [token or 0 for token in tokens], 0.0)
-        if self._device.type != "cuda":
-            return 0
-        activation_bytes = torch.cuda.max_memory_allocated(self._device) - before
-        self._model.release()
-        torch.cuda.empty_cache()
-        return activation_bytes
-
-    def _pool_blocks(self, kv_tokens: int | None, activation_bytes: int) -> tuple[int, int]:
-        """Blocks of the pool, and the most that would fit."""
-        per_token = self._model.kv_bytes_per_token
-        num_seqs = CUDA_KV_SEQUENCES if self._device.type == "cuda" else CPU_KV_SEQUENCES
-        num_seqs = min(num_seqs, int(self._model.fixed_knobs.get("max_num_seqs", num_seqs)))
-        most = num_seqs * -(-self._loaded.max_model_len // BLOCK_TOKENS) * BLOCK_TOKENS
-        if self._device.type == "cuda":
-            free_bytes = torch.cuda.mem_get_info(self._device)[0]
-            limit = int((CUDA_KV_SHARE * free_bytes - activation_bytes) / per_token)
-            default = min(limit, most)
-        else:
-            free_bytes = free_memory_bytes()
-            limit = int(CPU_KV_LIMIT * free_bytes / per_token)
-            default = min(int(CPU_KV_SHARE * free_bytes / per_token), most)
-        wished = default if kv_tokens is None else kv_tokens
-        if wished > limit:
-            log.warning("a KV pool of %d tokens was asked for, %d fit in memory: using those", wished, limit)
-        num_blocks = min(wished, limit) // BLOCK_TOKENS
-        if num_blocks < 2:
-            raise ModelError(
-                f"The KV pool must hold at least {2 * BLOCK_TOKENS} tokens, but got {min(wished, limit)} "
-                f"({per_token} bytes a token, {free_bytes} bytes free). Raise --kv-tokens or free memory."
-            )
-        return num_blocks, limit // BLOCK_TOKENS
-
-    def _allocate(self, num_blocks: int) -> BlockPool:
-        while True:
-            try:
-                self._model.allocate(num_blocks)
-                return BlockPool(num_blocks, wants_runs=self._device.type != "cuda")
-            except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on a CPU
-                if "memory" not in str(error).lower() or num_blocks < 4:
-                    raise
-                log.warning(
-                    "a KV pool of %d tokens did not fit, trying half: %s", num_blocks * BLOCK_TOKENS, error
-                )
-                num_blocks //= 2
 
 
 def servable(model: PreTrainedModel, tiers: str = "ABC", max_model_len: int | None = None) -> PagedModel:
@@ -334,10 +262,3 @@ def _scores(batch: Batch, piece: ScoredPiece, logits: torch.Tensor) -> list[Prom
     assert request.token_ids is not None, "a replayed request is not scored"
     targets = request.token_ids[piece.start + 1 : piece.end + 1].tolist()
     return prompt_logprobs_of(logits, targets, request.sampling.num_prompt_logprobs or 0)
-
-
-def _warm_up_requests(rows: int, prompt_tokens: int) -> Iterator[Request]:
-    """One long prompt when alone, else short ones; one request in two is drawn rather than greedy."""
-    for row in range(rows):
-        length = prompt_tokens if rows == 1 else min(8 + row, prompt_tokens)
-        yield Request.of_tokens(str(row), [0] * length, 2, 0.0, SamplingParams(float(row % 2), 0.9, seed=row))

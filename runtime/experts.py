@@ -1,4 +1,4 @@
-"""Mixtures of experts: which experts each token goes to, and what they make of it.
+"""Mixtures of experts: what those that each token goes to make of it. Which they are: `runtime.expert_choice`.
 
 Pairs of a token and one of its experts are sorted by expert, so that each expert multiplies its tokens at once.
 `multiply_plain` says what is meant; `grouped_mm` does it in one call where a device has it and gives the same.
@@ -6,16 +6,14 @@ The experts' weights and the router's stay as loaded in every weight format: the
 """
 
 import logging
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import linear, silu
 
-from runtime.errors import ModelError
+from runtime.expert_choice import Chosen, choice_of
 from runtime.layer_parts import Mlp
 
 log = logging.getLogger(__name__)
@@ -25,93 +23,6 @@ log = logging.getLogger(__name__)
 # 652 / 355.
 GROUPED_MIN_PAIRS_CPU = 32
 WIDE_ROUTERS = ("deepseek_v2", "deepseek_v3")  # they compute logits in float32 whatever the model is
-
-
-class Chosen(NamedTuple):
-    """The experts of each token. Both: [T, top_k]."""
-
-    weights: Tensor
-    index: Tensor
-
-
-Choice = Callable[[Tensor], Chosen]  # from logits [T, experts]
-
-
-def by_softmax(
-    logits: Tensor,
-    top_k: int,
-    num_groups: int = 1,
-    kept_groups: int = 1,
-    is_normalised: bool = False,
-    factor: float = 1.0,
-) -> Chosen:
-    """The likeliest experts; with groups, those in the groups whose best expert is likeliest."""
-    scores = torch.softmax(logits, -1, dtype=torch.float32)
-    if kept_groups < num_groups:
-        best = scores.unflatten(1, (num_groups, -1)).amax(-1)
-        scores = scores.masked_fill(~in_best_groups(best, kept_groups, logits.shape[1]), 0.0)
-    weights, index = scores.topk(top_k)
-    if is_normalised:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return Chosen(weights if factor == 1.0 else weights * factor, index)
-
-
-def by_sigmoid(
-    logits: Tensor,
-    bias: Tensor,
-    top_k: int,
-    num_groups: int,
-    kept_groups: int,
-    is_normalised: bool,
-    factor: float,
-) -> Chosen:
-    """Those with the highest biased scores, in the groups whose two best have the highest sum. The bias, [experts],
-    has no part in the weights."""
-    scores = logits.sigmoid()
-    biased = scores + bias
-    if kept_groups < num_groups:
-        best = biased.unflatten(1, (num_groups, -1)).topk(2)[0].sum(-1)
-        biased = biased.masked_fill(~in_best_groups(best, kept_groups, logits.shape[1]), float("-inf"))
-    index = biased.topk(top_k, sorted=False)[1]  # as transformers does: the order decides how a sum rounds
-    weights = scores.gather(1, index)
-    if is_normalised:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return Chosen(weights * factor, index)
-
-
-def in_best_groups(scores: Tensor, kept_groups: int, num_experts: int) -> Tensor:
-    """scores: [T, groups]. Returns bool [T, experts]."""
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(kept_groups)[1], True)
-    return kept.repeat_interleave(num_experts // scores.shape[1], 1)
-
-
-def choice_of(config: Any, bias: Tensor | None) -> Choice:
-    """Raises ModelError where the rule is not known here."""
-    match config.model_type:
-        case "mixtral":
-            return partial(by_softmax, top_k=config.num_experts_per_tok, is_normalised=True)
-        case "qwen3_moe":
-            normalised = config.norm_topk_prob
-            return partial(by_softmax, top_k=config.num_experts_per_tok, is_normalised=normalised)
-        case "deepseek_v2":  # normalises in no case, whatever its configuration says
-            top_k, factor = config.num_experts_per_tok, config.routed_scaling_factor
-            if config.topk_method == "greedy":
-                return partial(by_softmax, top_k=top_k, factor=factor)
-            if config.topk_method == "group_limited_greedy":
-                groups = {"num_groups": config.n_group, "kept_groups": config.topk_group}
-                return partial(by_softmax, top_k=top_k, factor=factor, **groups)
-            raise ModelError(f"its topk_method is {config.topk_method}, not greedy or group_limited_greedy")
-        case "deepseek_v3" if bias is not None:
-            return partial(
-                by_sigmoid,
-                bias=bias,
-                top_k=config.num_experts_per_tok,
-                num_groups=config.n_group,
-                kept_groups=config.topk_group,
-                is_normalised=config.norm_topk_prob,
-                factor=config.routed_scaling_factor,
-            )
-    raise ModelError(f"how {config.model_type} chooses experts is not known here")
 
 
 def multiply_plain(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -164,16 +75,16 @@ class Experts(nn.Module):
             mlp.experts.down_proj,  # [experts, hidden, size]
         )
         self.shared = Mlp(mlp.shared_experts) if hasattr(mlp, "shared_experts") else None
-        self._choice = choice_of(config, getattr(mlp.gate, "e_score_correction_bias", None))
+        self.rule = choice_of(config, getattr(mlp.gate, "e_score_correction_bias", None))
         # Held twice where the model is narrower than its router's arithmetic: 4 bytes a value of the router.
         router = self.router.detach()
         self._router = router.float() if config.model_type in WIDE_ROUTERS else router
         self._numbers = torch.arange(len(router), device=router.device)
         self._weights_dtype = router.dtype if config.model_type == "qwen3_moe" else torch.float32
-        self._has_grouped = has_grouped(self.gate_up) and has_grouped(self.down)
+        self.has_grouped_form = has_grouped(self.gate_up) and has_grouped(self.down)
 
     def choose(self, x: Tensor) -> Chosen:
-        return self._choice(linear(x.to(self._router.dtype), self._router))
+        return self.rule.choose(linear(x.to(self._router.dtype), self._router))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, hidden]. Returns the same shape and type."""
@@ -181,7 +92,7 @@ class Experts(nn.Module):
         top_k = index.shape[1]
         experts, pairs = index.flatten().sort()
         ends = torch.searchsorted(experts, self._numbers, right=True, out_int32=True)
-        is_grouped = self._has_grouped and (x.is_cuda or len(pairs) >= GROUPED_MIN_PAIRS_CPU)
+        is_grouped = self.has_grouped_form and (x.is_cuda or len(pairs) >= GROUPED_MIN_PAIRS_CPU)
         multiply = multiply_grouped if is_grouped else multiply_plain
         rows = x.index_select(0, pairs.div(top_k, rounding_mode="floor"))
         gate, up = multiply(rows, self.gate_up, ends).chunk(2, 1)

@@ -2,24 +2,30 @@
 
 The weights are those of `runtime.decoder`; what differs is how they are multiplied and what lies between: the
 residual is added where the next norm reads it, rope and the cache's write are one kernel, decode rows read their
-blocks where they lie. It computes what `Decoder.forward` computes, and a test compares the two.
+blocks where they lie. It computes what `Decoder.forward` computes, and a test compares the two. Layers with heads of
+their own and dense MLPs are computed here, latents in `runtime.fused_latent`, experts in `runtime.fused_experts`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
-from runtime.decoder import Attention, Decoder, JointCache
+from runtime.decoder import Attention, Decoder, KVCache
+from runtime.experts import Experts
+from runtime.fused_experts import FusedExperts
+from runtime.fused_latent import FusedLatent
 from runtime.kernels import TRITON, Kernels, Shape, checked
+from runtime.kernels.expert_trials import ExpertShape
 from runtime.kernels.linear_table import LinearTable
 from runtime.kernels.splits import choose_splits
 from runtime.kv_cache import BLOCK_TOKENS
+from runtime.latent_attention import LatentAttention
 from runtime.layer_parts import Mlp
 
-Attend = Callable[[Tensor, JointCache, Attention], Tensor]
+Attend = Callable[[Tensor, KVCache, Attention], Tensor]
 
 
 class DecodeInputs(NamedTuple):
@@ -38,18 +44,25 @@ class DecodeInputs(NamedTuple):
 
 
 class FusedPass:
-    """A decoder of attention with heads of its own and dense MLPs, computed by kernels."""
+    """A decoder computed by kernels."""
 
     def __init__(
         self, decoder: Decoder, kernels: Kernels, block_tokens: int, max_model_len: int, num_sms: int
     ) -> None:
-        self._decoder, self._kernels, self._block_tokens = decoder, kernels, block_tokens
+        self._decoder, self._kernels = decoder, kernels
         self._num_sms = num_sms
         self.linears = LinearTable(kernels)
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
+        self._latent = FusedLatent(kernels, self.linears, self._angles, block_tokens, num_sms)
+        self._experts = FusedExperts(kernels, self.linears)
+        self.use_blocks(block_tokens)
 
-    def forward(self, step: StepTensors, caches: Sequence[JointCache]) -> Tensor:
+    def use_blocks(self, block_tokens: int) -> None:
+        """From here on the pool's blocks are of so many tokens."""
+        self._block_tokens = self._latent.block_tokens = block_tokens
+
+    def forward(self, step: StepTensors, caches: Sequence[Any]) -> Tensor:
         """Any rows. Returns logits [last_tokens, vocab]."""
         num_single = step.num_apart
         inputs = DecodeInputs(
@@ -62,7 +75,7 @@ class FusedPass:
         )
         splits = self._splits(num_single)
 
-        def attend(qkv: Tensor, cache: JointCache, layer: Attention) -> Tensor:
+        def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             found = []
             if num_single:
                 found.append(self._decode(qkv[:num_single], cache, layer, inputs, splits))
@@ -74,68 +87,86 @@ class FusedPass:
                 found.append(out.flatten(1))
             return found[0] if len(found) == 1 else torch.cat(found)
 
-        return self._logits(self._hidden(inputs, caches, attend).index_select(0, step.last_tokens))
+        return self._logits(self._hidden(inputs, caches, attend, step).index_select(0, step.last_tokens))
 
-    def decode(self, inputs: DecodeInputs, caches: Sequence[JointCache]) -> Tensor:
+    def decode(self, inputs: DecodeInputs, caches: Sequence[Any]) -> Tensor:
         """Rows of one token. Depends on nothing but the inputs' shapes, so that it can be captured.
 
         Returns logits [B, vocab].
         """
         splits = self._splits(len(inputs.contexts))
 
-        def attend(qkv: Tensor, cache: JointCache, layer: Attention) -> Tensor:
+        def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             return self._decode(qkv, cache, layer, inputs, splits)
 
-        return self._logits(self._hidden(inputs, caches, attend))
+        return self._logits(self._hidden(inputs, caches, attend, None))
 
     def measure_linears(self) -> None:
         """Finds the faster form of each layer."""
-        attentions = [
-            layer.attention for layer in self._decoder.layers if isinstance(layer.attention, Attention)
-        ]
+        attentions = [layer.attention for layer in self._decoder.layers]
         mlps = [layer.mlp for layer in self._decoder.layers if isinstance(layer.mlp, Mlp)]
-        self.linears.measure("whole", [self._decoder.head, *(one.qkv for one in attentions)])
+        into = [part for one in attentions for part in layers_into(one)]
+        self.linears.measure("whole", [self._decoder.head, *into])
         self.linears.measure("gated", [one.gate_up for one in mlps])
         self.linears.measure("parts", [*(one.out for one in attentions), *(one.down for one in mlps)])
 
-    def _pieces(self, qkv: Tensor, cache: JointCache, layer: Attention, pieces: Pieces) -> Tensor:
+    def _pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, pieces: Pieces) -> Tensor:
         """qkv: of the pieces' tokens. Returns [tokens, heads * D]."""
         heads, kv_heads, dim = layer.num_heads, layer.kv_heads, layer.dim
         query, key, value = qkv.unflatten(1, (-1, dim)).split((heads, kv_heads, kv_heads), 1)
         if pieces.slots is not None:
-            cached = cache.rows.index_select(0, pieces.slots)
+            cached = cache.read(pieces.slots)
             key, value = cached.unflatten(1, (2, kv_heads, dim)).unbind(1)
         return attend_pieces(query, key, value, pieces, layer.scaling, layer.window).flatten(1)
 
     def _splits(self, num_rows: int) -> int:
-        return choose_splits(num_rows, self._decoder.layers[0].attention.kv_heads, self._num_sms)
+        attention = self._decoder.layers[0].attention
+        kv_heads = attention.kv_heads if isinstance(attention, Attention) else 1  # latents choose their own
+        return choose_splits(num_rows, kv_heads, self._num_sms)
 
     def _decode(
-        self, qkv: Tensor, cache: JointCache, layer: Attention, inputs: DecodeInputs, splits: int
+        self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: DecodeInputs, splits: int
     ) -> Tensor:
+        if cache.scales is not None:
+            return self._kernels.paged_decode_fp8(
+                queries_of(qkv, layer), cache.rows, cache.scales, inputs.tables, inputs.contexts, self._block_tokens,
+                layer.scaling, layer.window, splits,
+            )  # fmt: skip
         return self._kernels.paged_decode(
             queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, self._block_tokens, layer.scaling,
             layer.window, splits,
         )  # fmt: skip
 
-    def _hidden(self, inputs: DecodeInputs, caches: Sequence[JointCache], attend: Attend) -> Tensor:
-        """Returns the normed output of the last layer, [T, hidden]."""
+    def _hidden(
+        self, inputs: DecodeInputs, caches: Sequence[Any], attend: Attend, step: StepTensors | None
+    ) -> Tensor:
+        """`step`: None where all rows are of one token. Returns the normed output of the last layer, [T, hidden]."""
         kernels, decoder = self._kernels, self._decoder
         x = kernels.embed(inputs.token_ids, inputs.drawn, decoder.embedding)
         delta: Tensor | None = None
         for layer, cache in zip(decoder.layers, caches, strict=True):
             attention, mlp = layer.attention, layer.mlp
-            assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
             y = kernels.add_norm(x, delta, layer.before.weight, layer.before.eps)
-            qkv = self.linears.whole(attention.qkv, y)
-            norm = attention.qk_norm
-            kernels.rope_and_cache(
-                qkv, self._angles, inputs.positions, cache.rows, inputs.slots, attention.kv_heads,
-                None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
-            )  # fmt: skip
-            delta = self.linears.added(attention.out, attend(qkv, cache, attention))
+            if isinstance(attention, LatentAttention):
+                found = self._latent.attend(y, cache, attention, inputs, step)
+            else:
+                qkv = self.linears.whole(attention.qkv, y)
+                norm = attention.qk_norm
+                turn = (None if norm is None else norm.weight, 0.0 if norm is None else norm.eps)
+                written = (qkv, self._angles, inputs.positions, cache.rows)
+                if cache.scales is not None:
+                    kernels.rope_and_cache_fp8(
+                        *written, cache.scales, inputs.slots, attention.kv_heads, *turn
+                    )
+                else:
+                    kernels.rope_and_cache(*written, inputs.slots, attention.kv_heads, *turn)
+                found = attend(qkv, cache, attention)
+            delta = self.linears.added(attention.out, found)
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
-            delta = self.linears.added(mlp.down, self.linears.gated(mlp.gate_up, y))
+            if isinstance(mlp, Experts):
+                delta = self._experts.forward(y, mlp)
+            else:
+                delta = self.linears.added(mlp.down, self.linears.gated(mlp.gate_up, y))
         return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
 
     def greedy(self, logits: Tensor) -> Tensor:
@@ -152,26 +183,44 @@ def queries_of(qkv: Tensor, layer: Attention) -> Tensor:
     return query.unflatten(1, (layer.kv_heads, -1, layer.dim))
 
 
-def shape_of(decoder: Decoder) -> Shape:
-    """Of a decoder whose layers are all of the kinds that the kernels know."""
-    first = decoder.layers[0]
-    attention, mlp = first.attention, first.mlp
-    assert isinstance(attention, Attention) and isinstance(mlp, Mlp)
-    return Shape(
-        attention.num_heads, attention.kv_heads, attention.dim, decoder.embedding.shape[1], mlp.down.in_features,
-        BLOCK_TOKENS, attention.window, attention.qk_norm is not None,
-    )  # fmt: skip
+def layers_into(attention: Attention | LatentAttention) -> list[nn.Module]:
+    """The linear layers before the cache."""
+    if isinstance(attention, Attention):
+        return [attention.qkv]
+    return [attention.down] if attention.query is None else [attention.down, attention.query]
 
 
 def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> FusedPass | None:
-    """The pass where there is a GPU with Triton, and layers of the kinds that the kernels know. A kernel that fails
-    its check is replaced by its plain twin."""
-    layers = decoder.layers
-    known = all(isinstance(layer.attention, Attention) and isinstance(layer.mlp, Mlp) for layer in layers)
-    if device.type != "cuda" or TRITON is None or not known:
+    """The pass where there is a GPU with Triton. A kernel that fails its check is replaced by its plain twin."""
+    if device.type != "cuda" or TRITON is None:
         return None
     kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape_of(decoder))
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
     found.measure_linears()
     return found
+
+
+def shape_of(decoder: Decoder) -> Shape:
+    """What the kernels see of the model."""
+    hidden = decoder.embedding.shape[1]
+    attention = decoder.layers[0].attention
+    dense = next((layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Mlp)), None)
+    mixed = next((layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Experts)), None)
+    experts = None
+    if mixed is not None:
+        num_experts, _, size = mixed.down.shape
+        num_shared = 0 if mixed.shared is None else mixed.shared.down.in_features // size
+        rule, is_biased = mixed.rule._replace(bias=None), mixed.rule.bias is not None
+        experts = ExpertShape(num_experts, size, num_shared, rule, is_biased)
+    intermediate = hidden if dense is None else dense.down.in_features
+    if isinstance(attention, LatentAttention):
+        return Shape(
+            attention.num_heads, 1, attention.key_dim, hidden, intermediate, BLOCK_TOKENS,
+            latent_dim=attention.rank + attention.rope, latent_value_dim=attention.rank, has_own_heads=False,
+            experts=experts,
+        )  # fmt: skip
+    return Shape(
+        attention.num_heads, attention.kv_heads, attention.dim, hidden, intermediate, BLOCK_TOKENS, attention.window,
+        attention.qk_norm is not None, experts=experts,
+    )  # fmt: skip

@@ -69,7 +69,7 @@ class Knob:
             InvalidKnob: wrong type, out of range, or not one of the choices.
         """
         if self.choices is not None:
-            if value not in self.choices:
+            if str(value) not in self.choices:  # a number is one where choices are numbers: 64 is "64"
                 raise InvalidKnob(
                     f"`{self.name}` must be one of {', '.join(self.choices)}, but got {value!r}."
                 )
@@ -269,6 +269,30 @@ class EngineConfig:
         help="Running requests above which nothing is drafted: the more they are, the less a step has to spare.",
     )
 
+    kv_block: str = knob(
+        "16",
+        kind="choice",
+        choices=("16", "32", "64", "128", "256"),
+        unit="tokens",
+        apply=ApplyMode.WARM,
+        searched=False,  # on a CPU rows are read as runs of blocks, whatever their size
+        is_later=True,
+        help="Tokens of one block of the KV pool, the unit in which it is handed out and prefixes are cached.",
+    )
+
+    kv_dtype: str = knob(
+        "auto",
+        kind="choice",
+        choices=("auto", "fp8"),
+        unit="",
+        apply=ApplyMode.WARM,
+        changes_outputs=True,
+        searched=False,  # a pool beside the one in force finds room only where that one is small
+        is_later=True,
+        help="How the KV pool holds keys and values: `auto` as the model computes them, `fp8` in 8 bits with a scale "
+        "for each head of each token.",
+    )
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "EngineConfig":
         """Every knob not named keeps its declared default.
@@ -284,6 +308,11 @@ class EngineConfig:
 
     def values(self) -> dict[str, KnobValue]:
         return asdict(self)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one block, `kv_block` as a number."""
+        return int(self.kv_block)
 
     @cached_property
     def config_id(self) -> str:
@@ -369,12 +398,16 @@ def knob_reports(
     weight_formats: Sequence[str] | None = None,
     fixed: Mapping[str, KnobValue] | None = None,
     max_model_len: int | None = None,
+    max_batched_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
     """What the engine tells of its knobs: the declaration, with `high`, `choices` and `default` narrowed to this
-    machine and model. `fitted` as in `default_config`; `fixed`: knobs that the model leaves one value."""
+    machine and model. `fitted` as in `default_config`; `fixed`: knobs that the model leaves one value.
+    `max_batched_tokens`: where memory bounds it."""
     ceilings = {"threads_decode": num_cores, "threads_prefill": num_cores, "max_num_seqs": max_num_seqs}
     if max_kv_tokens is not None:
         ceilings["kv_tokens"] = max_kv_tokens
+    if max_batched_tokens is not None:
+        ceilings["max_batched_tokens"] = max_batched_tokens
     if max_model_len is not None:  # no prompt is longer
         ceilings["long_prompt_threshold"] = max_model_len
     reports = []

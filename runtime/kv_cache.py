@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from runtime.prefix_cache import PrefixIndex
 
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = 16  # of the smallest block; pools are whole multiples of it
 # Consecutive blocks are worth some cached ones, but not all: at most this many times the blocks asked for.
 EVICTED_FOR_A_RUN = 4
 BlockIds = NDArray[np.int32]
@@ -84,6 +84,13 @@ class BlockPool:
             return follower
         return int(self.allocate(1)[0])
 
+    def claim(self, block: int) -> bool:
+        """Holds this very block. False where it is not free."""
+        if not self._free[block]:
+            return False
+        self._hold(np.array([block], np.int32))
+        return True
+
     def share(self, blocks: Sequence[int]) -> None:
         """One more holder for blocks that are held or idle."""
         for block in blocks:
@@ -110,6 +117,11 @@ class BlockPool:
     def register(self, block: int, key: bytes) -> None:
         """The held block is full and computed: from now on others may find it under `key`."""
         self.index.add(block, key)
+
+    def resized(self, num_slots: int, block_tokens: int) -> "BlockPool":
+        """An empty pool to take this one's place, of as many blocks as fit, for which the same keys mean the same."""
+        index = PrefixIndex(self.index.salt)
+        return BlockPool(num_slots // block_tokens, block_tokens, self.wants_runs, index)
 
     def forget_prefixes(self) -> None:
         """Idle blocks become free, and no held block can be found any more."""

@@ -4,7 +4,7 @@ A layer's pool is a pair of tensors `[heads, slots, values]`, keys and values wh
 heads and values those are is the model's own affair; the pools are made, moved and copied by slots.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from runtime.attention import StepTensors
 from runtime.errors import ModelError
 from runtime.knobs import EngineConfig, KnobValue
-from runtime.kv_cache import BLOCK_TOKENS, BlockPool
+from runtime.kv_cache import BLOCK_TOKENS, BlockIds, BlockPool
 from runtime.request import Request
-from runtime.scheduler import BlockMove, PackedBatch, Scheduler
+from runtime.retable import BlockMove, Retabled
+from runtime.scheduler import PackedBatch, Scheduler
 
 PROBE_TOKENS = 24
 PROBE_DECODED = 2
@@ -42,19 +43,37 @@ class PagedModel:
     """A causal LM ready for packed steps. `allocate` must come before the first `forward`."""
 
     tier: str
-    fixed_knobs: Mapping[str, KnobValue] = {}  # that this way of computing leaves one value
+    # What this way of computing leaves one value, and in words, why. Cached values are rounded in tier A only, where
+    # attention is our own, and has keys and values of its own.
+    fixed_knobs: Mapping[str, KnobValue] = {"kv_dtype": "auto"}
+    why_fixed = "caches keys and values as its own code or its latents need them"
+    kv_dtypes: Sequence[str] = ("auto",)  # what `kv_dtype` may be
 
     def __init__(self, model: nn.Module, device: torch.device, kv_shapes: dict[int, KVShape]) -> None:
         self.model, self.device, self.kv_shapes = model, device, kv_shapes
         self.pools: KVPools = {}  # in force; others that are assigned serve from the next step on
         self.drawn = torch.empty(0, dtype=torch.int64)  # tokens of the last step, where they were drawn
+        self.kv_dtype = "auto"  # of the pools in force
         # The likeliest tokens of the step just computed, as `draw` returns them, where it has them already.
         self.greedy: Tensor | None = None
         self.weights_key = ""  # names the weights in force, for what was prepared with them
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return sum(shape.bytes_per_token for shape in self.kv_shapes.values())
+        """In the pools in force."""
+        return self.bytes_per_token(self.kv_dtype)
+
+    def bytes_per_token(self, kv_dtype: str) -> int:
+        return sum(shape.bytes_per_token for shape in self.shapes_of(kv_dtype).values())
+
+    def shapes_of(self, kv_dtype: str) -> Mapping[int, KVShape]:
+        """What each layer caches, where `kv_dtype` is one of `kv_dtypes`."""
+        return self.kv_shapes
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the pools in force have room for, in blocks or not."""
+        return next(iter(self.pools.values()))[0].shape[1]
 
     def allocate(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
         """Makes the pools of all layers, `[kv_heads, slots, D]` each, in place of earlier ones.
@@ -64,10 +83,18 @@ class PagedModel:
         self.release()
         self.pools = self.new_pools(num_blocks, block_tokens)
 
-    def new_pools(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS) -> KVPools:
+    def new_pools(
+        self, num_blocks: int, block_tokens: int = BLOCK_TOKENS, kv_dtype: str | None = None
+    ) -> KVPools:
         """Pools beside those of `allocate`, for a forward pass that must not touch them."""
-        slots = num_blocks * block_tokens
-        return {layer: self.new_pool(shape, slots) for layer, shape in self.kv_shapes.items()}
+        slots, shapes = num_blocks * block_tokens, self.shapes_of(kv_dtype or self.kv_dtype)
+        return {layer: self.new_pool(shape, slots) for layer, shape in shapes.items()}
+
+    def copy_pool(
+        self, layer: int, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], move: Retabled
+    ) -> None:
+        """Copies one layer's keys and values to a pool beside, of whatever `kv_dtype` both are."""
+        copy_blocks(source, target, move.move, move.block_tokens)
 
     def new_pool(self, shape: KVShape, slots: int) -> tuple[Tensor, Tensor]:
         return (
@@ -79,8 +106,12 @@ class PagedModel:
         """Gives the pools' memory back, unless somebody else holds them too."""
         self.pools = {}
 
-    def prepare_steps(self, max_num_seqs: int) -> None:
-        """Makes ready what steps of up to so many rows need, where a model has such a thing. After `allocate`."""
+    def prepare_steps(
+        self, max_num_seqs: int, block_tokens: int = BLOCK_TOKENS, only_largest: bool = False
+    ) -> bool:
+        """Makes ready what steps of up to so many rows need, where a model has such a thing. After `allocate`. False
+        where memory did not suffice."""
+        return True
 
     def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
         """These pools or weights are about to go: what was made ready with them goes too."""
@@ -167,17 +198,41 @@ def copy_blocks(
 
     On a CPU a run of blocks is one copy: three times faster than gathering and scattering.
     """
-    device = source[0].device
-    if device.type == "cpu":
-        for taken, given, count in runs_of(move):
-            for old, new in zip(source, target, strict=True):
-                size = count * block_tokens
-                new.narrow(1, given * block_tokens, size).copy_(old.narrow(1, taken * block_tokens, size))
+    if source[0].device.type != "cpu":
+        _gather_and_scatter(source, target, move, block_tokens)
         return
-    taken_blocks, given_blocks = (torch.from_numpy(blocks.astype(np.int64)).to(device) for blocks in move)
+    for taken, given, count in runs_of(move):
+        for old, new in zip(source, target, strict=True):
+            size = count * block_tokens
+            new.narrow(1, given * block_tokens, size).copy_(old.narrow(1, taken * block_tokens, size))
+
+
+def rearrange_blocks(pool: tuple[Tensor, Tensor], move: BlockMove, block_tokens: int) -> None:
+    """Moves one layer's keys and values within its pool, whatever lies where: all is read before any is written."""
+    if len(move.sources):
+        _gather_and_scatter(pool, pool, move, block_tokens)
+
+
+def _gather_and_scatter(
+    source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], move: BlockMove, block_tokens: int
+) -> None:
+    device = source[0].device
+    taken, given = (torch.from_numpy(blocks.astype(np.int64)).to(device) for blocks in move)
     for old, new in zip(source, target, strict=True):
-        blocks = old.unflatten(1, (-1, block_tokens)).index_select(1, taken_blocks)
-        new.unflatten(1, (-1, block_tokens)).index_copy_(1, given_blocks, blocks)
+        blocks = in_blocks(old, block_tokens).index_select(1, taken)
+        in_blocks(new, block_tokens).index_copy_(1, given, blocks)
+
+
+def in_blocks(pool: Tensor, block_tokens: int) -> Tensor:
+    """pool: [heads, slots, values]. Returns a view, [heads, blocks, block_tokens, values], of the whole blocks."""
+    num_blocks = pool.shape[1] // block_tokens
+    return pool.narrow(1, 0, num_blocks * block_tokens).unflatten(1, (num_blocks, block_tokens))
+
+
+def slots_in(blocks: BlockIds, block_tokens: int) -> Tensor:
+    """int64 [blocks * block_tokens], on the host."""
+    slots = blocks.astype(np.int64)[:, None] * block_tokens + np.arange(block_tokens)
+    return torch.from_numpy(slots.ravel())
 
 
 def runs_of(move: BlockMove) -> list[tuple[int, int, int]]:

@@ -38,20 +38,13 @@ from runtime.kv_cache import BlockIds, BlockPool
 from runtime.policy import held_until, least_urgent, next_waiting
 from runtime.prefix_cache import KnownPrefix, extended
 from runtime.request import Request
+from runtime.retable import BlockMove, Retabled, num_fitting, pieces_of, retabled
 from runtime.speculate import MAX_STEP_DRAFT_TOKENS, foresees_draft, right_of, write_draft
 
 IntArray = NDArray[np.int64]
 
 # Rows of logits that a step makes of a scored prompt: times the vocabulary, they are the memory that scoring takes.
 SCORED_PIECE_TOKENS = 256
-
-
-class BlockMove(NamedTuple):
-    """Blocks whose keys and values go from `sources` to `targets`. A target may be an earlier source, never a later
-    one, so that copying in this order is right."""
-
-    sources: BlockIds
-    targets: BlockIds
 
 
 class ScoredPiece(NamedTuple):
@@ -229,6 +222,10 @@ class Seats:
     def leave(self, seat: int) -> None:
         self._empty.append(seat)
 
+    def use_width(self, max_blocks: int) -> None:
+        """Tables of so many blocks, empty."""
+        self.blocks = np.zeros((len(self.blocks), max_blocks), np.int32)
+
     def blocks_of(self, seat: int) -> NDArray[np.int32]:
         return self.blocks[seat, : self.num_blocks[seat]]
 
@@ -331,37 +328,49 @@ class Scheduler:
         for request in self.running:
             request.prefix = None
 
-    def move_to(self, pool: BlockPool) -> BlockMove:
-        """Continues with another pool, larger or smaller. Returns which blocks must be copied before the next step.
+    def move_to(self, pool: BlockPool, stays: bool = False, keeps_prefixes: bool = True) -> Retabled:
+        """Continues with another pool, larger or smaller, or of other blocks. What it returns must be copied before the
+        next step; its tables are in force already.
 
         Requests that no longer fit are preempted, the newest first. Prefixes that nobody holds stay behind.
+        `stays`: over the same tensors. `keeps_prefixes`: what is held is worth finding under its keys.
 
         Raises:
             ValueError: a request that was promised room could not fit even alone.
         """
-        if self.pool.block_tokens != pool.block_tokens or pool.num_tokens < self.max_model_len:
+        if pool.num_tokens < self.max_model_len:
             raise ValueError(
                 f"A pool of {pool.num_tokens} tokens cannot hold {self.max_model_len} of one request."
             )
-        while len(self._held_blocks()) > pool.num_blocks:
+        old, here = self.pool, self._seats
+        pieces = [
+            pieces_of(seat, here.blocks_of(seat).tolist(), int(here.known[seat]), old, pool)
+            for seat in self._running_seats.tolist()
+        ]
+        del pieces[num_fitting(pieces, pool.num_blocks) :]
+        while len(self.running) > len(pieces):
             self._preempt(self.running[-1])
-        target_of: dict[int, int] = {}
-        for seat in self._running_seats.tolist():
-            blocks = self._seats.blocks_of(seat)
-            pool.share([target_of[block] for block in blocks.tolist() if block in target_of])
-            new = [block for block in blocks.tolist() if block not in target_of]
-            target_of |= zip(new, pool.allocate(len(new)).tolist(), strict=True)
-            blocks[:] = [target_of[block] for block in blocks.tolist()]
-        for source, target in target_of.items():
-            key = self.pool.index.key_of(source)
-            if key is not None:
-                pool.register(target, key)
+        move = retabled(pieces, old, pool, stays)
+        here.use_width(pool.blocks_for(self.max_model_len))
+        for seat, table in zip(self._running_seats.tolist(), move.tables, strict=True):
+            here.blocks[seat, : len(table)] = table
+            here.num_blocks[seat] = len(table)
+        if old.block_tokens != pool.block_tokens:
+            self._forget_keys()
+        elif keeps_prefixes:
+            for of_one, table in zip(pieces, move.tables, strict=True):
+                for piece, block in zip(of_one, table.tolist(), strict=True):
+                    if (key := old.index.key_of(piece.units[0])) is not None:
+                        pool.register(block, key)
         self.pool = pool
-        return BlockMove(np.array(list(target_of), np.int32), np.array(list(target_of.values()), np.int32))
+        return move
 
-    def _held_blocks(self) -> BlockIds:
-        tables = [self._seats.blocks_of(seat) for seat in self._running_seats.tolist()]
-        return np.unique(np.concatenate([np.empty(0, np.int32), *tables]))
+    def _forget_keys(self) -> None:
+        """Blocks are of another size, so what they hold is named anew: what is held already at the next step."""
+        for request in self._requests.values():
+            if request.prefix is not None:
+                request.prefix = KnownPrefix(request.prefix.root, request.prefix.epoch)
+        self._seats.registered[:] = 0
 
     # -- one step ------------------------------------------------------------------------------------------
 

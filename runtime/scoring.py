@@ -44,7 +44,7 @@ class ScoringExecutor(Protocol):
     vocab_size: int
     max_model_len: int
 
-    def score_area(self, num_blocks: int) -> Any: ...
+    def score_area(self, num_blocks: int, config: EngineConfig) -> Any: ...
 
     def score(self, packed: PackedBatch, targets: IntArray, area: Any, config: EngineConfig) -> Scored: ...
 
@@ -180,7 +180,7 @@ class Scorer:
     def _compute(self, job: ScoreJob) -> None:
         if job.area is None:
             longest = max(len(sequence) for sequence in job.sequences)
-            job.area = self._executor.score_area(-(-longest // BLOCK_TOKENS))
+            job.area = self._executor.score_area(-(-longest // BLOCK_TOKENS), job.config)
         piece = job.pieces.popleft()
         token_ids = job.sequences[piece.sequence]
         scored = self._executor.score(

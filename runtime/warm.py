@@ -12,13 +12,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from runtime.errors import InvalidKnob, PrepareFailed
 from runtime.knobs import EngineConfig, KnobValue
-from runtime.kv_cache import BLOCK_TOKENS, BlockPool
-from runtime.paged_model import KVPools, PagedModel, copy_blocks
+from runtime.kv_cache import BLOCK_TOKENS
+from runtime.paged_model import KVPools, PagedModel, rearrange_blocks
+from runtime.retable import Retabled
 from runtime.scheduler import Scheduler
 from runtime.weights import WeightSet, formats_from, prepared, wanted_bytes
 
@@ -29,12 +31,28 @@ FREE_SHARE = 0.8  # of free memory that a preparation may take
 PAUSE_S = 0.001  # between two layers, so that the steps beside get the core
 
 
+class PoolKey(NamedTuple):
+    """What tells pools apart in memory: their size, in blocks of BLOCK_TOKENS, and what they hold. The blocks in which
+    a pool is handed out are the scheduler's affair, so another `kv_block` needs no other tensors."""
+
+    num_blocks: int
+    kv_dtype: str
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> "PoolKey":
+        return cls(config.kv_tokens // BLOCK_TOKENS, config.kv_dtype)
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_blocks * BLOCK_TOKENS
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What a configuration needs and nobody prepared yet. `in_turn`: no room for both pools at once."""
 
     weight_format: str | None
-    pool_blocks: int | None
+    pool: PoolKey | None
     in_turn: bool = False
 
 
@@ -44,20 +62,22 @@ class WarmStates:
     def __init__(
         self,
         model: PagedModel,
-        pool_blocks: int,
+        block_tokens: int,
         free_bytes: Callable[[], int],
         max_model_len: int,
         max_blocks: int,
     ) -> None:
-        """`free_bytes`: memory that can still be taken where the model lies. `max_blocks`: of any pool here."""
+        """`block_tokens`: of the pool in force. `free_bytes`: memory that can still be taken where the model lies.
+        `max_blocks`: of any pool here, in blocks of BLOCK_TOKENS, with what the one in force holds."""
         self._model, self._free_bytes = model, free_bytes
         self._loaded_dtype: torch.dtype = next(model.model.parameters()).dtype
         self.formats = formats_from(self._loaded_dtype)
         self.weight_format = model.weights_key = self.loaded_format
-        self.pool_blocks = pool_blocks
-        self.min_blocks, self.max_blocks = -(-max_model_len // BLOCK_TOKENS), max(max_blocks, pool_blocks)
+        self.pool = PoolKey(model.num_slots // BLOCK_TOKENS, model.kv_dtype)
+        self.block_tokens, self._max_model_len = block_tokens, max_model_len
+        self._max_bytes = max(max_blocks, self.pool.num_blocks) * self._block_bytes(model.kv_dtype)
         self._weights = {self.loaded_format: WeightSet.of_installed(model.model, self.loaded_format)}
-        self._pools: dict[int, KVPools] = {pool_blocks: model.pools}
+        self._pools: dict[PoolKey, KVPools] = {self.pool: model.pools}
 
     @property
     def fixed_knobs(self) -> Mapping[str, KnobValue]:
@@ -67,6 +87,17 @@ class WarmStates:
     def loaded_format(self) -> str:
         return self.formats[0]
 
+    @property
+    def max_blocks(self) -> int:
+        """Of BLOCK_TOKENS each, of any pool here, whatever it holds."""
+        return max(map(self._most_blocks, self._model.kv_dtypes))
+
+    def _most_blocks(self, kv_dtype: str) -> int:
+        return self._max_bytes // self._block_bytes(kv_dtype)
+
+    def _block_bytes(self, kv_dtype: str) -> int:
+        return BLOCK_TOKENS * self._model.bytes_per_token(kv_dtype)
+
     # -- what there is -------------------------------------------------------------------------------------
 
     def check(self, config: EngineConfig) -> None:
@@ -74,32 +105,39 @@ class WarmStates:
         for name, value in self._model.fixed_knobs.items():
             if (got := config.values()[name]) != value:
                 raise InvalidKnob(
-                    f"`{name}` must be {value} for this model, which is computed one request at a time, but got {got}. "
-                    "Leave it out."
+                    f"`{name}` must be {value} for this model, which {self._model.why_fixed}, but got {got}. Leave it "
+                    "out."
                 )
         if config.weight_format not in self.formats:
             raise InvalidKnob(
                 f"`weight_format` must be one of {', '.join(self.formats)} for weights loaded as "
                 f"{self.loaded_format}, but got {config.weight_format!r}."
             )
-        if not self.min_blocks <= blocks_of(config) <= self.max_blocks:
-            low, high = self.min_blocks * BLOCK_TOKENS, self.max_blocks * BLOCK_TOKENS
+        size, most = config.block_tokens, self._most_blocks(config.kv_dtype)
+        if (
+            PoolKey.of(config).num_slots // size * size < self._max_model_len
+            or config.kv_tokens // BLOCK_TOKENS > most
+        ):
+            low, high = -(-self._max_model_len // size) * size, most * BLOCK_TOKENS
             raise InvalidKnob(
-                f"`kv_tokens` must be in [{low}, {high}] tokens here, so that the longest request fits and memory "
-                f"holds it, but got {config.kv_tokens}."
+                f"`kv_tokens` must be in [{low}, {high}] tokens here, so that the longest request fits into blocks of "
+                f"{size} and memory holds it, but got {config.kv_tokens}."
             )
 
     def in_force(self, config: EngineConfig) -> EngineConfig:
         """The configuration with the weights and the pool that really serve, and what the model leaves no choice."""
-        found: dict[str, object] = {**self._model.fixed_knobs, "weight_format": self.weight_format}
-        if blocks_of(config) != self.pool_blocks:
-            found["kv_tokens"] = self.pool_blocks * BLOCK_TOKENS
+        found: dict[str, object] = {
+            **self._model.fixed_knobs, "weight_format": self.weight_format, "kv_block": str(self.block_tokens),
+            "kv_dtype": self.pool.kv_dtype,
+        }  # fmt: skip
+        if PoolKey.of(config).num_blocks != self.pool.num_blocks:
+            found["kv_tokens"] = self.pool.num_slots
         return config.patched(found)
 
     def is_ready(self, config: EngineConfig, may_move_in_turn: bool = False) -> bool:
         """Whether nothing is left to prepare. A pool that has no room beside the one in force cannot be swapped to
         and fro, so it counts only where the caller says that moving layer by layer will do."""
-        pools = self._pools.get(blocks_of(config))
+        pools = self._pools.get(PoolKey.of(config))
         has_pools = pools is not None and (bool(pools) or may_move_in_turn)
         return config.weight_format in self._weights and has_pools
 
@@ -108,17 +146,17 @@ class WarmStates:
 
     def extra_bytes(self, config: EngineConfig) -> int:
         """What the configuration holds in memory beside the loaded weights and the pool in force."""
-        weights, num_blocks = self._weights.get(config.weight_format), blocks_of(config)
+        weights, pool = self._weights.get(config.weight_format), PoolKey.of(config)
         num_bytes = 0 if weights is None else weights.nbytes
-        if num_blocks != self.pool_blocks and self._pools.get(num_blocks):
-            num_bytes += self._pool_bytes(num_blocks)
+        if pool != self.pool and self._pools.get(pool):
+            num_bytes += self._pool_bytes(pool)
         return num_bytes
 
     def missing(self, config: EngineConfig) -> Wanted:
-        num_blocks = blocks_of(config)
+        pool = PoolKey.of(config)
         return Wanted(
             config.weight_format if config.weight_format not in self._weights else None,
-            num_blocks if not self._pools.get(num_blocks) else None,
+            pool if not self._pools.get(pool) else None,
         )
 
     # -- preparing -----------------------------------------------------------------------------------------
@@ -132,7 +170,7 @@ class WarmStates:
         used = list(in_use)
         self._drop(used, KEPT_UNUSED - 1)
         weight_bytes = wanted_bytes(self._model.model, wanted.weight_format) if wanted.weight_format else 0
-        pool_bytes = self._pool_bytes(wanted.pool_blocks) if wanted.pool_blocks else 0
+        pool_bytes = self._pool_bytes(wanted.pool) if wanted.pool else 0
         needed = weight_bytes + pool_bytes
         room = self._room_bytes()
         if needed > room:
@@ -140,10 +178,11 @@ class WarmStates:
             room = self._room_bytes()
         if needed <= room:
             return wanted
-        if may_move_in_turn and wanted.pool_blocks is not None and wanted.pool_blocks < self.pool_blocks:
+        if may_move_in_turn and wanted.pool is not None:
+            more = max(0, pool_bytes - self._pool_bytes(self.pool))
             per_layer = pool_bytes // len(self._model.kv_shapes)
-            if weight_bytes + per_layer <= room:
-                return Wanted(wanted.weight_format, wanted.pool_blocks, in_turn=True)
+            if weight_bytes + more + per_layer <= room:
+                return Wanted(wanted.weight_format, wanted.pool, in_turn=True)
         raise PrepareFailed(
             f"The configuration needs {needed} bytes more ({weight_bytes} of weights, {pool_bytes} of KV pool), but "
             f"{room} may be taken ({FREE_SHARE:.0%} of what is free). Free memory or ask for less."
@@ -172,68 +211,83 @@ class WarmStates:
         weights = pools = None
         if wanted.weight_format is not None:
             weights = prepared(self._model.model, wanted.weight_format, lambda: time.sleep(PAUSE_S))
-        if wanted.pool_blocks is not None and not wanted.in_turn:
-            pools = self._model.new_pools(wanted.pool_blocks)
+        if wanted.pool is not None and not wanted.in_turn:
+            pools = self._model.new_pools(wanted.pool.num_blocks, kv_dtype=wanted.pool.kv_dtype)
         return weights, pools
 
     def add(self, wanted: Wanted, weights: WeightSet | None, pools: KVPools | None) -> None:
         """Takes in what `build` made."""
         if weights is not None:
             self._weights[weights.format] = weights
-        if wanted.pool_blocks is not None:
-            self._pools[wanted.pool_blocks] = {} if pools is None else pools
+        if wanted.pool is not None:
+            self._pools[wanted.pool] = {} if pools is None else pools
 
     def _drop(self, used: Iterable[EngineConfig], num_kept: int) -> None:
         used = list(used)
         formats = {config.weight_format for config in used} | {self.loaded_format, self.weight_format}
-        pools = {blocks_of(config) for config in used} | {self.pool_blocks}
+        pools = {PoolKey.of(config) for config in used} | {self.pool}
         spare_formats = [name for name in self._weights if name not in formats]
-        spare_pools = [num_blocks for num_blocks in self._pools if num_blocks not in pools]
+        spare_pools = [key for key in self._pools if key not in pools]
         if self._model.device.type == "cuda" and (spare_formats or spare_pools):
             torch.cuda.synchronize(self._model.device)
         for name in spare_formats[: max(0, len(spare_formats) - num_kept)]:
             self._model.forget(weights_key=name)
             del self._weights[name]
-        for num_blocks in spare_pools[: max(0, len(spare_pools) - num_kept)]:
-            self._model.forget(self._pools.pop(num_blocks))
+        for key in spare_pools[: max(0, len(spare_pools) - num_kept)]:
+            self._model.forget(self._pools.pop(key))
 
     def _room_bytes(self) -> int:
         return int(FREE_SHARE * self._free_bytes())
 
-    def _pool_bytes(self, num_blocks: int) -> int:
-        return num_blocks * BLOCK_TOKENS * self._model.kv_bytes_per_token
+    def _pool_bytes(self, pool: PoolKey) -> int:
+        return pool.num_blocks * self._block_bytes(pool.kv_dtype)
 
     # -- swapping ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def install(self, config: EngineConfig, scheduler: Scheduler) -> bool:
         """Puts a ready configuration's weights and pool in force, between two steps. False if they are already."""
-        num_blocks = blocks_of(config)
-        if config.weight_format == self.weight_format and num_blocks == self.pool_blocks:
+        wanted, size = PoolKey.of(config), config.block_tokens
+        is_other_pool = wanted != self.pool or size != self.block_tokens
+        if config.weight_format == self.weight_format and not is_other_pool:
             return False
         if config.weight_format != self.weight_format:
             self._weights[config.weight_format].install()
             self.weight_format = self._model.weights_key = config.weight_format
-            scheduler.use_namespace(config.weight_format)
-        if num_blocks != self.pool_blocks:
-            self._move(num_blocks, scheduler)
+        if is_other_pool:
+            self._move(wanted, size, scheduler)
+        scheduler.use_namespace(self.namespace)
         return True
 
-    def _move(self, num_blocks: int, scheduler: Scheduler) -> None:
-        old = scheduler.pool
-        move = scheduler.move_to(BlockPool(num_blocks, old.block_tokens, old.wants_runs))
-        before, after = self._model.pools, self._pools[num_blocks]
+    @property
+    def namespace(self) -> str:
+        """Names what computes now: what other weights made, or was rounded otherwise, is no cached prefix of ours."""
+        return f"{self.weight_format} {self.pool.kv_dtype}"
+
+    def _move(self, wanted: PoolKey, block_tokens: int, scheduler: Scheduler) -> None:
+        stays, rounds = wanted == self.pool, wanted.kv_dtype != self.pool.kv_dtype
+        pool = scheduler.pool.resized(wanted.num_slots, block_tokens)
+        move = scheduler.move_to(pool, stays, keeps_prefixes=not rounds)
+        if stays:
+            for layer_pool in self._model.pools.values():
+                rearrange_blocks(layer_pool, move.move, move.block_tokens)
+        else:
+            self._move_tensors(wanted, move)
+        self.pool, self.block_tokens = wanted, block_tokens
+
+    def _move_tensors(self, wanted: PoolKey, move: Retabled) -> None:
+        model = self._model
+        before, after = model.pools, self._pools[wanted]
         if after:
             for layer, pool in before.items():
-                copy_blocks(pool, after[layer], move, old.block_tokens)
+                model.copy_pool(layer, pool, after[layer], move)
         else:  # no room for both: each layer's old pool goes before the next layer's new one comes
-            self._model.forget(self._pools.pop(self.pool_blocks))
-            for layer, shape in self._model.kv_shapes.items():
-                after[layer] = self._model.new_pool(shape, num_blocks * old.block_tokens)
-                copy_blocks(before[layer], after[layer], move, old.block_tokens)
+            model.forget(self._pools.pop(self.pool))
+            for layer, shape in model.shapes_of(wanted.kv_dtype).items():
+                after[layer] = model.new_pool(shape, wanted.num_slots)
+                model.copy_pool(layer, before[layer], after[layer], move)
                 del before[layer]
-        self._model.pools = after
-        self.pool_blocks = num_blocks
+        model.pools, model.kv_dtype = after, wanted.kv_dtype
 
     @contextlib.contextmanager
     def weights_of(self, config: EngineConfig) -> Iterator[None]:
@@ -253,8 +307,3 @@ class WarmStates:
             yield
         finally:
             self._weights[self.weight_format].install()
-
-
-def blocks_of(config: EngineConfig) -> int:
-    """Whole blocks of the pool that the knob asks for."""
-    return config.kv_tokens // BLOCK_TOKENS

@@ -31,6 +31,14 @@ def _weights(value: Any, values: Values, model: Values) -> Told:
     )
 
 
+def _kv_dtype(value: Any, values: Values, model: Values) -> Told:
+    if value == "auto":
+        return flag("--kv-cache-dtype", value)
+    return nothing(
+        "SGLang's fp8 cache (--kv-cache-dtype fp8_e4m3) has one scale for all tokens of a layer, so it rounds otherwise"
+    )
+
+
 SGLANG = Target(
     name="SGLang",
     as_of="0.5.23",
@@ -70,6 +78,8 @@ SGLANG = Target(
             "SGLang overlaps steps by itself (--disable-overlap-schedule)"
         ),
         "stream_interval": lambda value, values, model: flag("--stream-interval", value),
+        "kv_block": lambda value, values, model: flag("--page-size", value),
+        "kv_dtype": _kv_dtype,
         "speculation_length": lambda value, values, model: (
             nothing("SGLang drafts trees from the texts of all requests (--speculative-algorithm NGRAM)")
             if value

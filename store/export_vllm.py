@@ -43,6 +43,14 @@ def _kv(value: Any, values: Values, model: Values) -> Told:
     return flag("--kv-cache-memory-bytes", int(value) * int(model["kv_bytes_per_token"]))
 
 
+def _kv_dtype(value: Any, values: Values, model: Values) -> Told:
+    if value == "auto":
+        return flag("--kv-cache-dtype", value)
+    return nothing(
+        "vLLM's fp8 cache (--kv-cache-dtype fp8) has one scale for all tokens of a layer, so it rounds otherwise"
+    )
+
+
 def _queue(value: Any, values: Values, model: Values) -> Told:
     """vLLM counts requests that run too, and all replicas behind one server."""
     running = int(values.get("max_num_seqs", 0)) * int(values.get("replicas", 1))
@@ -99,6 +107,8 @@ VLLM = Target(
             "vLLM decides for itself whether steps overlap (--async-scheduling)"
         ),
         "stream_interval": lambda value, values, model: flag("--stream-interval", value),
+        "kv_block": lambda value, values, model: flag("--block-size", value),
+        "kv_dtype": _kv_dtype,
         "speculation_length": _draft,
         "speculation_max_seqs": lambda value, values, model: nothing(
             "vLLM plans the length of a draft by batch size (num_speculative_tokens_per_batch_size in "

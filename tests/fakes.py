@@ -145,7 +145,9 @@ class FakeEngine:
     def _is_prepared(self, config: EngineConfig) -> bool:
         """As of the real engine: weights and pool are prepared, the other knobs are not its own or need nothing."""
         changed = config.changes_from(self.plans.champion)
-        return not {"weight_format", "kv_tokens"} & set(changed) or config.config_id in self.prepared
+        return (
+            not {"weight_format", "kv_tokens", "kv_dtype"} & set(changed) or config.config_id in self.prepared
+        )
 
     def _tick(self) -> None:
         now = self.clock.now()

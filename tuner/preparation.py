@@ -9,8 +9,8 @@ cache what it holds, and which arm pays decides whether a comparison is fair:
   finds them again at its next slice, as far as they were not evicted.
 - `prefix_cache`: the arm without it neither looks up nor registers; the other arm's prefixes stay, as far as free
   blocks allow, until a champion without the cache is committed.
-- `kv_tokens`: cached prefixes that nobody holds stay behind at every switch, for both arms alike. The burn-in of
-  each slice covers the re-warming, and the journal says so.
+- `kv_tokens`, `kv_block`, `kv_dtype`: cached prefixes that nobody holds stay behind at every switch, for both arms
+  alike. The burn-in of each slice covers the re-warming, and the journal says so.
 """
 
 import logging
@@ -26,6 +26,7 @@ from runtime.knobs import ApplyMode, EngineConfig, knob_named
 logger = logging.getLogger(__name__)
 
 RETRY_S = 5.0
+POOL_KNOBS = {"kv_tokens", "kv_block", "kv_dtype"}
 NEEDS_PREPARING = (ApplyMode.WARM, ApplyMode.COLD)
 
 Answer = dict[str, Any]
@@ -66,7 +67,7 @@ def warm_changes(challenger: EngineConfig, champion: EngineConfig) -> list[str]:
 def told_prepared(answer: Answer, changed: list[str]) -> str:
     mebibytes = answer["extra_bytes"] / 2**20
     words = f"Prepared beside serving in {answer['prepare_s']:.2f} s; it holds {mebibytes:.1f} MiB more."
-    if "kv_tokens" in changed:
+    if not POOL_KNOBS.isdisjoint(changed):
         words += (
             " Each switch of the pool drops idle cached prefixes in both arms: the burn-in covers re-warming."
         )

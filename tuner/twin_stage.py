@@ -95,7 +95,7 @@ class TwinStage:
         # An engine of ours says what it fitted, so that the knob tells the pool's size; another tells its size once.
         is_knob = "fitted_knobs" in self._identity
         kv_tokens = champion.kv_tokens if is_knob else self._identity["kv_total_tokens"]
-        block_tokens = self._identity["kv_block_tokens"]
+        block_tokens = champion.block_tokens if is_knob else self._identity["kv_block_tokens"]
         parameters = TwinParameters(
             champion,
             fitted.model,
@@ -160,9 +160,10 @@ class TwinStage:
         served = self._served[-MAX_REPLAYED:]
         if not served:
             return None
-        parameters = replace(self._fitted, config=config)
-        if config.kv_tokens != self._fitted.config.kv_tokens:
-            parameters = replace(parameters, kv_blocks=config.kv_tokens // parameters.block_tokens)
+        parameters, champion = replace(self._fitted, config=config), self._fitted.config
+        if (config.kv_tokens, config.block_tokens) != (champion.kv_tokens, champion.block_tokens):
+            size = parameters.block_tokens if config.kv_block == champion.kv_block else config.block_tokens
+            parameters = replace(parameters, kv_blocks=config.kv_tokens // size, block_tokens=size)
         found = predict_pair(parameters, served, served[0].arrived_at, math.inf).values()
         return (
             fmean(seen.log_e2e if metric == "e2e_s" else seen.log_ttft for seen in found) if found else None

@@ -77,8 +77,11 @@ class Bench:
         self.name: str = self.loaded.identity["name"]
         self.executor, runner, _ = engine_parts(self.loaded, None, dict(knobs))
         self.config = runner.champion
+        told = self.executor.identity()
+        share = told["kv_total_tokens"] / max(1, told["kv_tokens_possible"])
         print(f"{self.name}: weights {made - began:.1f} s, engine {time.perf_counter() - made:.1f} s, tier "
-              f"{self.executor.identity()['tier']}, KV {self.executor.pool.num_tokens} tokens",
+              f"{told['tier']}, KV {told['kv_total_tokens']} tokens, {share:.1%} of the {told['kv_tokens_possible']} "
+              "that the bytes allow",
               file=sys.stderr, flush=True)  # fmt: skip
         self.weights = weights_of(self.loaded)
 

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from runtime.bench.ceilings import Ceilings, measure_ceilings
 from runtime.bench.cells import MAX_MODEL_LEN, Bench, measure, print_cells
+from runtime.bench.experts import print_touched
 from runtime.bench.loads import WORKLOADS
 from runtime.bench.serving import Serving
 from runtime.bench.shapes import SHAPES, save_random, source_of
@@ -134,6 +135,7 @@ def cells_part(options: argparse.Namespace, knobs: Mapping[str, KnobValue]) -> d
     cells, waterfalls = [], []
     for shape, names in cells_of(options).items():
         bench = Bench(source_of(options.model, shape, device, dtype, MAX_MODEL_LEN), knobs)
+        print_touched(bench.name, bench.loaded.model)
         for name in names:
             with_generate = name in options.generate
             cells.append(measure(bench, name, ceilings, options.runs, options.seed, with_generate))

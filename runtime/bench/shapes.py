@@ -12,11 +12,12 @@ from transformers.models.deepseek_v2 import DeepseekV2Config
 from transformers.models.llama import LlamaConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
+from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from runtime.loader import LoadedModel, load_model, read_config
 
-# Source: config.json of Qwen/Qwen2-0.5B, Qwen/Qwen3-0.6B, meta-llama/Llama-3.1-8B (without its scaled rope) and
-# deepseek-ai/DeepSeek-V2-Lite (without its yarn).
+# Source: config.json of Qwen/Qwen2-0.5B, Qwen/Qwen3-0.6B, Qwen/Qwen3-30B-A3B, meta-llama/Llama-3.1-8B (without its
+# scaled rope) and deepseek-ai/DeepSeek-V2-Lite (without its yarn).
 SHAPES: dict[str, PretrainedConfig] = {
     "qwen2-0.5b": Qwen2Config(
         vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
@@ -41,7 +42,21 @@ SHAPES: dict[str, PretrainedConfig] = {
         norm_topk_prob=False, routed_scaling_factor=1.0, max_position_embeddings=16_384, rope_theta=10_000.0,
         tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=0,
     ),
+    "qwen3-30b-a3b": Qwen3MoeConfig(
+        vocab_size=151_936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        norm_topk_prob=True, max_position_embeddings=40_960, rope_theta=1_000_000.0, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=1, pad_token_id=0,
+    ),
     # For trying a benchmark out where there is no accelerator.
+    "tiny-moe": DeepseekV2Config(
+        vocab_size=512, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=None, qk_nope_head_dim=16,
+        qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
+        first_k_dense_replace=1, n_group=1, topk_group=1, topk_method="greedy", norm_topk_prob=False,
+        routed_scaling_factor=1.0, max_position_embeddings=8192, tie_word_embeddings=False, bos_token_id=0,
+        eos_token_id=1, pad_token_id=0,
+    ),
     "tiny": Qwen3Config(
         vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=0,

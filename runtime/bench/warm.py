@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
+from runtime.errors import InvalidKnob, PrepareFailed
 from runtime.executor import Executor, cpu_model, num_cores
 from runtime.knobs import EngineConfig, default_config
 from runtime.loader import load_model, resolve_device, resolve_dtype
@@ -127,7 +128,7 @@ def decode_turns(
 
 def scores(bench: Bench, config: EngineConfig, token_ids: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     """NLL and likeliest token of every known next token."""
-    area = bench.executor.score_area(-(-max(map(len, token_ids)) // 16))
+    area = bench.executor.score_area(-(-max(map(len, token_ids)) // 16), config)
     nll: list[float | None] = []
     top1: list[int | None] = []
     sequences = [np.array(ids, np.int64) for ids in token_ids]
@@ -177,6 +178,24 @@ def bench_pool(bench: Bench, batch: int, num_turns: int) -> dict[str, float]:
         "extra_bytes": prepared.extra_bytes, "grow_commit_us": median(commits[0][1:] or commits[0]),
         "shrink_commit_us": median(commits[1]), "step_ms": step_ms[0], "half_step_ms": step_ms[1],
     }  # fmt: skip
+
+
+def bench_blocks(bench: Bench, batch: int, num_turns: int) -> list[dict[str, Any]]:
+    """Swaps between blocks of several sizes, and to a rounded pool where there is room for one, under `batch` live
+    requests."""
+    configs = [bench.config.patched({"kv_block": size}) for size in ("16", "64", "256")]
+    rounded = bench.config.patched({"kv_dtype": "fp8"})
+    try:
+        bench.executor.warm.check(rounded)
+        bench.prepare(rounded)
+        configs.append(rounded)
+    except (InvalidKnob, PrepareFailed) as error:
+        print(f"kv_dtype is not measured: {error}", file=sys.stderr)
+    step_ms, commits = decode_turns(bench, configs, batch, num_turns)
+    return [
+        {"kv_block": config.kv_block, "kv_dtype": config.kv_dtype, "step_ms": ms, "commit_us": median(some)}
+        for config, ms, some in zip(configs, step_ms, commits, strict=True)
+    ]
 
 
 def bench_prefixes(bench: Bench, num_requests: int) -> dict[str, float]:
@@ -271,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     texts = held_out(options.model, options.text, bench.executor.max_model_len)
     formats = bench_formats(bench, options.batches, options.turns, texts)
     pool = bench_pool(bench, max(options.batches), options.turns)
+    blocks = bench_blocks(bench, max(options.batches), options.turns)
     prefixes = bench_prefixes(bench, 2 * options.turns)
     name = torch.cuda.get_device_name(device) if is_cuda else cpu_model()
     about = {
@@ -283,13 +303,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {**one._asdict(), "step_ms": {str(batch): ms for batch, ms in one.step_ms.items()}}
             for one in formats
         ]
-        print(json.dumps({**about, "formats": rows, "pool": pool, "prefix_cache": prefixes}))
+        print(
+            json.dumps({**about, "formats": rows, "pool": pool, "blocks": blocks, "prefix_cache": prefixes})
+        )
         return 0
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print_formats(formats, options.batches)
     print(f"kv_tokens {bench.config.kv_tokens} -> {pool['kv_tokens']} under {pool['live_tokens']}+ live tokens: "
           f"prepare {pool['prepare_s']:.3f} s, shrink {pool['shrink_commit_us']:.0f} us, grow "
           f"{pool['grow_commit_us']:.0f} us, step {pool['half_step_ms'] / pool['step_ms']:.2f} x")  # fmt: skip
+    for one in blocks:
+        print(f"kv_block {one['kv_block']:>3}, kv_dtype {one['kv_dtype']}: step {one['step_ms']:.2f} ms, commit "
+              f"{one['commit_us']:.0f} us")  # fmt: skip
     print(f"prefix_cache: first token of {prefixes['shared_tokens']} shared + {prefixes['own_tokens']} own tokens "
           f"{prefixes['ttft_off_ms']:.1f} ms off, {prefixes['ttft_on_ms']:.1f} ms on: {prefixes['ttft_ratio']:.2f} x, "
           f"hit share {prefixes['hit_ratio']:.0%}")  # fmt: skip

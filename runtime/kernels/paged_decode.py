@@ -35,6 +35,7 @@ def paged_decode(
     scaling: float,
     window: int | None = None,
     num_splits: int = 1,
+    scales: Tensor | None = None,
 ) -> Tensor:
     num_rows, kv_heads, group, dim = query.shape
     heads = kv_heads * group
@@ -44,15 +45,31 @@ def paged_decode(
     parts, sums = _parts(out, num_rows, heads, num_splits, dim)
     grid = (num_rows, kv_heads * triton.cdiv(group, head_block), num_splits)
     _decode[grid](
-        query, rows, block_tables, contexts, parts, sums,
+        query, rows, block_tables, contexts, parts, sums, rows if scales is None else scales,
         query.stride(0), query.stride(1), query.stride(2), rows.stride(0), block_tables.stride(0),
-        scaling, UNBOUNDED if window is None else window,
+        0 if scales is None else scales.stride(0), scaling, UNBOUNDED if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_TOKENS=block_tokens, NUM_SPLITS=num_splits,
-        HEAD_BLOCK=head_block, DIM_BLOCK=dim_block, TILE=_tile(dim_block, rows),
+        IS_ROUNDED=scales is not None, HEAD_BLOCK=head_block, DIM_BLOCK=dim_block, TILE=_tile(dim_block, rows),
         num_warps=4, num_stages=STAGES, **early_start(out),
     )  # fmt: skip
     _merge_into(out, parts, sums, num_splits, dim)
     return out
+
+
+def paged_decode_fp8(
+    query: Tensor,
+    rows: Tensor,
+    scales: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    block_tokens: int,
+    scaling: float,
+    window: int | None = None,
+    num_splits: int = 1,
+) -> Tensor:
+    return paged_decode(
+        query, rows, block_tables, contexts, block_tokens, scaling, window, num_splits, scales
+    )
 
 
 def paged_latent_decode(
@@ -65,13 +82,35 @@ def paged_latent_decode(
     value_dim: int,
     num_splits: int = 1,
 ) -> Tensor:
+    num_rows, heads, _ = query.shape
+    out = torch.empty(num_rows, heads, value_dim, dtype=query.dtype, device=query.device)
+    parts, sums = _parts(out, num_rows, heads, num_splits, value_dim)
+    latent_parts(
+        query, rows, block_tables, contexts, block_tokens, scaling, value_dim, num_splits, parts, sums
+    )
+    _merge_into(out, parts, sums, num_splits, value_dim)
+    return out
+
+
+def latent_parts(
+    query: Tensor,
+    rows: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    block_tokens: int,
+    scaling: float,
+    value_dim: int,
+    num_splits: int,
+    parts: Tensor,
+    sums: Tensor,
+) -> None:
+    """Writes what each split finds: parts [B, heads, splits, value_dim] and their log-sum-exp [B, heads, splits]; of a
+    single one only the parts."""
     num_rows, heads, dim = query.shape
     for name, size in (("value_dim", value_dim), ("the rest of D", dim - value_dim)):
         if size < MIN_DOT or size & (size - 1):
             raise ValueError(f"{name} must be a power of two of at least {MIN_DOT}, but got {size}.")
     head_block = min(MAX_HEAD_BLOCK, max(MIN_DOT, triton.next_power_of_2(heads)))
-    out = torch.empty(num_rows, heads, value_dim, dtype=query.dtype, device=query.device)
-    parts, sums = _parts(out, num_rows, heads, num_splits, value_dim)
     grid = (num_rows, triton.cdiv(heads, head_block), num_splits)
     _latent_decode[grid](
         query, rows, block_tables, contexts, parts, sums,
@@ -80,10 +119,8 @@ def paged_latent_decode(
         HEADS=heads, VALUE_DIM=value_dim, ROPE_DIM=dim - value_dim, BLOCK_TOKENS=block_tokens,
         NUM_SPLITS=num_splits, HEAD_BLOCK=head_block, TILE=2 * _tile(value_dim, rows),
         num_warps=4 if head_block == MIN_DOT else 8, num_stages=LATENT_STAGES,
-        **early_start(out),
+        **early_start(query),
     )  # fmt: skip
-    _merge_into(out, parts, sums, num_splits, value_dim)
-    return out
 
 
 def _tile(dim: int, rows: Tensor) -> int:
@@ -159,11 +196,13 @@ def _decode(
     contexts: tl.tensor,
     parts: tl.tensor,
     sums: tl.tensor,
+    scales: tl.tensor,
     query_row: int,
     query_kv_head: int,
     query_head: int,
     row_stride: int,
     table_stride: int,
+    scale_stride: int,
     scaling: float,
     window: int,
     KV_HEADS: tl.constexpr,
@@ -171,6 +210,7 @@ def _decode(
     DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    IS_ROUNDED: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -201,17 +241,29 @@ def _decode(
         token = first + tl.arange(0, TILE)
         seen = token < end
         block = tl.load(table + token // BLOCK_TOKENS, mask=seen, other=0).to(tl.int64)
-        slot = (block * BLOCK_TOKENS + token % BLOCK_TOKENS) * row_stride
-        k = tl.load(keys + slot[None] + columns[:, None], mask=seen[None] & in_dim[:, None], other=0.0)
-        v = tl.load(values + slot[:, None] + columns[None], mask=seen[:, None] & in_dim[None], other=0.0)
+        place = block * BLOCK_TOKENS + token % BLOCK_TOKENS
+        slot = place * row_stride
+        k = tl.load(keys + slot[None] + columns[:, None], mask=seen[None] & in_dim[:, None], other=0)
+        v = tl.load(values + slot[:, None] + columns[None], mask=seen[:, None] & in_dim[None], other=0)
+        if IS_ROUNDED:
+            k = k.to(tl.float8e4nv, bitcast=True).to(q.dtype)
+            v = v.to(tl.float8e4nv, bitcast=True).to(q.dtype)
         scores = tl.dot(q, k, input_precision="ieee") * to_log2
+        if IS_ROUNDED:  # a scale is the same for all values of a head: it goes to the products
+            scale_at = scales + place * scale_stride + kv_head
+            scores *= tl.load(scale_at, mask=seen, other=0.0).to(tl.float32)[None]
         scores = tl.where(seen[None], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weights, 1)
+        if IS_ROUNDED:
+            # Without a scale's headroom, which would cost float16 bits of the weights.
+            weights *= tl.load(scale_at + KV_HEADS, mask=seen, other=0.0).to(tl.float32)[None] * 128.0
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
+    if IS_ROUNDED:
+        acc *= 0.0078125
     output = row * (KV_HEADS * GROUP) + kv_head * GROUP + member
     _write_part(parts, sums, acc, top, total, output, columns, in_head, in_dim, split, NUM_SPLITS, DIM)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from runtime.rounded_cache import restored, rounded
+
 
 def paged_decode(
     query: Tensor,
@@ -31,6 +33,28 @@ def paged_decode(
     index, seen = _slots(block_tables, contexts, block_tokens, window)
     found = rows[index].view(*index.shape, 2, kv_heads, dim).to(_wide(query))  # [B, L, 2, kv_heads, D]
     key, value = found.masked_fill(~seen[:, :, None, None, None], 0).permute(2, 0, 3, 1, 4).unbind()
+    weights = _weights(query.to(key.dtype) @ key.transpose(2, 3) * scaling, seen[:, None, None])
+    return (weights @ value).to(query.dtype).flatten(1)
+
+
+def paged_decode_fp8(
+    query: Tensor,
+    rows: Tensor,
+    scales: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    block_tokens: int,
+    scaling: float,
+    window: int | None = None,
+    num_splits: int = 1,
+) -> Tensor:
+    """`paged_decode` over a cache that is rounded to 8 bits. rows: uint8 [slots, 2 * kv_heads * D], the bits of e4m3;
+    scales: [slots, 2 * kv_heads], by which they are multiplied."""
+    kv_heads, dim = query.shape[1], query.shape[3]
+    index, seen = _slots(block_tables, contexts, block_tokens, window)
+    found = restored(rows[index].unflatten(2, (2 * kv_heads, dim)), scales[index], _wide(query))
+    found = found.unflatten(2, (2, kv_heads)).masked_fill(~seen[:, :, None, None, None], 0)
+    key, value = found.permute(2, 0, 3, 1, 4).unbind()
     weights = _weights(query.to(key.dtype) @ key.transpose(2, 3) * scaling, seen[:, None, None])
     return (weights @ value).to(query.dtype).flatten(1)
 
@@ -72,6 +96,34 @@ def rope_and_cache(
     positions: int [T]; rows: [slots, 2 * kv_heads * D]; slots: int [T], negative where a token is padding and nothing
     is written; norm_weight: [heads + kv_heads, D] of a root mean square norm of each head before it is turned.
     """
+    new = _turn(qkv, table, positions, kv_heads, norm_weight, eps)
+    _write(rows, slots, new)
+
+
+def rope_and_cache_fp8(
+    qkv: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    kv_heads: int,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """The same for a cache that is rounded to 8 bits, as `runtime.rounded_cache.rounded` says. rows: uint8; scales:
+    [slots, 2 * kv_heads]."""
+    new = _turn(qkv, table, positions, kv_heads, norm_weight, eps)
+    bits, found = rounded(new.unflatten(1, (2 * kv_heads, -1)))
+    source, target, is_any = _written(slots)
+    rows.index_copy_(0, target, torch.where(is_any, bits.flatten(1)[source], rows[target]))
+    scales.index_copy_(0, target, torch.where(is_any, found[source].to(scales.dtype), scales[target]))
+
+
+def _turn(
+    qkv: Tensor, table: Tensor, positions: Tensor, kv_heads: int, norm_weight: Tensor | None, eps: float
+) -> Tensor:
+    """Turns queries and keys in place. Returns a view of keys and values, [T, 2 * kv_heads * D]."""
     dim = table.shape[2]
     num_turned = qkv.shape[1] // dim - kv_heads
     turned = qkv.unflatten(1, (-1, dim))[:, :num_turned]
@@ -80,12 +132,96 @@ def rope_and_cache(
         x = _normal(x, eps) * norm_weight
     cos, sin = table[positions].unsqueeze(2).unbind(1)
     turned.copy_(x * cos + x.roll(dim // 2, -1) * sin)
-    # Padding repeats the first real token, or where there is none, what lies in the first slot.
+    return qkv[:, (num_turned - kv_heads) * dim :]
+
+
+def latent_rope_and_cache(
+    target: Tensor,
+    turn: Tensor,
+    new: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    is_interleaved: bool,
+) -> None:
+    """The same for latents (MLA): turns the last part of each query, and of the one key, and norms the latent.
+
+    turn: [T, heads, D], what is turned of the queries; target: the same shape, where it goes, `turn` itself if wanted;
+    new: [T, rank + D], latents and keys that are not turned yet; table, positions, slots: as above, but pairs lie side
+    by side where `is_interleaved`; rows: [slots, rank + D]; norm_weight: [rank]. Rows may lie apart in all of them.
+    """
+    rank, dim = len(norm_weight), table.shape[2]
+    x = torch.cat((turn, new[:, None, rank:]), 1).to(_wide(turn))
+    other = x.unflatten(2, (-1, 2)).flip(3).flatten(2) if is_interleaved else x.roll(dim // 2, 2)
+    cos, sin = table[positions].unsqueeze(2).unbind(1)
+    turned = (x * cos + other * sin).to(turn.dtype)
+    target.copy_(turned[:, :-1])
+    latent = _normal(new[:, :rank].to(_wide(new)), eps) * norm_weight
+    _write(rows, slots, torch.cat((latent.to(new.dtype), turned[:, -1]), 1))
+
+
+def absorb_and_cache(
+    query: Tensor,
+    new: Tensor,
+    key_up: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    is_interleaved: bool,
+) -> Tensor:
+    """`latent_rope_and_cache`, and what is not turned of the queries taken into the space of latents.
+
+    query: [T, heads, plain + D]; key_up: [heads, plain, rank]. Returns [T, heads, rank + D].
+    """
+    plain, rank = key_up.shape[1:]
+    out = query.new_empty(*query.shape[:2], rank + query.shape[2] - plain)
+    turn = query[..., plain:]
+    latent_rope_and_cache(
+        out[..., rank:], turn, new, table, positions, rows, slots, norm_weight, eps, is_interleaved
+    )
+    wide = _wide(query)
+    out[..., :rank] = torch.einsum("thp,hpr->thr", query[..., :plain].to(wide), key_up.to(wide))
+    return out
+
+
+def latent_values(
+    query: Tensor,
+    rows: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    block_tokens: int,
+    scaling: float,
+    value_up: Tensor,
+    num_splits: int = 1,
+) -> Tensor:
+    """`paged_latent_decode`, and its latents taken to the values of each head.
+
+    value_up: [heads, rank, value]. Returns [B, heads * value].
+    """
+    rank = value_up.shape[1]
+    found = paged_latent_decode(
+        query.to(_wide(query)), rows, block_tables, contexts, block_tokens, scaling, rank
+    )
+    return torch.einsum("thr,hrv->thv", found, value_up.to(found.dtype)).to(query.dtype).flatten(1)
+
+
+def _written(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which token goes to which slot, both [T], and whether any does: padding repeats the first real token, or where
+    there is none, what lies in the first slot."""
     real = slots >= 0
     source = torch.where(real, torch.arange(len(slots), device=slots.device), real.int().argmax())
-    target = slots[source].clamp(min=0)
-    new = qkv[:, (num_turned - kv_heads) * dim :]
-    rows.index_copy_(0, target, torch.where(real.any(), new[source], rows[target]))
+    return source, slots[source].clamp(min=0), real.any()
+
+
+def _write(rows: Tensor, slots: Tensor, new: Tensor) -> None:
+    source, target, is_any = _written(slots)
+    rows.index_copy_(0, target, torch.where(is_any, new[source], rows[target]))
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:

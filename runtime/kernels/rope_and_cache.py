@@ -22,6 +22,7 @@ def rope_and_cache(
     kv_heads: int,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
+    scales: Tensor | None = None,
 ) -> None:
     dim = table.shape[2]
     heads = qkv.shape[1] // dim - 2 * kv_heads
@@ -31,11 +32,39 @@ def rope_and_cache(
     )
     _rope_and_cache[(len(qkv), triton.cdiv(heads + 2 * kv_heads, head_block))](
         qkv, table, positions, rows, slots, table if norm_weight is None else norm_weight,
-        qkv.stride(0), rows.stride(0), eps,
-        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HAS_NORM=norm_weight is not None,
+        rows if scales is None else scales,
+        qkv.stride(0), rows.stride(0), 0 if scales is None else scales.stride(0), eps,
+        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HAS_NORM=norm_weight is not None, IS_ROUNDED=scales is not None,
         HEAD_BLOCK=head_block, HALF_BLOCK=half_block,
         num_warps=4, **early_start(qkv),
     )  # fmt: skip
+
+
+def rope_and_cache_fp8(
+    qkv: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    kv_heads: int,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    rope_and_cache(qkv, table, positions, rows, slots, kv_heads, norm_weight, eps, scales)
+
+
+@triton.jit
+def _e4m3(x: tl.tensor) -> tl.tensor:
+    """Bits of the nearest e4m3 number, ties to even, of float32 values below 448; 0x7F for what is no number. Written
+    out, since older GPUs have no such conversion, and Triton's interpreter forgets to carry into the exponent."""
+    size = tl.abs(x)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # exponents count from -7 instead of -127
+    # In steps of 2^-9, as 2^23 has no fractions.
+    small = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
+    found = tl.minimum(tl.where(size < 0.015625, small, normal), 0x7F)
+    return (found | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
@@ -46,13 +75,16 @@ def _rope_and_cache(
     rows: tl.tensor,
     slots: tl.tensor,
     norm_weight: tl.tensor,
+    scales: tl.tensor,
     qkv_stride: int,
     row_stride: int,
+    scale_stride: int,
     eps: float,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    IS_ROUNDED: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -90,5 +122,18 @@ def _rope_and_cache(
     slot = tl.load(slots + token).to(tl.int64)
     is_cached = inside & (head >= HEADS)[:, None] & (slot >= 0)
     place = rows + slot * row_stride + (head - HEADS)[:, None] * DIM + column[None]
-    tl.store(place, tl.where(is_turned, new_left, raw_left), mask=is_cached)
-    tl.store(place + HALF, tl.where(is_turned, new_right, raw_right), mask=is_cached)
+    cached_left = tl.where(is_turned, new_left, raw_left)
+    cached_right = tl.where(is_turned, new_right, raw_right)
+    if IS_ROUNDED:  # as `runtime.rounded_cache` has it
+        wide_left, wide_right = cached_left.to(tl.float32), cached_right.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(wide_left), 1), tl.max(tl.abs(wide_right), 1))
+        largest = tl.maximum(largest, 7.888609052210118e-31)  # 2^-100
+        exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+        step = exponent.to(tl.float32, bitcast=True) * 0.0078125  # 2^-7
+        is_head = (head >= HEADS) & (head < HEADS + 2 * KV_HEADS) & (slot >= 0)
+        tl.store(scales + slot * scale_stride + head - HEADS, step.to(scales.dtype.element_ty), mask=is_head)
+        tl.store(place, _e4m3(wide_left / step[:, None]), mask=is_cached)
+        tl.store(place + HALF, _e4m3(wide_right / step[:, None]), mask=is_cached)
+    else:
+        tl.store(place, cached_left, mask=is_cached)
+        tl.store(place + HALF, cached_right, mask=is_cached)

@@ -8,7 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from runtime.kernels import plain
+from runtime.expert_choice import Chosen, Rule
+from runtime.kernels import plain, plain_experts
+from runtime.kernels.expert_trials import ExpertShape, Trial, expert_trials, latent_trials
+from runtime.kernels.plain_experts import Layout
+from runtime.rounded_cache import rounded
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +36,28 @@ class Kernels(NamedTuple):
     skinny_parts: Callable[[Tensor, Tensor], Tensor]
     greedy: Callable[[Tensor], Tensor]
     embed: Callable[[Tensor, Tensor, Tensor], Tensor]  # (token_ids, drawn, table)
+    # (target, turn, new, table, positions, rows, slots, norm_weight, eps, is_interleaved)
+    latent_rope_and_cache: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], None
+    ]
+    route: Callable[[Tensor, Tensor, Rule], Chosen]  # (x, router, rule)
+    lay_out: Callable[[Tensor, int, int], Layout]  # (index, num_experts, block_rows)
+    # (x, weight, shared weight, index, layout)
+    expert_gate_up: Callable[[Tensor, Tensor, Tensor | None, Tensor, Layout | None], Tensor]
+    # (x, weight, shared weight, index, weights of the choice, layout)
+    expert_down: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Layout | None], Tensor]
+    weigh: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # (found, weights, places, shared)
+    # (query, new, key_up, table, positions, rows, slots, norm_weight, eps, is_interleaved)
+    absorb_and_cache: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], Tensor
+    ]
+    # (query, rows, block_tables, contexts, block_tokens, scaling, value_up, num_splits)
+    latent_values: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, Tensor, int], Tensor]
+    # The same over a cache of 8 bits, whose scales come behind `rows`.
+    paged_decode_fp8: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float, int | None, int], Tensor]
+    rope_and_cache_fp8: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None, float], None
+    ]
 
 
 PLAIN = Kernels(
@@ -45,6 +71,16 @@ PLAIN = Kernels(
     plain.skinny_parts,
     plain.greedy,
     plain.embed,
+    plain.latent_rope_and_cache,
+    plain_experts.route,
+    plain_experts.lay_out,
+    plain_experts.expert_gate_up,
+    plain_experts.expert_down,
+    plain_experts.weigh,
+    plain.absorb_and_cache,
+    plain.latent_values,
+    plain.paged_decode_fp8,
+    plain.rope_and_cache_fp8,
 )
 
 
@@ -52,15 +88,22 @@ def _triton_kernels() -> Kernels:
     """Raises ImportError where Triton is missing or does not load."""
     from runtime.kernels.add_norm import add_norm
     from runtime.kernels.embed import embed
+    from runtime.kernels.expert_linear import expert_down, expert_gate_up
     from runtime.kernels.greedy import greedy
-    from runtime.kernels.paged_decode import paged_decode, paged_latent_decode
-    from runtime.kernels.rope_and_cache import rope_and_cache
+    from runtime.kernels.latent_few import absorb_and_cache, latent_values
+    from runtime.kernels.latent_rope import latent_rope_and_cache
+    from runtime.kernels.lay_out import lay_out
+    from runtime.kernels.paged_decode import paged_decode, paged_decode_fp8, paged_latent_decode
+    from runtime.kernels.rope_and_cache import rope_and_cache, rope_and_cache_fp8
+    from runtime.kernels.route import route
     from runtime.kernels.silu_mul import silu_mul
     from runtime.kernels.skinny_linear import skinny_gated, skinny_linear, skinny_parts
+    from runtime.kernels.weigh import weigh
 
     return Kernels(
         paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, skinny_gated,
-        skinny_parts, greedy, embed,
+        skinny_parts, greedy, embed, latent_rope_and_cache, route, lay_out, expert_gate_up, expert_down, weigh,
+        absorb_and_cache, latent_values, paged_decode_fp8, rope_and_cache_fp8,
     )  # fmt: skip
 
 
@@ -87,6 +130,8 @@ class Shape(NamedTuple):
         None  # MLA: values of a cached row, of which the first `latent_value_dim` are the value
     )
     latent_value_dim: int = 512
+    has_own_heads: bool = True  # whether any layer has keys and values of its heads, and not latents
+    experts: ExpertShape | None = None
 
 
 _checking = threading.Lock()
@@ -119,6 +164,8 @@ def self_check(
         return []
     failed = []
     for name, run in _trials(device, dtype, shape):
+        if name in ("paged_decode", "rope_and_cache") and not shape.has_own_heads:
+            continue
         expected = run(getattr(PLAIN, name))
         try:
             actual = run(getattr(kernels, name))
@@ -137,9 +184,6 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest value expected; NaN where one of both is none."""
     actual, expected = actual.double(), expected.double()
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-
-
-Trial = Callable[[Callable[..., Tensor | None]], list[Tensor]]
 
 
 def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[tuple[str, Trial]]:
@@ -171,6 +215,8 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
                 "paged_latent_decode",
                 _returned(asked, latents, tables, contexts, size, scaling, shape.latent_value_dim, splits),
             )
+        up = normal(num_heads, shape.latent_value_dim, dim) * shape.latent_value_dim**-0.5
+        yield "latent_values", _returned(asked, latents, tables, contexts, size, scaling, up, 3)
 
     angles = torch.rand(64, dim // 2, generator=random, device=device) * 6.28
     sin = angles.sin()
@@ -184,6 +230,23 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         return [new, cache]
 
     yield "rope_and_cache", turned
+    bits, scales = rounded(rows.unflatten(1, (2 * kv_heads, dim)))
+    bits = bits.flatten(1)
+    for splits in (1, 3):
+        yield (
+            "paged_decode_fp8",
+            _returned(query, bits, scales, tables, contexts, size, dim**-0.5, shape.window, splits),
+        )
+
+    # Turned by nothing, so that both round the same values: one on the edge would go to either side.
+    still = torch.stack((torch.ones_like(table[:, 0]), torch.zeros_like(table[:, 0])), 1)
+
+    def turned_and_rounded(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        new, cached, steps = qkv.clone(), bits.clone(), scales.clone()
+        kernel(new, still, positions, cached, steps, slots, kv_heads, None, 0.0)
+        return [new, cached, steps]
+
+    yield "rope_and_cache_fp8", turned_and_rounded
     x, delta, scale_of = normal(4, hidden), normal(4, hidden), normal(hidden)
 
     def added(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
@@ -217,6 +280,10 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         yield "skinny_linear", _returned(some, matrix)
         yield "skinny_gated", _returned(some, gates)
         yield "skinny_parts", _added_up(some, matrix)
+    if shape.latent_dim is not None:
+        yield from latent_trials(normal, device, num_heads, dim, shape.latent_dim, shape.latent_value_dim)
+    if shape.experts is not None:
+        yield from expert_trials(normal, device, hidden, shape.experts)
 
 
 def _returned(*given: object) -> Trial:

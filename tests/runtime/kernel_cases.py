@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.expert_choice import Rule
 from runtime.kernels import PLAIN, TRITON, Kernels, Shape, self_check
+from runtime.kernels.expert_trials import ExpertShape, by_expert
 from runtime.kernels.table import TOLERANCE, difference
+from runtime.rounded_cache import restored, rounded
 
 NO_BLOCK = 2**30
 Case = Callable[[torch.device, torch.dtype], None]
@@ -93,6 +96,89 @@ def add(name: str, function: Callable[..., None], **options: Any) -> None:
     CASES[name] = functools.partial(function, **options)
 
 
+def decode_fp8(
+    device: torch.device, dtype: torch.dtype, contexts: list[int], kv_heads: int = 2, group: int = 4, dim: int = 32,
+    size: int = 4, window: int | None = None, splits: int = 1, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """`scale`: of all values, so that none would be left, or all too large, without scales."""
+    torch.manual_seed(0)
+    pool = Pool(device, torch.float32, contexts, 2 * kv_heads * dim, size, window)
+    bits, scales = rounded(pool.rows.unflatten(1, (2 * kv_heads, dim)) * scale)
+    query = torch.randn(len(contexts), kv_heads, group, dim).to(device, dtype)
+    given = (
+        query,
+        bits.flatten(1),
+        scales,
+        pool.tables,
+        pool.contexts,
+        size,
+        dim**-0.5 / scale,
+        window,
+        splits,
+    )
+    expected = PLAIN.paged_decode_fp8(*given)
+    close(kernels().paged_decode_fp8(*given), expected)
+    # And both are what the kernel of whole values makes of the same ones.
+    whole = restored(bits, scales, torch.float32).flatten(1)
+    same = (query.float(), whole, *given[3:])
+    close(PLAIN.paged_decode(*same).to(dtype), expected)
+
+
+def rope_fp8(
+    device: torch.device, dtype: torch.dtype, num_heads: int = 4, kv_heads: int = 2, dim: int = 32,
+    slots: tuple[int, ...] = (3, -1, 0, 17, -1), has_norm: bool = False, scale: float = 1.0,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    num_tokens = len(slots)
+    qkv = (torch.randn(num_tokens, (num_heads + 2 * kv_heads) * dim + 8) * scale).to(device, dtype)
+    qkv[0, num_heads * dim : (num_heads + 1) * dim] = 0  # a head of zeros
+    angles = torch.rand(64, dim // 2) * 6.28
+    cos, sin = angles.cos(), angles.sin()
+    table = torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)), 1).to(device, dtype)
+    weight = torch.randn(num_heads + kv_heads, dim).to(device, dtype) if has_norm else None
+    positions = torch.arange(num_tokens, device=device) * 7 % 64
+    before = rounded(torch.randn(24, 2 * kv_heads, dim).to(device))
+    results = []
+    for kernel in (kernels().rope_and_cache_fp8, PLAIN.rope_and_cache_fp8):
+        new, rows, scales = qkv.clone(), before[0].flatten(1), before[1].clone()
+        kernel(
+            new[:, :-8],
+            table,
+            positions,
+            rows,
+            scales,
+            torch.tensor(slots, device=device),
+            kv_heads,
+            weight,
+            1e-6,
+        )
+        results.append((new, restored(rows.unflatten(1, (2 * kv_heads, dim)), scales, torch.float32)))
+    close(results[0][0], results[1][0])
+    actual, expected = results[0][1], results[1][1]
+    assert not expected.isnan().any()
+    # A value on the edge may be rounded to either side, but few are.
+    assert bool(
+        ((actual - expected).abs() <= expected.abs() / 7 + 2.0**-9 * expected.abs().amax(-1, True)).all()
+    )
+    assert float((actual - expected).abs().sum()) <= 0.01 * float(expected.abs().sum())
+    written = torch.tensor([slot for slot in slots if slot >= 0], dtype=torch.long)
+    others = torch.ones(24, dtype=torch.bool)
+    others[written] = False
+    assert torch.equal(actual[others.to(device)], restored(*before, torch.float32)[others.to(device)])
+
+
+for splits in (1, 4):
+    add(f"decode_fp8_ragged_{splits}", decode_fp8, contexts=[3, 200, 64, 65, 1, 129, 0], splits=splits)
+    add(f"decode_fp8_window_{splits}", decode_fp8, contexts=[1, 63, 300], window=5, splits=splits)
+add("decode_fp8_of_small_values", decode_fp8, contexts=[5, 70], scale=1e-3)
+add("decode_fp8_of_large_values", decode_fp8, contexts=[5, 70], scale=1e3)
+for dim in (64, 96, 128):
+    add(f"decode_fp8_head_of_{dim}", decode_fp8, contexts=[3, 77], dim=dim, splits=2, size=64)
+    add(f"rope_fp8_head_of_{dim}", rope_fp8, dim=dim)
+add("rope_fp8_normed", rope_fp8, has_norm=True)
+add("rope_fp8_of_small_values", rope_fp8, scale=1e-3)
+add("rope_fp8_nothing_but_padding", rope_fp8, slots=(-1, -1))
+add("rope_fp8_one_key_head_of_many", rope_fp8, num_heads=71, kv_heads=1, dim=64)
 for splits in (1, 4):
     add(f"decode_context_of_one_{splits}", decode, contexts=[1], splits=splits)
     add(f"decode_exactly_a_block_{splits}", decode, contexts=[4, 8, 128, 256], splits=splits)
@@ -293,10 +379,231 @@ def embedded(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
 
 for hidden in (8, 1000, 2048):
     add(f"embed_{hidden}", embedded, hidden=hidden)
+# -- latents and experts ------------------------------------------------------------------------------------------
+
+
+def latent_rope(
+    device: torch.device, dtype: torch.dtype, heads: int = 4, plain: int = 16, dim: int = 8, rank: int = 16,
+    slots: tuple[int, ...] = (3, -1, 0, 17, -1), is_interleaved: bool = True, is_in_place: bool = False,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    # Queries with the part that is not turned, and behind them what is cached, as one linear layer puts them out.
+    whole = torch.randn(len(slots), heads * (plain + dim) + rank + dim + 8).to(device, dtype)
+    cache = torch.randn(24, rank + dim + 8).to(device, dtype)
+    table, weight = torch.randn(64, 2, dim).to(device), torch.randn(rank).to(device, dtype)
+    results = []
+    for kernel in (kernels().latent_rope_and_cache, PLAIN.latent_rope_and_cache):
+        given, rows = whole.clone(), cache.clone()
+        turn = given[:, : heads * (plain + dim)].unflatten(1, (heads, -1))[..., plain:]
+        absorbed = torch.zeros(len(slots), heads, rank + dim, dtype=dtype, device=device)
+        kernel(
+            turn if is_in_place else absorbed[..., rank:], turn, given[:, heads * (plain + dim) : -8], table,
+            torch.arange(len(slots), device=device) * 7 % 64, rows[:, :-8], torch.tensor(slots, device=device), weight,
+            1e-6, is_interleaved,
+        )  # fmt: skip
+        results.append((given, rows, absorbed))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
+
+
+for is_interleaved in (True, False):
+    name = "pairs" if is_interleaved else "halves"
+    add(f"latent_rope_{name}", latent_rope, is_interleaved=is_interleaved)
+    add(f"latent_rope_{name}_in_place", latent_rope, is_interleaved=is_interleaved, is_in_place=True)
+add("latent_rope_of_deepseek", latent_rope, heads=16, plain=128, dim=64, rank=512)
+add("latent_rope_odd", latent_rope, heads=71, plain=3, dim=6, rank=20)
+add("latent_rope_nothing_but_padding", latent_rope, slots=(-1, -1))
+
+
+def absorbed(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, heads: int = 4, plain: int = 16, dim: int = 8,
+    rank: int = 16, is_interleaved: bool = True,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    whole = torch.randn(num_tokens, heads * (plain + dim) + rank + dim + 8).to(device, dtype)
+    cache = torch.randn(24, rank + dim + 8).to(device, dtype)
+    key_up = torch.randn(heads, plain + 5, rank).mul(plain**-0.5).to(device, dtype)[:, :plain]
+    table, weight = torch.randn(64, 2, dim).to(device), torch.randn(rank).to(device, dtype)
+    slots = torch.randperm(24)[:num_tokens].to(device)
+    slots[num_tokens // 2] = -1
+    results = []
+    for kernel in (kernels().absorb_and_cache, PLAIN.absorb_and_cache):
+        rows = cache.clone()
+        out = kernel(
+            whole[:, : heads * (plain + dim)].unflatten(1, (heads, -1)), whole[:, heads * (plain + dim) : -8], key_up,
+            table, torch.arange(num_tokens, device=device) * 7 % 64, rows[:, :-8], slots, weight, 1e-6, is_interleaved,
+        )  # fmt: skip
+        results.append((out, rows))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
+
+
+for num_tokens in (1, 4, 16):
+    add(f"absorb_{num_tokens}", absorbed, num_tokens=num_tokens)
+add("absorb_halves", absorbed, num_tokens=3, is_interleaved=False)
+add("absorb_of_deepseek", absorbed, num_tokens=2, heads=16, plain=128, dim=64, rank=512)
+add("absorb_odd", absorbed, num_tokens=2, heads=3, plain=20, dim=6, rank=100)
+
+
+def latent_values(
+    device: torch.device, dtype: torch.dtype, contexts: list[int], heads: int = 3, dim: int = 48, rank: int = 32,
+    value: int = 24, splits: int = 4,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    pool = Pool(device, dtype, contexts, dim, 4)
+    query = torch.randn(len(contexts), heads, dim).to(device, dtype)
+    up = torch.randn(heads, value, rank).mul(rank**-0.5).to(device, dtype).transpose(1, 2)
+    given = (query, pool.rows, pool.tables, pool.contexts, 4, dim**-0.5, up, splits)
+    close(kernels().latent_values(*given), PLAIN.latent_values(*given))
+
+
+for splits in (1, 2, 7, 64):
+    add(f"latent_values_in_{splits}", latent_values, contexts=[1, 0, 31, 200], splits=splits)
+add(
+    "latent_values_of_deepseek",
+    latent_values,
+    contexts=[129],
+    heads=16,
+    dim=576,
+    rank=512,
+    value=128,
+    splits=8,
+)
+
+
+def routed(
+    device: torch.device, dtype: torch.dtype, rule: Rule, num_experts: int, num_tokens: int = 5, hidden: int = 96,
+    is_biased: bool = False, is_wide: bool = False,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    x = torch.randn(num_tokens, hidden + 8).to(device, dtype)[:, :hidden]
+    router = (
+        torch.randn(num_experts, hidden).mul(hidden**-0.5).to(device, torch.float32 if is_wide else dtype)
+    )
+    if is_biased:
+        rule = rule._replace(bias=torch.randn(num_experts, device=device))
+    actual, expected = (kernel(x, router, rule) for kernel in (kernels().route, PLAIN.route))
+    assert actual.weights.shape == expected.weights.shape == actual.index.shape
+    close(by_expert(actual, num_experts), by_expert(expected, num_experts))
+
+
+for num_tokens in (1, 17, 70):
+    add(f"route_tokens_{num_tokens}", routed, rule=Rule(2), num_experts=8, num_tokens=num_tokens)
+for num_experts in (3, 8, 60, 64, 256):
+    add(f"route_experts_{num_experts}", routed, rule=Rule(3, factor=2.0), num_experts=num_experts)
+add("route_normalised", routed, rule=Rule(2, is_normalised=True), num_experts=8, hidden=1000)
+add("route_wider_than_the_model", routed, rule=Rule(2), num_experts=8, is_wide=True)
+add("route_all", routed, rule=Rule(6), num_experts=6)
+add("route_groups", routed, rule=Rule(3, 4, 2), num_experts=16)
+add("route_groups_of_three", routed, rule=Rule(2, 5, 3), num_experts=15)
+add("route_of_one_group_with_fewer_than_asked", routed, rule=Rule(3, 4, 1), num_experts=8)
+add("route_sigmoid", routed, rule=Rule(3, 4, 2, True, 2.5), num_experts=16, is_biased=True)
+add("route_sigmoid_of_deepseek", routed, rule=Rule(8, 8, 4, True, 2.5), num_experts=256, is_biased=True)
+add("route_sigmoid_without_groups", routed, rule=Rule(3), num_experts=16, is_biased=True)
+
+
+def laid_out(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, num_experts: int = 8, top_k: int = 2,
+    block_rows: int = 16, only: int | None = None,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    index = torch.rand(num_tokens, num_experts).topk(top_k)[1].int().to(device)
+    if only is not None:
+        index.fill_(only)
+    actual, expected = (
+        kernel(index, num_experts, block_rows) for kernel in (kernels().lay_out, PLAIN.lay_out)
+    )
+    for name, ours, theirs in zip(actual._fields, actual, expected, strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+for block_rows in (1, 16, 64):
+    for num_tokens in (1, 5, 300, 1500):
+        add(f"layout_{num_tokens}_in_{block_rows}", laid_out, num_tokens=num_tokens, block_rows=block_rows)
+add("layout_many_experts", laid_out, num_tokens=40, num_experts=127, top_k=8)
+add("layout_one_expert_takes_all", laid_out, num_tokens=100, only=7)
+add("layout_the_first_expert_takes_all", laid_out, num_tokens=100, only=0, num_experts=70)
+
+
+def experts(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, block_rows: int | None = None, num_shared: int = 0,
+    num_experts: int = 6, top_k: int = 2, hidden: int = 64, size: int = 48, only: int | None = None,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+
+    def normal(*of: int) -> Tensor:
+        return torch.randn(*of).mul(of[-1] ** -0.5).to(device, dtype)
+
+    index = torch.rand(num_tokens, num_experts).topk(top_k)[1].int().to(device)
+    if only is not None:
+        index.fill_(only)
+    layout = None if block_rows is None else PLAIN.lay_out(index, num_experts, block_rows)
+    x = torch.randn(num_tokens, hidden + 16).to(device, dtype)[:, :hidden]
+    gate_up, down = normal(num_experts, 2 * size, hidden), normal(num_experts, hidden, size)
+    unused = torch.ones(num_experts, dtype=torch.bool, device=device)
+    unused[index.flatten().long()] = False
+    seen_up, seen_down = (part.clone() for part in (gate_up, down))
+    seen_up[unused] = seen_down[unused] = float("nan")
+    own_up = normal(2 * num_shared * size, hidden) if num_shared else None
+    own_down = normal(hidden, num_shared * size) if num_shared else None
+    inner = kernels().expert_gate_up(x, seen_up, own_up, index, layout)
+    close(inner, PLAIN.expert_gate_up(x, gate_up, own_up, index, layout))
+    weights = torch.rand(num_tokens, top_k, device=device)
+    actual = kernels().expert_down(inner, seen_down, own_down, index, weights, layout)
+    expected = PLAIN.expert_down(inner, down, own_down, index, weights, layout)
+    close(actual.to(dtype), expected.to(dtype))
+
+
+for num_shared in (0, 1, 2):
+    add(f"experts_a_pair_a_block_{num_shared}", experts, num_tokens=1, num_shared=num_shared)
+    add(f"experts_of_three_tokens_a_pair_a_block_{num_shared}", experts, num_tokens=3, num_shared=num_shared)
+    for block_rows in (16, 32, 64, 128):
+        add(
+            f"experts_in_blocks_of_{block_rows}_with_{num_shared}", experts, num_tokens=2 * block_rows + 5,
+            block_rows=block_rows, num_shared=num_shared,
+        )  # fmt: skip
+add("experts_odd_sizes", experts, num_tokens=20, block_rows=16, hidden=100, size=52, num_shared=1)
+add("experts_wide", experts, num_tokens=2, hidden=272, size=208, block_rows=16)
+add("experts_all_on_one", experts, num_tokens=50, block_rows=16, only=3, num_shared=1)
+add("experts_many", experts, num_tokens=7, block_rows=16, num_experts=40, top_k=8)
+
+
+def weighed(
+    device: torch.device, dtype: torch.dtype, num_tokens: int = 5, top_k: int = 3, hidden: int = 100,
+    has_shared: bool = False,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    found = torch.randn(num_tokens * top_k, hidden).to(device, dtype)
+    weights = torch.rand(num_tokens, top_k, device=device)
+    places = torch.randperm(num_tokens * top_k).int().to(device)
+    shared = torch.randn(num_tokens, hidden).to(device, dtype) if has_shared else None
+    close(*(kernel(found, weights, places, shared) for kernel in (kernels().weigh, PLAIN.weigh)))
+
+
+add("weigh", weighed)
+add("weigh_wide", weighed, hidden=1030)
+add("weigh_with_shared_experts_beside", weighed, has_shared=True, top_k=8)
+
+
+def an_expert_gives_the_same_bits_in_any_company(device: torch.device, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, index = torch.randn(30, 64).to(device, dtype), torch.rand(30, 6).topk(2)[1].int().to(device)
+    gate_up = torch.randn(6, 96, 64).to(device, dtype)
+    whole = kernels().expert_gate_up(x, gate_up, None, index, PLAIN.lay_out(index, 6, 16))
+    for i in range(0, 30, 7):
+        own = index[i : i + 1]
+        alone = kernels().expert_gate_up(x[i : i + 1], gate_up, None, own, PLAIN.lay_out(own, 6, 16))
+        assert torch.equal(alone[0], whole[i])
+
+
+CASES["an_expert_gives_the_same_bits_in_any_company"] = an_expert_gives_the_same_bits_in_any_company
 
 
 def checks(device: torch.device, dtype: torch.dtype) -> None:
-    shape = Shape(4, 2, 32, 64, 96, 4, window=9, has_qk_norm=True, latent_dim=48, latent_value_dim=32)
+    shape = Shape(
+        4, 2, 32, 64, 96, 4, window=9, has_qk_norm=True, latent_dim=48, latent_value_dim=32,
+        experts=ExpertShape(8, 48, 2, Rule(3, 4, 2), is_biased=True),
+    )  # fmt: skip
     assert self_check(device, dtype, shape) == []
 
 
@@ -338,7 +645,7 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
     """Shapes of real models in bfloat16."""
     from runtime.kernels.skinny_linear import Tiles, skinny_parts
 
-    half, cpu = torch.bfloat16, torch.device("cpu")
+    half, wide, cpu = torch.bfloat16, torch.float32, torch.device("cpu")
 
     def empty(*size: int, dtype: torch.dtype = half) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=cpu)
@@ -369,7 +676,86 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
             whole, empty(8, 2, dim), at, empty(64, 2 * kv_heads * dim), at, kv_heads, weight, 1e-6
         )
 
+    def mixed(num_tokens: int, block_rows: int | None) -> Callable[[], object]:
+        index = torch.arange(num_tokens * 6, dtype=torch.int32).view(-1, 6) % 8
+        layout = None if block_rows is None else PLAIN.lay_out(index, 8, block_rows)
+        gate_up, own_up = empty(8, 2 * 1408, 2048), empty(4 * 1408, 2048)
+        down, own_down = empty(8, 2048, 1408), empty(2048, 2 * 1408)
+
+        def run() -> None:
+            inner = kernels().expert_gate_up(empty(num_tokens, 2048), gate_up, own_up, index, layout)
+            kernels().expert_down(inner, down, own_down, index, empty(num_tokens, 6, dtype=wide), layout)
+
+        return run
+
+    def chosen(num_tokens: int, num_experts: int, rule: Rule) -> Callable[[], object]:
+        return lambda: kernels().route(empty(num_tokens, 2048), empty(num_experts, 2048), rule)
+
+    def paged_fp8(kv_heads: int, group: int, dim: int, splits: int) -> Callable[[], object]:
+        tables, contexts = empty(2, 4, dtype=torch.int32), empty(2, dtype=torch.int64)
+        rows, scales = empty(64, 2 * kv_heads * dim, dtype=torch.uint8), empty(64, 2 * kv_heads)
+        return lambda: kernels().paged_decode_fp8(
+            empty(2, kv_heads, group, dim), rows, scales, tables, contexts, 64, 0.1, None, splits
+        )
+
+    def turned_fp8(heads: int, kv_heads: int, dim: int, has_norm: bool) -> Callable[[], object]:
+        whole, at = empty(2, (heads + 2 * kv_heads) * dim), empty(2, dtype=torch.int64)
+        rows, scales = empty(64, 2 * kv_heads * dim, dtype=torch.uint8), empty(64, 2 * kv_heads)
+        weight = empty(heads + kv_heads, dim) if has_norm else None
+        return lambda: kernels().rope_and_cache_fp8(
+            whole, empty(8, 2, dim), at, rows, scales, at, kv_heads, weight, 1e-6
+        )
+
     found: dict[str, Callable[[], object]] = {
+        "decode_fp8_llama": paged_fp8(8, 4, 128, 1),
+        "decode_fp8_llama_split": paged_fp8(8, 4, 128, 8),
+        "decode_fp8_head_of_96": paged_fp8(32, 1, 96, 4),
+        "rope_fp8": turned_fp8(32, 8, 128, False),
+        "rope_fp8_normed": turned_fp8(16, 8, 128, True),
+        "latent_rope": lambda: kernels().latent_rope_and_cache(
+            empty(2, 16, 576)[..., 512:],
+            empty(2, 16, 192)[..., 128:],
+            empty(2, 576),
+            empty(8, 2, 64, dtype=wide),
+            empty(2, dtype=torch.int64),
+            empty(64, 576),
+            empty(2, dtype=torch.int64),
+            empty(512),
+            1e-6,
+            True,
+        ),
+        "absorb": lambda: kernels().absorb_and_cache(
+            empty(1, 16, 192),
+            empty(1, 576),
+            empty(16, 256, 512)[:, :128],
+            empty(8, 2, 64, dtype=wide),
+            empty(1, dtype=torch.int64),
+            empty(64, 576),
+            empty(1, dtype=torch.int64),
+            empty(512),
+            1e-6,
+            True,
+        ),
+        "latent_values": lambda: kernels().latent_values(
+            empty(1, 16, 576),
+            empty(64, 576),
+            empty(1, 4, dtype=torch.int32),
+            empty(1, dtype=torch.int64),
+            16,
+            0.1,
+            empty(16, 128, 512).transpose(1, 2),
+            64,
+        ),
+        "route": chosen(1, 64, Rule(6)),
+        "route_many": chosen(300, 64, Rule(6)),
+        "route_groups": chosen(32, 256, Rule(8, 8, 4, True, 2.5, empty(256, dtype=wide))),
+        "layout": lambda: kernels().lay_out(empty(32, 6, dtype=torch.int32), 64, 16),
+        "layout_many": lambda: kernels().lay_out(empty(4096, 6, dtype=torch.int32), 64, 1),
+        "experts_of_one_token": mixed(1, None),
+        **{f"experts_in_blocks_of_{rows}": mixed(40, rows) for rows in (16, 32, 64, 128)},
+        "weigh": lambda: kernels().weigh(
+            empty(12, 2048), empty(2, 6, dtype=wide), empty(12, dtype=torch.int32), empty(2, 2048)
+        ),
         "decode_llama": paged(8, 4, 128, 1),
         "decode_llama_split": paged(8, 4, 128, 8),
         "decode_head_of_256": paged(4, 2, 256, 4),

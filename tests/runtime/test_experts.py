@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from runtime import experts
 from runtime.errors import ModelError
-from runtime.experts import Experts, choice_of, has_grouped, multiply_grouped, multiply_plain
+from runtime.expert_choice import choice_of
+from runtime.experts import Experts, has_grouped, multiply_grouped, multiply_plain
 from runtime.layer_parts import Mlp
 from runtime.weights import linear_layers
 from tests.runtime.test_decoder import decoder
@@ -142,7 +143,7 @@ def test_experts_of_bfloat16_on_a_gpu_multiply_in_one_call(family: str) -> None:
     model = tiny_model(family, torch.bfloat16).to("cuda")
     theirs = model.model.layers[1].mlp
     ours = Experts(theirs, model.config)
-    assert ours._has_grouped
+    assert ours.has_grouped_form
     for num_tokens in (1, 5, 40):
         x = hidden(num_tokens, torch.bfloat16).to("cuda")
         expected = theirs(x[None])[0]

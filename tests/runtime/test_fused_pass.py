@@ -1,8 +1,9 @@
 """The pass that a GPU takes, beside the decoder's own: with plain kernels here, with Triton's and graphs on a GPU."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import runtime.fused_latent
 import runtime.fused_pass
 from runtime.attention import Pieces, StepTensors, allowed_positions, attend_plain
 from runtime.decode_graph import BUCKETS, Captured, Decoded, DecodeGraphs, Key, Run
@@ -20,29 +22,41 @@ from runtime.kernels import PLAIN
 from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
-from runtime.paged_model import relative_error
+from runtime.paged_model import rearrange_blocks, relative_error
 from runtime.request import Request
 from runtime.sampling import draw, sample, tokens_of
 from runtime.scheduler import Batch, PackedBatch, Scheduler
+from runtime.weights import linear_layers
+from tests.runtime.test_latent_attention import deepseek
 from tests.runtime.tiny_models import VOCAB, repeating_model, tiny_model
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen2_window", "qwen3")
+DEEPSEEK = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3")
+OWN_HEADS = ("llama", "mistral", "qwen2", "qwen2_window", "qwen3", "mixtral", "qwen3_moe")
+FAMILIES = (*OWN_HEADS, *DEEPSEEK)
+# Routers of DeepSeek compute in float32 whatever the model is; all else is float64 here.
+EXACT, BY_FLOAT32 = {"rtol": 1e-9, "atol": 1e-9}, {"rtol": 1e-5, "atol": 1e-6}
+
+
+def limits_of(family: str) -> dict[str, float]:
+    return BY_FLOAT32 if family in DEEPSEEK else EXACT
 
 
 def decoder(family: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> DecoderModel:
     return DecoderModel(HFModel(tiny_model(family, dtype).to(device)), max_model_len=200)
 
 
-def repeating(family: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> DecoderModel:
+def repeating_decoder(family: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> DecoderModel:
     return DecoderModel(HFModel(repeating_model(family, dtype).to(device)), max_model_len=200)
 
 
-def mixed_steps(num_blocks: int, output_tokens: int = 12, **knobs: Any) -> tuple[Scheduler, list[Request]]:
+def mixed_steps(
+    num_blocks: int, block_tokens: int = BLOCK_TOKENS, output_tokens: int = 12, **knobs: Any
+) -> tuple[Scheduler, list[Request]]:
     """A scheduler with requests of all lengths, for a pool that shares blocks and so scatters them."""
     rng = np.random.default_rng(0)
     asked = [rng.integers(2, VOCAB, length).tolist() for length in (1, 5, 17, 40, 33, 70, 9)]
     config = EngineConfig.of({"max_batched_tokens": 40, "prefill_chunk": 16, **knobs})
-    scheduler = Scheduler(BlockPool(num_blocks, wants_runs=False), config, 200)
+    scheduler = Scheduler(BlockPool(num_blocks, block_tokens, wants_runs=False), config, 200)
     requests = [Request.of_tokens(str(at), ids, output_tokens, 0.0) for at, ids in enumerate(asked)]
     for request in requests:
         scheduler.add(request)
@@ -62,21 +76,19 @@ def written_out(
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("packs_pieces", [False, True])
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
-    family: str, packs_pieces: bool, in_parts: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runtime.fused_pass, "attend_pieces", written_out)
-    model = decoder(family)
+def compare_steps(
+    model: DecoderModel, packs_pieces: bool, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch,
+    in_parts: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    """Both passes on the same steps. Returns how many were mixed, and how many had pieces behind cached tokens."""
+    for module in (runtime.fused_pass, runtime.fused_latent):
+        monkeypatch.setattr(module, "attend_pieces", written_out)
     fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
     if in_parts:
-        layer = model.decoder.layers[0]
-        uses = {"whole": layer.attention.qkv, "gated": layer.mlp.gate_up, "parts": layer.attention.out}
         fused.linears.choices = {
-            LinearShape(use, *one.weight.shape, rows, torch.float64): Choice(1.0, 9.0)
-            for use, one in (*uses.items(), ("parts", layer.mlp.down))
+            LinearShape(use, *layer.weight.shape, rows, torch.float64): Choice(1.0, 9.0)
+            for use in ("whole", "gated", "parts")
+            for layer in linear_layers(model.decoder)
             for rows in TIMED_ROWS
         }
     scheduler, _ = mixed_steps(40)
@@ -94,10 +106,44 @@ def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
         num_behind += step.pieces is not None and step.pieces.slots is not None
         expected = model.forward(packed)
         with torch.inference_mode():
-            torch.testing.assert_close(fused.forward(step, caches), expected, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(fused.forward(step, caches), expected, **limits)
         tokens = expected.argmax(-1).tolist()
         scheduler.finish_step(batch, tokens, 0.0)
+    return num_mixed, num_behind
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("packs_pieces", [False, True])
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
+    family: str, packs_pieces: bool, in_parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = limits_of(family)
+    num_mixed, num_behind = compare_steps(decoder(family), packs_pieces, limits, monkeypatch, in_parts)
     assert num_mixed > 0 and (num_behind > 0) == packs_pieces, "the test must reach what it claims"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("deepseek_v3", {"rope_interleave": False}),
+        ("deepseek_v3", {"q_lora_rank": None}),
+        ("deepseek_v3", {"v_head_dim": 32}),  # values longer than keys
+        ("deepseek_v3", {"v_head_dim": 4}),  # and so short that padding is needed
+        ("deepseek_v2", {"attention_bias": True, "mlp_bias": True}),
+        ("deepseek_v2_lite", {"first_k_dense_replace": 0}),
+        ("deepseek_v2_lite", {"first_k_dense_replace": 2}),
+        ("qwen3_moe", {"mlp_only_layers": [0]}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("max_values", [1 << 26, 1, 3 * 40 * 2 * 24])  # one head at a time, and some
+def test_variants_of_latents_and_experts_give_the_logits_of_the_decoder(
+    family: str, changes: dict[str, Any], max_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime.fused_latent, "EXPANDED_MAX_VALUES", max_values)
+    model = DecoderModel(HFModel(deepseek(family, **changes)), max_model_len=200)
+    compare_steps(model, True, limits_of(family), monkeypatch)
 
 
 def inputs_of(packed: PackedBatch, num_rows: int, max_blocks: int) -> DecodeInputs:
@@ -116,9 +162,10 @@ def inputs_of(packed: PackedBatch, num_rows: int, max_blocks: int) -> DecodeInpu
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", *DEEPSEEK])
 @torch.inference_mode()
-def test_padding_rows_change_nothing() -> None:
-    model = decoder("qwen3")
+def test_padding_rows_change_nothing(family: str) -> None:
+    model, limits = decoder(family), limits_of(family)
     fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
     scheduler, _ = mixed_steps(40)
     model.allocate(40)
@@ -133,9 +180,9 @@ def test_padding_rows_change_nothing() -> None:
             for cache, rows in zip(caches, before, strict=True):
                 cache.rows.copy_(rows)
             expected = model.forward(packed)
-            torch.testing.assert_close(padded[: len(expected)], expected, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(padded[: len(expected)], expected, **limits)
             for cache, rows in zip(caches, after, strict=True):
-                torch.testing.assert_close(cache.rows, rows, rtol=1e-9, atol=1e-9, equal_nan=True)
+                torch.testing.assert_close(cache.rows, rows, **limits, equal_nan=True)
             num_compared += 1
         else:
             expected = model.forward(packed)
@@ -144,15 +191,65 @@ def test_padding_rows_change_nothing() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block_tokens", [16, 64, 256])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replayed_steps_give_the_logits_of_plain_ones(family: str) -> None:
-    model, plain = decoder(family, torch.bfloat16, "cuda"), decoder(family, torch.bfloat16, "cuda")
+def test_replayed_steps_are_as_close_to_exact_ones_as_the_decoders_own(
+    family: str, block_tokens: int
+) -> None:
+    """Where a token's experts are a near tie, one rounding sends it elsewhere: so no two passes in bfloat16 agree in
+    all rows, and both are compared with float64."""
+    reference = tiny_model(family, torch.bfloat16)
+    exact = DecoderModel(HFModel(deepcopy(reference).double()), max_model_len=200)
+    model, plain = (
+        DecoderModel(HFModel(deepcopy(reference).to("cuda")), max_model_len=200) for _ in range(2)
+    )
     assert model._fused is not None
     plain._fused = None
+    scheduler, _ = mixed_steps(40, block_tokens)
+    for each in (exact, model, plain):
+        each.allocate(40, block_tokens)
+    assert model.prepare_steps(8, block_tokens)
+    errors: list[tuple[float, float]] = []
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        expected, own, other = exact.forward(packed), model.forward(packed).cpu(), plain.forward(packed).cpu()
+        errors += [
+            (relative_error(a, e), relative_error(b, e)) for a, b, e in zip(own, other, expected, strict=True)
+        ]
+        scheduler.finish_step(batch, expected.argmax(-1).tolist(), 0.0)
+    assert model._graphs is not None and model._graphs._graphs and not model._graphs._refused
+    for share in (50, 90):
+        own_error, plain_error = (float(np.percentile(part, share)) for part in zip(*errors, strict=True))
+        assert own_error < 1.5 * plain_error + 0.01
+
+
+@pytest.mark.gpu
+def test_a_deepseek_of_its_kernels_sizes_uses_all_of_them(caplog: pytest.LogCaptureFixture) -> None:
+    changes = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    model = DecoderModel(HFModel(deepseek("deepseek_v2_lite", torch.bfloat16, **changes).to("cuda")), 200)
+    assert model._fused is not None and "plain twin" not in caplog.text
+    model.allocate(40)
+    model.prepare_steps(8)
+    assert model._graphs is not None and not model._graphs._refused
+    scheduler, requests = mixed_steps(40)
+    while (batch := scheduler.schedule(0.0)) is not None:
+        logits = model.forward(scheduler.pack(batch))
+        assert bool(logits.isfinite().all())
+        scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
+    assert all(request.finish_reason is not None for request in requests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", OWN_HEADS)
+def test_replayed_steps_over_a_rounded_cache_give_the_logits_of_plain_ones(family: str) -> None:
+    """Nearly: a value on the edge goes to either side, and what a step brings itself is not rounded in pieces."""
+    model, plain = decoder(family, torch.bfloat16, "cuda"), decoder(family, torch.bfloat16, "cuda")
+    plain._fused = None
     scheduler, _ = mixed_steps(40)
+    model.kv_dtype = plain.kv_dtype = "fp8"
     model.allocate(40)
     plain.allocate(40)
-    model.prepare_steps(8)
+    assert model.prepare_steps(8)
     errors = []
     while (batch := scheduler.schedule(0.0)) is not None:
         packed = scheduler.pack(batch)
@@ -160,15 +257,18 @@ def test_replayed_steps_give_the_logits_of_plain_ones(family: str) -> None:
         actual = model.forward(packed)
         errors += [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
         scheduler.finish_step(batch, expected.argmax(-1).tolist(), 0.0)
-    assert max(errors) < 0.1 and float(np.median(errors)) < 0.02
+    assert max(errors) < 0.5 and float(np.median(errors)) < 0.15
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_steps_with_drafts_give_the_logits_of_plain_ones(family: str) -> None:
-    model, plain = repeating(family, torch.bfloat16, "cuda"), repeating(family, torch.bfloat16, "cuda")
+    model, plain = (
+        repeating_decoder(family, torch.bfloat16, "cuda"),
+        repeating_decoder(family, torch.bfloat16, "cuda"),
+    )
     plain._fused = None
-    scheduler, _ = mixed_steps(40, 60, speculation_length=6)
+    scheduler, _ = mixed_steps(40, output_tokens=60, speculation_length=6)
     model.allocate(40)
     plain.allocate(40)
     model.prepare_steps(8)
@@ -217,7 +317,7 @@ class Repeated:
 
 
 @pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def repeating(monkeypatch: pytest.MonkeyPatch) -> None:
     def capture(self: DecodeGraphs, key: Key, run: Run) -> Captured:
         self._drawn_by = None
         self._blank()
@@ -258,19 +358,19 @@ def serve(model: DecoderModel, depth: int) -> tuple[list[list[int]], int]:
     return [request.output_ids.tolist() for request in requests], num_replayed
 
 
-@pytest.mark.parametrize("family", ["qwen2_window", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2_window", "qwen3", "mixtral", *DEEPSEEK])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_replayed_steps_give_the_same_tokens_also_one_ahead(replayed: None, family: str, depth: int) -> None:
+def test_replayed_steps_give_the_same_tokens_also_one_ahead(repeating: None, family: str, depth: int) -> None:
     expected, _ = serve(decoder(family), 0)
     tokens, num_replayed = serve(with_graphs(decoder(family)), depth)
     assert tokens == expected and num_replayed > 5
 
 
 @pytest.mark.parametrize("family", ["qwen2_window", "qwen3"])
-def test_rows_with_drafts_are_replayed_too_and_give_the_same_tokens(replayed: None, family: str) -> None:
+def test_rows_with_drafts_are_replayed_too_and_give_the_same_tokens(repeating: None, family: str) -> None:
     """Beside the decoder's own pass over the very same steps, and beside a text without drafts."""
-    model, plain = with_graphs(repeating(family)), repeating(family)
-    scheduler, requests = mixed_steps(40, 60, speculation_length=6)
+    model, plain = with_graphs(repeating_decoder(family)), repeating_decoder(family)
+    scheduler, requests = mixed_steps(40, output_tokens=60, speculation_length=6)
     model.allocate(40)
     plain.allocate(40)
     num_replayed = 0
@@ -282,14 +382,14 @@ def test_rows_with_drafts_are_replayed_too_and_give_the_same_tokens(replayed: No
         torch.testing.assert_close(model.forward(packed), logits, rtol=1e-9, atol=1e-9)
         scheduler.finish_step(batch, [token or 0 for token in sample(logits, batch.drawing_requests())], 0.0)
     assert num_replayed > 5 and scheduler.num_right_tokens > 20, "the test must reach what it claims"
-    scheduler, others = mixed_steps(40, 60)
+    scheduler, others = mixed_steps(40, output_tokens=60)
     while (batch := scheduler.schedule(0.0)) is not None:
         scheduler.finish_step(batch, plain.forward(scheduler.pack(batch)).argmax(-1).tolist(), 0.0)
     assert [one.output_ids.tolist() for one in requests] == [one.output_ids.tolist() for one in others]
 
 
 def test_steps_that_cannot_be_captured_are_launched_and_tried_once(
-    monkeypatch: pytest.MonkeyPatch, replayed: None, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, repeating: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     tries: list[Key] = []
 
@@ -304,3 +404,24 @@ def test_steps_that_cannot_be_captured_are_launched_and_tried_once(
     assert tries and len(tries) == len(set(tries)) and "are not captured" in caplog.text
     model.forget(model.pools)
     assert model._graphs is not None and not model._graphs._refused
+
+
+@torch.inference_mode()
+def test_blocks_of_another_size_get_graphs_of_their_own(repeating: None) -> None:
+    outputs = []
+    for model in (decoder("qwen3"), with_graphs(decoder("qwen3"))):
+        scheduler, requests = mixed_steps(64)
+        model.allocate(64)
+        sizes = [64, 16, 32]
+        for step in count():
+            if step % 6 == 5 and sizes:
+                move = scheduler.move_to(scheduler.pool.resized(64 * 16, sizes.pop()), stays=True)
+                for pool in model.pools.values():
+                    rearrange_blocks(pool, move.move, move.block_tokens)
+            if (batch := scheduler.schedule(0.0)) is None:
+                break
+            logits = model.forward(scheduler.pack(batch))
+            scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
+        outputs.append([request.output_ids.tolist() for request in requests])
+    assert not sizes and outputs[0] == outputs[1]
+    assert model._graphs is not None and {key.block_tokens for key in model._graphs._graphs} >= {32, 16, 64}

@@ -16,13 +16,17 @@ from torch import nn
 
 from runtime.attention import attend_plain
 from runtime.decoder import Norm
+from runtime.expert_choice import Rule
 from runtime.kernels import PLAIN, WHY_NO_TRITON, Kernels, Shape, checked, self_check
+from runtime.kernels.expert_trials import ExpertShape
 from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape, LinearTable
 from runtime.kernels.splits import MAX_SPLITS, choose_splits
 from tests.runtime.kernel_cases import CASES, kernels
 
 CPU = torch.device("cpu")
-SMALL = Shape(4, 2, 8, 16, 24, 4, has_qk_norm=True, latent_dim=12, latent_value_dim=8)
+SMALL = Shape(
+    4, 2, 8, 16, 24, 4, has_qk_norm=True, latent_dim=12, latent_value_dim=8, experts=ExpertShape(6, 8, 1, Rule(2))
+)  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
     WHY_NO_TRITON is not None, reason=f"Triton cannot be imported: {WHY_NO_TRITON}"
@@ -127,7 +131,7 @@ def test_check_names_and_replaces_a_kernel_that(
         if fault == "raises":
             raise RuntimeError("out of shared memory")
         out = None if fault == "does nothing" else twin(*given)
-        changed = given[0] if out is None else out
+        changed = given[0] if out is None else out[0] if isinstance(out, tuple) else out
         if fault == "differs":
             changed.view(-1)[-1] += 1
         if fault == "gives NaN":

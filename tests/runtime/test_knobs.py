@@ -36,6 +36,8 @@ NAMES = (
     "stream_interval",
     "speculation_length",
     "speculation_max_seqs",
+    "kv_block",
+    "kv_dtype",
 )
 
 

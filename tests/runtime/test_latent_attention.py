@@ -43,7 +43,7 @@ def written_out(attention: LatentAttention, plain: Tensor, turn: Tensor, latents
     key = torch.cat((both[..., :16], latents[:, None, RANK:].expand(-1, HEADS, -1)), 2).transpose(0, 1)
     query = torch.cat((plain, turn), 2).transpose(0, 1)[:, None]
     allowed = allowed_positions(num_new, context, None, plain.device)
-    out = attend_plain(query, key, both[..., 16:].transpose(0, 1), allowed, attention._scaling)
+    out = attend_plain(query, key, both[..., 16:].transpose(0, 1), allowed, attention.scaling)
     return out.permute(2, 0, 1, 3).flatten(1)
 
 
@@ -227,7 +227,7 @@ def test_another_weight_format_keeps_decoded_and_prompt_rows_near(
 def test_absorption_holds_nothing_of_the_weights_twice() -> None:
     attention = attention_of("deepseek_v2")
     storage = attention.kv_b.untyped_storage().data_ptr()
-    for view in (attention._key_up, attention._value_up, attention._by_head):
+    for view in (attention.key_up, attention.value_up, attention.by_head):
         assert view.untyped_storage().data_ptr() == storage
 
 

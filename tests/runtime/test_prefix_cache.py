@@ -9,6 +9,7 @@ from runtime.knobs import EngineConfig, knob_named
 from runtime.kv_cache import BlockPool
 from runtime.prefix_cache import HASHED_AHEAD, KnownPrefix, PrefixIndex, chain
 from runtime.request import Request
+from runtime.retable import BlockMove
 from runtime.scheduler import Batch, Scheduler
 
 SIZE = 4  # tokens a block
@@ -283,21 +284,23 @@ class Contents:
     def compute(self, s: Scheduler, batch: Batch) -> None:
         packed = s.pack(batch)
         if packed.copies is not None:
-            self.move(packed.copies.sources.tolist(), packed.copies.targets.tolist(), self)
+            self.move(packed.copies, packed.block_tokens, self)
         for row, request in enumerate(batch.requests):
             start, new = int(batch.starts[row]), int(batch.new_tokens[row])
             slots = packed.slots[packed.row_starts[row] : packed.row_starts[row + 1]].tolist()
             for slot, end in zip(slots, range(start + 1, start + new + 1), strict=True):
                 self.text_at[slot] = text_of(request, end)
         for row, request in enumerate(batch.requests):
+            size = packed.block_tokens
             for position in range(int(packed.contexts[row])):
-                slot = int(packed.block_tables[row, position // SIZE]) * SIZE + position % SIZE
+                slot = int(packed.block_tables[row, position // size]) * size + position % size
                 assert self.text_at[slot] == text_of(request, position + 1), "another text's keys"
 
-    def move(self, sources: list[int], targets: list[int], other: "Contents") -> None:
-        taken = [self.text_at[block * SIZE : (block + 1) * SIZE] for block in sources]
-        for block, content in zip(targets, taken, strict=True):
-            other.text_at[block * SIZE : (block + 1) * SIZE] = content
+    def move(self, move: BlockMove, size: int, other: "Contents") -> None:
+        """All is read before any is written."""
+        taken = [self.text_at[block * size : (block + 1) * size] for block in move.sources.tolist()]
+        for block, content in zip(move.targets.tolist(), taken, strict=True):
+            other.text_at[block * size : (block + 1) * size] = content
 
 
 @settings(max_examples=60, deadline=None)
@@ -329,10 +332,11 @@ def test_every_row_attends_to_its_own_text_whatever_is_shared_copied_preempted_o
                 finished.append(s.running[0])
                 s.cancel(s.running[0].id)
             if data.draw(st.integers(0, 14)) == 0:
-                pool = BlockPool(data.draw(st.integers(16, 40)), SIZE, wants_runs)
-                there = Contents(pool.num_blocks * SIZE)
-                move = s.move_to(pool)
-                contents.move(move.sources.tolist(), move.targets.tolist(), there)
+                stays, size = data.draw(st.booleans()), SIZE * data.draw(st.sampled_from([1, 1, 2, 4]))
+                num_slots = len(contents.text_at) if stays else SIZE * data.draw(st.integers(16, 40))
+                there = contents if stays else Contents(num_slots)
+                retabled = s.move_to(s.pool.resized(num_slots, size), stays)
+                contents.move(retabled.move, retabled.block_tokens, there)
                 contents = there
         batch = s.schedule(0.0)
         s.pool.check_integrity(held_tables(s))
@@ -344,6 +348,36 @@ def test_every_row_attends_to_its_own_text_whatever_is_shared_copied_preempted_o
         finished += s.finish_step(batch, [token_after(r) for r in batch.sampled_requests()], 0.0)
     assert len({request.id for request in finished}) == num_added
     assert s.pool.num_held == 0
+
+
+def test_larger_blocks_over_the_same_slots_fall_apart_without_a_copy_and_join_again_where_they_lie() -> None:
+    s = scheduler(64, wants_runs=False)
+    for id in "abc":
+        s.add(Request.of_tokens(id, list(range(19)), 30, 0.0))
+    s.finish_step(s.schedule(0.0), [1, 2, 3], 0.0)
+    larger = s.move_to(s.pool.resized(256, 4 * SIZE), stays=True)
+    assert larger.block_tokens == SIZE and s.pool.block_tokens == 16 and s.pool.num_held == 6
+    assert len(larger.move.sources) > 0, "three tables of five blocks each do not begin at a larger block"
+    tables = [table.tolist() for table in held_tables(s)]
+    smaller = s.move_to(s.pool.resized(256, SIZE), stays=True)
+    assert smaller.block_tokens == SIZE and not len(smaller.move.sources)
+    assert [table.tolist() for table in held_tables(s)] == [
+        [4 * block + part for block in table for part in range(4)][:5] for table in tables
+    ]
+    again = s.move_to(s.pool.resized(256, 4 * SIZE), stays=True)
+    assert not len(again.move.sources) and [table.tolist() for table in held_tables(s)] == tables
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_held_through_a_change_of_blocks_is_found_in_the_new_ones(size: int) -> None:
+    s = scheduler(64, wants_runs=False)
+    s.add(Request.of_tokens("first", list(range(30)), 20, 0.0))
+    s.finish_step(s.schedule(0.0), [1], 0.0)
+    s.move_to(s.pool.resized(256, size * SIZE), stays=True)
+    s.finish_step(s.schedule(0.0), [2], 0.0)
+    s.add(Request.of_tokens("second", [*range(24), 5, 6], 3, 0.0))
+    s.schedule(0.0)
+    assert s.num_hit_tokens == 24
 
 
 @settings(max_examples=30, deadline=None)

@@ -34,6 +34,7 @@ CLOCK_STEP_S = 0.0005
 CEILINGS = {"max_num_seqs": 64, "max_batched_tokens": 512, "prefill_chunk": 128, "threads_decode": 2,
             "threads_prefill": 2, "kv_tokens": 2048, "max_queued_requests": 64, "replicas": 3,
             "long_prompt_threshold": CONTEXT}  # fmt: skip
+CHANGES_OUTPUTS = {"weight_format", "kv_dtype"}
 FLOORS = {"kv_tokens": CONTEXT}
 NOT_OF_ONE_ENGINE = {"replicas"}  # the front end's: tests/runtime/test_random_replicas.py
 
@@ -256,14 +257,14 @@ sizes = pytest.mark.parametrize("num", [300, pytest.param(10_000, marks=pytest.m
 
 @sizes
 def test_float64_gives_the_same_tokens_under_any_changes(folder: Path, num: int) -> None:
-    load, quiet, changed = served_twice(folder, torch.float64, num, 1, without={"weight_format"})
+    load, quiet, changed = served_twice(folder, torch.float64, num, 1, without=CHANGES_OUTPUTS)
     assert [asked.id for asked in load if where_differing(asked, quiet, changed) is not None] == []
 
 
 @sizes
 def test_float32_differs_only_where_two_tokens_are_nearly_as_likely(folder: Path, num: int) -> None:
     load, quiet, changed = served_twice(
-        folder, torch.float32, num, 2, without={"weight_format"}, wants_gaps=True
+        folder, torch.float32, num, 2, without=CHANGES_OUTPUTS, wants_gaps=True
     )
     gaps = []
     for asked in load:
@@ -275,5 +276,5 @@ def test_float32_differs_only_where_two_tokens_are_nearly_as_likely(folder: Path
 
 
 @sizes
-def test_no_request_is_lost_while_weights_change_too(folder: Path, num: int) -> None:
+def test_no_request_is_lost_while_weights_and_what_the_cache_holds_change_too(folder: Path, num: int) -> None:
     served_twice(folder, torch.float32, num, 3, without=set())

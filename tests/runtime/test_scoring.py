@@ -102,7 +102,7 @@ class TickingExecutor:
         self.pieces: list[int] = []
         self.error: Exception | None = None
 
-    def score_area(self, num_blocks: int) -> str:
+    def score_area(self, num_blocks: int, config: EngineConfig) -> str:
         return "area"
 
     def score(self, packed: Any, targets: Any, area: Any, config: EngineConfig) -> Scored:

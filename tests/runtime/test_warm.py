@@ -25,10 +25,12 @@ LIMIT_S = 60.0
 class Here:
     """An engine, the frames that it sent, and control calls that wait for their answer."""
 
+    device, dtype = torch.device("cpu"), torch.float32
+
     def __init__(
         self, folder: Path, kv_tokens: int = 1024, max_model_len: int | None = None, **knobs: Any
     ) -> None:
-        loaded = load_model(folder, torch.device("cpu"), torch.float32, max_model_len)
+        loaded = load_model(folder, self.device, self.dtype, max_model_len)
         config = EngineConfig.of(knobs)
         self.executor = Executor(loaded, kv_tokens, config)
         self.frames: list[Frame] = []
@@ -188,6 +190,23 @@ def test_what_this_machine_can_never_run_is_no_knob(folder: Path, patch: dict[st
             raise AssertionError(error["message"])
 
 
+def test_another_block_needs_nothing_prepared_and_starts_an_engine_too(folder: Path) -> None:
+    here = Here(folder, kv_block="64")
+    assert here.scheduler.pool.block_tokens == 64 == here.executor.identity()["kv_block_tokens"]
+    told = here.call("prepare", values=values(here, kv_block="128"))["value"]
+    assert (told["prepare_s"], told["extra_bytes"]) == (0.0, 0)
+    assert here.state() == here.runner.champion
+    done = here.call("reconfigure", patch={"kv_block": 128})["value"]
+    assert done["config"]["kv_block"] == "128" == here.state().kv_block and done["commit_us"] > 0
+
+
+def test_the_longest_request_must_fit_in_whole_blocks(folder: Path) -> None:
+    here = Here(folder, max_model_len=250)
+    error = here.call("reconfigure", patch={"kv_tokens": 251, "kv_block": "64"})["error"]
+    assert error["kind"] == "invalid_knob" and "must be in [256," in error["message"]
+    assert "value" in here.call("reconfigure", patch={"kv_tokens": 256, "kv_block": "64"})
+
+
 def test_unused_states_are_kept_for_a_rollback_and_dropped_when_newer_ones_come(folder: Path) -> None:
     here = Here(folder)
     warm = here.executor.warm
@@ -217,12 +236,13 @@ def test_32_streams_keep_every_token_while_the_pool_grows_shrinks_and_prefixes_c
     quiet = serve_all(Here(DEMO, max_model_len=256, max_num_seqs=32), lambda step: None)
     here = Here(DEMO, max_model_len=256, max_num_seqs=32)
     patches: list[dict[str, Any]] = [
-        {"kv_tokens": 4096}, {"prefix_cache": "on"}, {"kv_tokens": 512}, {"prefix_cache": "off"}, {"kv_tokens": 2048},
+        {"kv_tokens": 4096}, {"prefix_cache": "on"}, {"kv_tokens": 512}, {"kv_block": "64"}, {"prefix_cache": "off"},
+        {"kv_tokens": 2048, "kv_block": "32"}, {"kv_block": "256"}, {"kv_block": "16"},
     ]  # fmt: skip
     swaps: list[float] = []
 
     def disturb(step: int) -> None:
-        if step % 6 == 2 and patches:
+        if step % 4 == 2 and patches:
             patch = patches.pop(0)
             done = here.call("reconfigure", patch=patch, expected_version=here.runner.version)["value"]
             assert (
@@ -231,6 +251,7 @@ def test_32_streams_keep_every_token_while_the_pool_grows_shrinks_and_prefixes_c
                 == {name: done["config"][name] for name in patch}
             )
             assert here.scheduler.pool.num_tokens == here.state().kv_tokens
+            assert here.scheduler.pool.block_tokens == here.state().block_tokens
             swaps.append(done["commit_us"])
 
     assert serve_all(here, disturb) == quiet
@@ -321,3 +342,31 @@ def test_a_restarted_engine_starts_on_the_weights_and_the_pool_of_its_champion(f
     engine = Engine(executor, PlanRunner(config), Clock.started_now(), lambda frame: None)
     engine.step()
     assert executor.warm.in_force(config) == config and executor.warm.weight_format == "int8"
+
+
+class OnGPU(Here):
+    device, dtype = torch.device("cuda"), torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("knob", ["kv_block", "kv_dtype"])
+def test_32_streams_on_a_gpu_live_through_other_blocks_and_a_rounded_pool(folder: Path, knob: str) -> None:
+    knobs: dict[str, Any] = {
+        "kv_tokens": 4096,
+        "max_num_seqs": 32,
+        "weight_format": "bfloat16",
+        "overlap_depth": 1,
+    }
+    quiet = serve_all(OnGPU(folder, **knobs), lambda step: None)
+    here = OnGPU(folder, **knobs)
+    wanted = {"kv_block": ["64", "256", "32", "16"], "kv_dtype": ["fp8", "auto"]}[knob]
+
+    def disturb(step: int) -> None:
+        if step % 5 == 2 and wanted:
+            value = wanted.pop(0)
+            assert "value" in here.call("reconfigure", patch={knob: value})
+            assert here.state().values()[knob] == value
+
+    texts = serve_all(here, disturb)
+    assert not wanted
+    assert knob == "kv_dtype" or texts == quiet, "blocks are where keys lie, not what they are"

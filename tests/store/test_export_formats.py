@@ -140,6 +140,9 @@ def test_json_is_one_document(proof: Proof) -> None:
         ({"max_queued_requests": 100, "max_num_seqs": 10, "replicas": 3}, "--max-num-queued-reqs 130"),
         ({"kv_tokens": 100}, "--kv-cache-memory-bytes 409600"),
         ({"kv_watermark": 0.05}, "--watermark 0.05"),
+        ({"kv_block": "64"}, "--block-size 64"),
+        ({"kv_dtype": "auto"}, "--kv-cache-dtype auto"),
+        ({"kv_dtype": "fp8"}, "kv_dtype = fp8: vLLM's fp8 cache"),
         ({"prefill_chunk": 64, "long_prompt_threshold": 48}, "--long-prefill-token-threshold 48"),
         ({"prefill_chunk": 64, "long_prompt_threshold": 4096}, "--long-prefill-token-threshold 64"),
         ({"policy": "longest_prefix"}, "policy = longest_prefix: vLLM admits by arrival"),
@@ -154,6 +157,8 @@ def test_vllm_is_told_what_its_arguments_mean(proof: Proof, values: dict[str, An
     [
         ({"policy": "longest_prefix", "prefix_cache": "on"}, "--schedule-policy lpm"),
         ({"kv_watermark": 0.05}, "kv_watermark = 0.05: SGLang keeps free what it guesses"),
+        ({"kv_block": "64"}, "--page-size 64"),
+        ({"kv_dtype": "fp8"}, "kv_dtype = fp8: SGLang's fp8 cache"),
     ],
 )
 def test_sglang_is_told_what_its_arguments_mean(proof: Proof, values: dict[str, Any], wanted: str) -> None:
