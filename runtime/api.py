@@ -377,6 +377,8 @@ def _scrape(service: Service) -> Scrape:
         num_preemptions=gauges.get("num_preemptions_total"), records_dropped=front.records.dropped,
         num_looked_up_tokens=gauges.get("prefix_looked_up_tokens_total"),
         num_hit_tokens=gauges.get("prefix_hit_tokens_total"),
+        num_drafted_tokens=gauges.get("drafted_tokens_total"),
+        num_right_tokens=gauges.get("draft_right_tokens_total"),
     )  # fmt: skip
 
 

@@ -1,5 +1,8 @@
 """Steps of one token a row, captured once as CUDA graphs and replayed: one launch instead of hundreds.
 
+A row with a draft is replayed as a row for each of its tokens, over the same blocks: a layer writes the keys and values
+of all rows before it attends to any, so that each token finds those before it. What is cached is read for each of them.
+
 A graph belongs to a number of rows (a batch is padded to the next one), to the pools it reads and to the weights it
 multiplies; whatever a replay must know lies in tensors that never move. Padding rows write nothing and read nothing.
 """
@@ -81,16 +84,18 @@ class DecodeGraphs:
         self._lacked_memory = False  # the last capture that failed
 
     def takes(self, packed: PackedBatch) -> bool:
-        """Whether the step is one token a row, each of which gets its logits."""
-        num_rows = len(packed.contexts)
-        return num_rows == len(packed.token_ids) == len(packed.last_tokens) and num_rows <= BUCKETS[-1]
+        """Whether each token of the step gets its logits: rows of one token, and those with a draft."""
+        num_tokens = len(packed.token_ids)
+        if num_tokens != len(packed.last_tokens) or num_tokens > BUCKETS[-1]:
+            return False
+        return len(packed.contexts) == num_tokens or bool((packed.last_tokens == np.arange(num_tokens)).all())
 
     def replay(
         self, packed: PackedBatch, pools: int, weights: str, run: Run, drawn: Tensor
     ) -> Decoded | None:
         """Returns what the next replay overwrites. `run` is captured where it was not yet; None where that failed.
         `drawn`: tokens of the last step."""
-        num_rows = len(packed.contexts)
+        num_rows = len(packed.token_ids)
         key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights, packed.block_tokens)
         captured = self._graphs.get(key) or self._try_to_capture(key, run)
         if captured is None:
@@ -190,13 +195,15 @@ class DecodeGraphs:
         """Writes the batch where the graph reads it, behind what the device is doing."""
         self._turn = 1 - self._turn
         pinned = self._host_scalars[self._turn]
-        count, host = len(packed.contexts), pinned.numpy()
+        count, host = len(packed.token_ids), pinned.numpy()
         host[0, :count], host[1, :count] = packed.token_ids, packed.positions
-        host[2, :count], host[3, :count] = packed.slots, packed.contexts
+        host[2, :count], host[3, :count] = packed.slots, packed.positions + 1
         host[:, count:num_rows] = 0  # also their tokens: one of a former step may be no token but a place
         host[2, count:num_rows] = -1
         self._scalars.copy_(pinned, non_blocking=True)
         tables = packed.block_tables
+        if len(tables) != count:
+            tables = np.repeat(tables, np.diff(packed.row_starts), axis=0)
         if self._shown.shape != tables.shape or not np.array_equal(self._shown, tables):
             pinned = self._host_tables[self._turn]
             pinned.numpy()[: tables.size] = tables.ravel()

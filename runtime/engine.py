@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -120,7 +121,7 @@ class Engine:
         self.scheduler.advance(batch)
         self._land()
         self._under_way = UnderWay(launched, started)
-        if not overlaps:
+        if not overlaps or batch.num_drafted:
             self._land()
         return True
 
@@ -131,9 +132,11 @@ class Engine:
         launched, started = self._under_way
         self._under_way = None
         executed = self._executor.land(launched)
+        right_before = self.scheduler.num_right_tokens
         self._finish(launched.batch, executed)
         ended = time.perf_counter()
         record = self._record(launched.batch, executed, ended - max(started, self._landed))
+        record["num_right"] = self.scheduler.num_right_tokens - right_before
         self._landed = ended
         self._send({"op": "step", "record": record})
         return True
@@ -167,6 +170,8 @@ class Engine:
             "kv_cached_tokens": self.scheduler.cached_tokens,
             "prefix_looked_up_tokens_total": self.scheduler.num_looked_up_tokens,
             "prefix_hit_tokens_total": self.scheduler.num_hit_tokens,
+            "drafted_tokens_total": self.scheduler.num_drafted_tokens,
+            "draft_right_tokens_total": self.scheduler.num_right_tokens,
             "num_preemptions_total": self.scheduler.num_preemptions,
             "slice_id": self.tick.slice_id,
             "plan_id": plan.plan_id if plan is not None else None,
@@ -323,13 +328,15 @@ class Engine:
 
     def _finish(self, batch: Batch, executed: "Executed") -> None:
         """Records the tokens and sends them in one frame. A row without a token fails its request alone."""
-        now, requests, tokens = self._clock.now(), batch.sampled_requests(), executed.tokens
-        were_here = list(map(self.scheduler.is_here, requests))
+        now, tokens, is_here = self._clock.now(), executed.tokens, self.scheduler.is_here
+        owners = [
+            request if request is not None and is_here(request) else None for request in batch.owners(tokens)
+        ]
         if batch.scored is not None:
             self._send_scores(batch.requests[batch.scored.row], batch.scored, executed.scores)
         if None in tokens:
-            for request, token in zip(requests, tokens, strict=True):
-                if token is None:
+            for request, token in zip(owners, tokens, strict=True):
+                if token is None and request is not None:
                     self._fail(request)
         self.scheduler.settle(batch, [token or 0 for token in tokens], now)
         rows: list[list[Any] | None] = [
@@ -337,14 +344,18 @@ class Engine:
                 request.id, token, request.finish_reason,
                 request.admitted_at if request.first_token_at == now else None, request.num_preemptions,
             ]
-            if was_here and token is not None
+            if request is not None and token is not None
             else None
-            for request, token, was_here in zip(requests, tokens, were_here, strict=True)
+            for request, token in zip(owners, tokens, strict=True)
         ]  # fmt: skip
         for number, logprobs in executed.logprobs.items():
             if (row := rows[number]) is not None:
                 row.append(logprobs)
-        if items := [row for row in rows if row is not None]:
+        items = [row for row in rows if row is not None]
+        if batch.num_drafted:  # a request may have several, and ends with the last
+            for item, following in pairwise(items):
+                item[2] = None if item[0] == following[0] else item[2]
+        if items:
             self._send({
                 "op": "tokens", "at": now, "config_id": self.tick.config.config_id,
                 "slice_id": self.tick.slice_id, "items": items,
@@ -369,8 +380,8 @@ class Engine:
         return {
             "at": self._clock.now(), "step_s": step_s, "forward_s": executed.forward_s,
             "num_decode": batch.num_decode, "num_prefill_rows": batch.num_prefill_rows,
-            "num_prefill_tokens": batch.num_prefill_tokens, "context_tokens": batch.context_tokens,
-            "attention_pairs": batch.attention_pairs, **self._load(),
+            "num_prefill_tokens": batch.num_prefill_tokens, "num_drafted": batch.num_drafted,
+            "context_tokens": batch.context_tokens, "attention_pairs": batch.attention_pairs, **self._load(),
             "config_id": self.tick.config.config_id, "slice_id": self.tick.slice_id, "threads": executed.threads,
         }  # fmt: skip
 

@@ -36,7 +36,7 @@ LAID_OUT_SHARE = 0.3  # of free memory, for copies of weights that a CPU multipl
 
 
 class Executed(NamedTuple):
-    """`tokens`: one for each sampled row, None where the logits were not numbers; `logprobs` by sampled row.
+    """`tokens`: those drawn, row after row, None where the logits were not numbers; `logprobs` by place among them.
 
     `scores`: of the batch's scored piece, None where it has none or its logits were not numbers.
     """
@@ -49,9 +49,11 @@ class Executed(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """A step under way. `drawn`: as `draw` returns it, on the host once `read` has happened (None: it has)."""
+    """A step under way. `drawn`: as `draw` returns it, on the host once `read` has happened (None: it has).
+    `requests`: by drawn token."""
 
     batch: Batch
+    requests: list[Request]
     logits: torch.Tensor
     drawn: torch.Tensor
     read: torch.cuda.Event | None
@@ -121,16 +123,16 @@ class Executor:
         self._use_threads(threads)
         started = time.perf_counter()
         logits = self._model.forward(packed)
-        num_sampled = int(batch.sampled.sum())
-        drawn = self._draw(logits[:num_sampled], batch.sampled_requests()) if num_sampled else _NOTHING
+        requests = batch.drawing_requests()
+        drawn = self._draw(logits[: len(requests)], requests) if requests else _NOTHING
         self._model.drawn = drawn[0]
         if drawn.device.type != "cuda":
-            return Launched(batch, logits, drawn, None, started, threads)
+            return Launched(batch, requests, logits, drawn, None, started, threads)
         on_host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
         on_host.copy_(drawn, non_blocking=True)
         read = torch.cuda.Event()
         read.record()
-        return Launched(batch, logits, on_host, read, started, threads)
+        return Launched(batch, requests, logits, on_host, read, started, threads)
 
     def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         greedy = self._model.greedy
@@ -142,7 +144,7 @@ class Executor:
         if launched.read is not None:
             launched.read.synchronize()
         tokens = tokens_of(launched.drawn)
-        logprobs = logprobs_of(logits[: len(tokens)], tokens, batch.sampled_requests()) if tokens else {}
+        logprobs = logprobs_of(logits[: len(tokens)], tokens, launched.requests) if tokens else {}
         scores = None if batch.scored is None else _scores(batch, batch.scored, logits[len(tokens) :])
         ended = time.perf_counter()
         forward_s = ended - max(launched.started, self._landed)

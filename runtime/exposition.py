@@ -99,6 +99,8 @@ class Scrape:
     num_preemptions: int | None
     num_looked_up_tokens: int | None
     num_hit_tokens: int | None
+    num_drafted_tokens: int | None
+    num_right_tokens: int | None
     records_dropped: int
 
 
@@ -175,6 +177,17 @@ class _Page:
         ):
             yield from self._counter(f"tuner_{name}", help, value)
             yield from self._counter(f"vllm:{name}", help, value)
+        for name, alias, help, value in (
+            ("drafted_tokens", "draft_tokens", "Tokens guessed and computed.", scrape.num_drafted_tokens),
+            (
+                "draft_right_tokens",
+                "accepted_tokens",
+                "Guessed tokens that the model drew itself.",
+                scrape.num_right_tokens,
+            ),
+        ):
+            yield from self._counter(f"tuner_{name}", help, value)
+            yield from self._counter(f"vllm:spec_decode_num_{alias}", help, value)
         yield from self._counter(
             "tuner_records_dropped", "Records lost as nobody drained them.", scrape.records_dropped
         )

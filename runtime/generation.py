@@ -56,6 +56,7 @@ class Choice:
         self.index, self.exchange = index, exchange
         self._num_unstoppable, self._writer, self._echo = min_tokens, writer, echo
         self._is_echoed = echo is None
+        self._num_behind = 0  # tokens that came together with the one that a stop string ended at
         self.finish_reason: str | None = None
         self._detokenizer, self._matcher, self._stopped = Detokenizer(decode), StopMatcher(stops), stopped
         asked = exchange.sampling is not None and exchange.sampling.params.num_logprobs is not None
@@ -89,7 +90,7 @@ class Choice:
             text += matched.text
             if matched.stopped:
                 self._stopped(self.exchange)
-                self.finish_reason = "stop"
+                self.finish_reason, self._num_behind = "stop", len(tokens) - position - 1
                 return Delta(self.index, text, "stop", told[: num_echoed + position + 1])
         if finish is None:
             return Delta(self.index, text, None, told) if text or told else None
@@ -104,7 +105,8 @@ class Choice:
     @property
     def num_tokens(self) -> int:
         """How many were made for the client."""
-        return 0 if self._echo is not None and self._echo.is_all else self.exchange.num_tokens
+        is_all = self._echo is not None and self._echo.is_all
+        return 0 if is_all else self.exchange.num_tokens - self._num_behind
 
     def _echoed(self) -> tuple[str, list[Written]]:
         """The prompt, once, when the first token is there: by then its logprobs are too."""

@@ -247,6 +247,27 @@ class EngineConfig:
         is_later=True,
         help="Tokens that a stream gathers before they are sent, after the first, which is sent at once.",
     )
+    speculation_length: int = knob(
+        0,
+        kind="int",
+        low=0,
+        high=8,
+        unit="tokens",
+        searched=False,  # the replay that ranks candidates knows lengths only, so it foresees no draft that is right
+        is_later=True,
+        help="Longest draft of a request's next tokens, looked up in its own text and checked in one step; 0 is off.",
+    )
+    speculation_max_seqs: int = knob(
+        8,
+        kind="int",
+        low=1,
+        high=64,
+        log=True,
+        unit="requests",
+        searched=False,  # it means nothing while `speculation_length` is 0
+        is_later=True,
+        help="Running requests above which nothing is drafted: the more they are, the less a step has to spare.",
+    )
 
     kv_block: str = knob(
         "16",

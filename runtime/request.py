@@ -1,6 +1,7 @@
 """One request for text, from its arrival to its last token."""
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.prefix_cache import KnownPrefix
+from runtime.speculate import Lookup
 
 FinishReason = Literal["stop", "length"]
 Int32Array = NDArray[np.int32]
@@ -89,6 +91,7 @@ class Request:
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
     prefix: KnownPrefix | None = None  # since it was first looked up in the prefix cache
+    lookup: Lookup | None = None  # since its next tokens were first guessed
 
     def __post_init__(self) -> None:
         self.num_tokens = self.prompt_tokens
@@ -155,6 +158,16 @@ class Request:
         params = self.sampling
         asked = (params.logit_bias, params.has_penalties, params.min_tokens, params.num_logprobs is not None)
         return any(asked) or params.num_prompt_logprobs is not None
+
+    def ahead(self, num: int) -> "Request":
+        """The request as it will be if the `num` tokens of a draft behind the known ones are right: for the draw of the
+        token behind them. Itself where no known token matters to that."""
+        params = self.sampling
+        if num == 0 or not (params.temperature or params.has_penalties or params.min_tokens):
+            return self
+        later = copy(self)
+        later.num_tokens += num
+        return later
 
     def extend(self) -> None:
         """One more output token is being drawn."""

@@ -18,6 +18,9 @@ computed. Requests without token ids (a replay) are never looked up.
 A request that asks for the logprobs of its prompt is computed from its first token on, in pieces of at most
 SCORED_PIECE_TOKENS, since the logits of all these tokens are made. One such prompt is under way at a time; the
 others wait, and whoever asks for nothing overtakes them.
+
+With `speculation_length` above 0 a decode row may be longer: behind its last known token comes a draft of the next ones
+(runtime/speculate.py), in what the step has left of tokens and blocks. Such a step is settled before the next.
 """
 
 from collections import deque
@@ -36,6 +39,7 @@ from runtime.policy import held_until, least_urgent, next_waiting
 from runtime.prefix_cache import KnownPrefix, extended
 from runtime.request import Request
 from runtime.retable import BlockMove, Retabled, num_fitting, pieces_of, retabled
+from runtime.speculate import MAX_STEP_DRAFT_TOKENS, foresees_draft, right_of, write_draft
 
 IntArray = NDArray[np.int64]
 
@@ -58,7 +62,8 @@ class Batch:
     `new_tokens`, `starts`: [rows] tokens computed by this step, and tokens of the row cached before it.
     `sampled`: [rows] whether the row reaches its request's last known token, so that a next one is drawn.
     `copies`: cached prefixes that must be copied before the step is computed. `scored`: what the step tells of the
-    prompt that is being scored.
+    prompt that is being scored. `drafted`: [rows] how many of the new tokens, the last ones, are a draft; behind each
+    of them another token is drawn. None where no row has any.
     """
 
     requests: list[Request]
@@ -68,6 +73,7 @@ class Batch:
     sampled: NDArray[np.bool_]
     copies: BlockMove | None = None
     scored: ScoredPiece | None = None
+    drafted: IntArray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -75,8 +81,13 @@ class Batch:
 
     @property
     def num_decode(self) -> int:
-        """Rows of a single token."""
-        return int((self.new_tokens == 1).sum())
+        """Rows of a single token, beside its draft."""
+        alone = self.new_tokens if self.drafted is None else self.new_tokens - self.drafted
+        return int((alone == 1).sum())
+
+    @property
+    def num_drafted(self) -> int:
+        return 0 if self.drafted is None else int(self.drafted.sum())
 
     @property
     def num_prefill_rows(self) -> int:
@@ -84,6 +95,7 @@ class Batch:
 
     @property
     def num_prefill_tokens(self) -> int:
+        """Tokens beside one for each row that decodes: those of prompts, and of drafts."""
         return self.num_tokens - self.num_decode
 
     @property
@@ -102,6 +114,45 @@ class Batch:
     def sampled_requests(self) -> list[Request]:
         return [self.requests[row] for row in np.flatnonzero(self.sampled)]
 
+    @property
+    def num_drawn(self) -> IntArray:
+        """[sampled rows] tokens that each draws."""
+        if self.drafted is None:
+            return np.ones(int(self.sampled.sum()), np.int64)
+        return 1 + self.drafted[self.sampled]
+
+    def drawing_requests(self) -> list[Request]:
+        """By drawn token, its request as the draw must see it. Before `Scheduler.advance`."""
+        if self.drafted is None:
+            return self.sampled_requests()
+        pairs = zip(self.sampled_requests(), self.num_drawn.tolist(), strict=True)
+        return [request.ahead(place) for request, num in pairs for place in range(num)]
+
+    def runs(self, drawn: list[int | None] | list[int] | None) -> list[list[int | None]]:
+        """By sampled row, the tokens that count, one at least. `drawn`: row after row; None in a replay."""
+        if drawn is None:
+            return [[None]] * int(self.sampled.sum())
+        if self.drafted is None:
+            return [[token] for token in drawn]
+        found, first = [], 0
+        for row, num in zip(np.flatnonzero(self.sampled).tolist(), self.num_drawn.tolist(), strict=True):
+            request, known = self.requests[row], self.starts[row] + 1
+            assert request.token_ids is not None, "a replayed request has no draft"
+            draft = request.token_ids[known : known + num - 1]
+            found.append(right_of([*drawn[first : first + num]], draft, request.stop_token_ids))
+            first += num
+        return found
+
+    def owners(self, drawn: list[int | None]) -> Sequence[Request | None]:
+        """By drawn token, the request that it counts for; None where it does not count."""
+        requests = self.sampled_requests()
+        if self.drafted is None:
+            return requests
+        rows = zip(requests, self.runs(drawn), self.num_drawn.tolist(), strict=True)
+        return [
+            request if place < len(run) else None for request, run, num in rows for place in range(num)
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
@@ -109,7 +160,7 @@ class PackedBatch:
 
     `token_ids`, `positions`, `slots` (where keys and values are written): [tokens]. `row_starts`: [rows + 1]
     offsets into them. `contexts`: [rows]. `block_tables`: [rows, blocks], valid up to each row's context.
-    `last_tokens`: [sampled rows + scored tokens] offsets of the tokens whose logits are needed.
+    `last_tokens`: [drawn tokens + scored tokens] offsets of the tokens whose logits are needed.
     """
 
     token_ids: IntArray
@@ -191,6 +242,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_looked_up_tokens = 0  # of admitted requests, while the prefix cache was on
         self.num_hit_tokens = 0
+        self.num_drafted_tokens = 0
+        self.num_right_tokens = 0  # of the drafted ones, those that the model drew itself
         self._namespace, self._epoch = "", 0
         self._copies: list[tuple[BlockIds, BlockIds]] = []
         self._requests: dict[str, Request] = {}
@@ -200,6 +253,7 @@ class Scheduler:
         self._in_seat: dict[int, Request] = {}
         self._num_turns = 0
         self._scoring: Request | None = None  # the running request whose prompt is being scored
+        self._is_draft_under_way = False
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -322,6 +376,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch | None:
         """The next step's rows, with blocks for every token; None if there is nothing to compute now."""
+        assert not self._is_draft_under_way, "a step with drafts is settled before the next is scheduled"
         seats, new_tokens, long_left = self._pick_running()
         if self._grow(seats):
             still_here = np.isin(seats, self._running_seats)
@@ -333,11 +388,14 @@ class Scheduler:
                 new_tokens = np.concatenate((new_tokens, [tokens for _, tokens in admitted]))
         if not len(seats):
             return None
+        drafted = self._speculate(seats, new_tokens) if self._may_speculate else None
+        if drafted is not None:
+            new_tokens = new_tokens + drafted
         # Rows of one token first, and of those the longest: what is attended to at once is of like length, and what
         # takes longest is not begun last.
         is_piece = new_tokens > 1
         order = np.lexsort((np.where(is_piece, 0, -self._seats.computed[seats]), is_piece))
-        return self._batch(seats[order], new_tokens[order])
+        return self._batch(seats[order], new_tokens[order], None if drafted is None else drafted[order])
 
     def finish_step(self, batch: Batch, tokens: list[int] | None, now: float) -> list[Request]:
         """`advance` and `settle` at once."""
@@ -347,9 +405,13 @@ class Scheduler:
     def advance(self, batch: Batch) -> None:
         """The step is under way: what it computes counts as computed, and each token that it draws as known, though
         not read yet. The next step may be scheduled; `pack` names such a token by -1 - its place among those drawn.
+        Of a row with a draft, what it computes of that counts when it is settled, which must be before the next step.
         """
         seats = self._seats
         seats.computed[batch.seats] += batch.new_tokens
+        if batch.drafted is not None:
+            seats.computed[batch.seats] -= batch.drafted
+            self._is_draft_under_way = True
         if batch.scored is not None:
             self._note_scored(batch.requests[batch.scored.row], batch.scored)
         for index, request in enumerate(batch.sampled_requests()):
@@ -365,19 +427,22 @@ class Scheduler:
     def settle(self, batch: Batch, tokens: list[int] | None, now: float) -> list[Request]:
         """Records the tokens of a step and returns the requests that it finished; their blocks are free again.
 
-        `tokens`: one for each row of `batch.sampled`, in row order; None in a replay.
-        Rows whose request was cancelled or has ended meanwhile are ignored.
+        `tokens`: as drawn, row after row: one for each row of `batch.sampled` and one for each token of its draft; None
+        in a replay. Rows whose request was cancelled or has ended meanwhile are ignored.
         """
         seats, finished = self._seats, []
-        for index, request in enumerate(batch.sampled_requests()):
+        for request, run in zip(batch.sampled_requests(), batch.runs(tokens), strict=True):
             if self._requests.get(request.id) is not request or not request.num_pending:
                 continue
-            token = None if tokens is None else tokens[index]
-            request.settle(token, now)
+            request.settle(run[0], now)
+            if len(run) > 1:
+                self._record_right(request, run[1:], now)
             if request.seat is not None and not request.num_pending:
-                seats.last_token[request.seat] = token or 0
+                seats.last_token[request.seat] = run[-1] or 0
             if request.finish_reason is not None:
                 finished.append(request)
+        if batch.drafted is not None:
+            self._count_drafts(batch)
         if self.config.prefix_cache == "on":
             self._register(batch.seats[batch.sampled])
         for request in finished:
@@ -389,8 +454,11 @@ class Scheduler:
 
     @property
     def may_overlap(self) -> bool:
-        """Whether no request needs its last token on the host before the next one is drawn."""
-        return not self._num_needing_host
+        """Whether no request needs its last token on the host before the next one is drawn: to draw it, or for a draft
+        that is to be expected, which spares more than the overlap does."""
+        if self._num_needing_host or self._is_draft_under_way:
+            return False
+        return not self._may_speculate or not any(foresees_draft(request) for request in self.running)
 
     def is_here(self, request: Request) -> bool:
         return self._requests.get(request.id) is request
@@ -417,6 +485,10 @@ class Scheduler:
                 start : start + batch.new_tokens[row]
             ]
         last_tokens = row_starts[1:][batch.sampled] - 1
+        if batch.drafted is not None:
+            num_drawn = batch.num_drawn
+            behind = np.repeat(np.cumsum(num_drawn), num_drawn) - np.arange(num_drawn.sum()) - 1
+            last_tokens = np.repeat(last_tokens, num_drawn) - behind
         if batch.scored is not None:
             piece = batch.scored
             offset = row_starts[piece.row] - batch.starts[piece.row]
@@ -434,7 +506,7 @@ class Scheduler:
             copies=batch.copies,
         )
 
-    def _batch(self, seats: IntArray, new_tokens: IntArray) -> Batch:
+    def _batch(self, seats: IntArray, new_tokens: IntArray, drafted: IntArray | None) -> Batch:
         here = self._seats
         starts = here.computed[seats]
         here.turn[seats] = self._num_turns + np.arange(len(seats))
@@ -442,9 +514,9 @@ class Scheduler:
         requests = [self._in_seat[seat] for seat in seats.tolist()]
         copies, self._copies = self._copies, []
         move = BlockMove(*(np.concatenate(part) for part in zip(*copies, strict=True))) if copies else None
-        sampled = starts + new_tokens == here.known[seats]
+        sampled = starts + new_tokens - (0 if drafted is None else drafted) == here.known[seats]
         scored = None if self._scoring is None else _scored_piece(self._scoring, requests, starts, new_tokens)
-        return Batch(requests, seats, new_tokens, starts, sampled, move, scored)
+        return Batch(requests, seats, new_tokens, starts, sampled, move, scored, drafted)
 
     # -- who gets tokens -----------------------------------------------------------------------------------
 
@@ -486,10 +558,14 @@ class Scheduler:
                 self._preempt(least_urgent(self.running, self.config.policy))
             if before != self.num_preemptions and seat not in self._running_seats:
                 continue
-            count = here.num_blocks[seat]
-            here.blocks[seat, count] = self.pool.extend(int(here.blocks[seat, count - 1]))
-            here.num_blocks[seat] += 1
+            self._add_block(seat)
         return self.num_preemptions > before
+
+    def _add_block(self, seat: int) -> None:
+        here = self._seats
+        count = here.num_blocks[seat]
+        here.blocks[seat, count] = self.pool.extend(int(here.blocks[seat, count - 1]))
+        here.num_blocks[seat] += 1
 
     def _preempt(self, request: Request) -> None:
         """Frees the request's blocks; what it has generated so far becomes part of the prompt to recompute."""
@@ -511,6 +587,58 @@ class Scheduler:
                 self._scoring = None
         self.running = [request for request in self.running if request.seat is not None]
         self._running_seats = np.array([request.seat for request in self.running], np.int64)
+
+    # -- drafts --------------------------------------------------------------------------------------------
+
+    @property
+    def _may_speculate(self) -> bool:
+        return self.config.speculation_length > 0 and len(self.running) <= self.config.speculation_max_seqs
+
+    def _speculate(self, seats: IntArray, new_tokens: IntArray) -> IntArray | None:
+        """[rows] how long a draft each row has, written behind its known tokens, with blocks for it; None if none has.
+
+        Drafts get what prompts have left, and no block that a running request or the watermark is waiting for.
+        """
+        here, left = self._seats, self.config.max_batched_tokens - int(new_tokens.sum())
+        left, drafted = min(left, MAX_STEP_DRAFT_TOKENS), np.zeros_like(new_tokens)
+        for row in np.flatnonzero(here.known[seats] - here.computed[seats] == 1).tolist():
+            request = self._in_seat[int(seats[row])]
+            if left > 0 and not request.num_pending:
+                most = min(left, self.config.speculation_length)
+                drafted[row] = self._room_for(int(seats[row]), write_draft(request, most))
+                left -= int(drafted[row])
+        return drafted if drafted.any() else None
+
+    def _room_for(self, seat: int, num_drafted: int) -> int:
+        """How many tokens of a draft have slots, beside the row's own token. A block that a draft did not need after
+        all stays with the row, which is about to."""
+        here, size = self._seats, self.pool.block_tokens
+        wanted = int(here.computed[seat]) + 1 + num_drafted
+        kept_free = max(len(self.running), int(self.config.kv_watermark * self.pool.num_blocks))
+        while wanted > here.num_blocks[seat] * size and self.pool.num_free > kept_free:
+            self._add_block(seat)
+        return num_drafted - max(0, wanted - int(here.num_blocks[seat]) * size)
+
+    def _record_right(self, request: Request, tokens: list[int | None], now: float) -> None:
+        """Records what a row drew behind its first token, where its draft was right."""
+        seat = request.seat
+        assert seat is not None, "a step with drafts is settled before anyone leaves a seat"
+        for token in tokens:
+            self._seats.computed[seat] += 1
+            request.append(token, now)
+            self._seats.known[seat] += request.finish_reason is None
+
+    def _count_drafts(self, batch: Batch) -> None:
+        """Notes how many tokens of each draft were right."""
+        assert batch.drafted is not None
+        self._is_draft_under_way = False
+        for row in np.flatnonzero(batch.drafted).tolist():
+            request, num = batch.requests[row], int(batch.drafted[row])
+            num_right = max(0, request.num_tokens - int(batch.starts[row]) - 2)
+            self.num_drafted_tokens += num
+            self.num_right_tokens += num_right
+            if request.lookup is not None:
+                request.lookup.told(num, num_right, request.num_tokens)
 
     # -- admission -----------------------------------------------------------------------------------------
 

@@ -80,5 +80,13 @@ SGLANG = Target(
         "stream_interval": lambda value, values, model: flag("--stream-interval", value),
         "kv_block": lambda value, values, model: flag("--page-size", value),
         "kv_dtype": _kv_dtype,
+        "speculation_length": lambda value, values, model: (
+            nothing("SGLang drafts trees from the texts of all requests (--speculative-algorithm NGRAM)")
+            if value
+            else Told()
+        ),
+        "speculation_max_seqs": lambda value, values, model: nothing(
+            "SGLang drafts in every step or in none, whatever the number of requests"
+        ),
     },
 )

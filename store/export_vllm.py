@@ -3,6 +3,7 @@
 Source: `SchedulerConfig`, `CacheConfig`, `ParallelConfig` and `ModelConfig` of vLLM, whose fields are its arguments.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,16 @@ def _queue(value: Any, values: Values, model: Values) -> Told:
     return flag("--max-num-queued-reqs", int(value) + running)
 
 
+def _draft(value: Any, values: Values, model: Values) -> Told:
+    """n-grams of two to four tokens, there as here; a request is not drafted shorter there when drafts are wrong."""
+    if not value:
+        return Told()
+    told = {
+        "method": "ngram", "num_speculative_tokens": value, "prompt_lookup_min": 2, "prompt_lookup_max": 4,
+    }  # fmt: skip
+    return flag("--speculative-config", json.dumps(told))
+
+
 def _notes(values: Values) -> Sequence[str]:
     if values.get("max_batched_tokens", 0) < values.get("max_num_seqs", 0):
         return ["vLLM refuses fewer batched tokens than sequences: raise --max-num-batched-tokens."]
@@ -98,6 +109,11 @@ VLLM = Target(
         "stream_interval": lambda value, values, model: flag("--stream-interval", value),
         "kv_block": lambda value, values, model: flag("--block-size", value),
         "kv_dtype": _kv_dtype,
+        "speculation_length": _draft,
+        "speculation_max_seqs": lambda value, values, model: nothing(
+            "vLLM plans the length of a draft by batch size (num_speculative_tokens_per_batch_size in "
+            "--speculative-config)"
+        ),
     },
     notes=_notes,
 )

@@ -250,6 +250,15 @@ PREFIX_HIT_RATIO = _runtime(
     "higher",
     "Share of the admitted requests' known tokens that the prefix cache held; absent while it is off.",
 )
+DRAFTED_TOKENS_PER_S = _runtime(
+    "drafted_tokens_per_s", "tokens/s", None, "Tokens guessed from a request's own text and computed."
+)
+DRAFT_RIGHT_RATIO = _runtime(
+    "draft_right_ratio",
+    "ratio",
+    "higher",
+    "Share of the guessed tokens that the model drew itself; absent while nothing is guessed.",
+)
 PREEMPTIONS_TOTAL = _runtime(
     "preemptions_total",
     "preemptions",

@@ -194,7 +194,7 @@ class FakeEngine:
         self._send(
             op="gauge", at=now, num_running=len(self.requests), num_waiting=0, kv_used_tokens=self._used_tokens(),
             kv_total_tokens=KV_TOTAL_TOKENS, num_preemptions_total=0, prefix_looked_up_tokens_total=0,
-            prefix_hit_tokens_total=0, slice_id=self.slice_id,
+            prefix_hit_tokens_total=0, drafted_tokens_total=0, draft_right_tokens_total=0, slice_id=self.slice_id,
             plan_id=None if plan is None else plan.plan_id, lease_expires_at=self.plans.lease_expires_at,
             version=self.plans.version, config_id=self.config.config_id,
             rss_bytes=int(os.environ.get("FAKE_RSS_BYTES", "1")),

@@ -171,6 +171,8 @@ def runtime_state(boot_id: str = "b1", **changed: Any) -> dict[str, Any]:
             "num_preemptions_total": 3,
             "prefix_looked_up_tokens_total": 100,
             "prefix_hit_tokens_total": 20,
+            "drafted_tokens_total": 40,
+            "draft_right_tokens_total": 10,
         },
         "counters": {"requests_total": 0, "tokens_total": 0, "errors_by_kind": {}},
         "slice_stats": {},

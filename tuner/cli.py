@@ -16,7 +16,7 @@ import typer
 
 from tuner.cli_store import store_app
 
-ENGINE_BENCHMARKS = ("engine", "gpu", "http", "warm", "reconfigure")
+ENGINE_BENCHMARKS = ("engine", "gpu", "http", "warm", "reconfigure", "speculation")
 
 app = typer.Typer(
     name="tuner",
@@ -309,8 +309,8 @@ def doctor(config: ConfigOption = None, data_dir: DataDir = None, as_json: AsJso
 )
 def bench(context: typer.Context) -> None:
     """Benchmarks: engine (beside others), gpu (against its limits), http (the server against its engine alone), warm
-    (knobs that are prepared), reconfigure (knobs that change under load), or of the statistics: aa, azure --trace
-    FILE, harm, hour, anomalies, quality; each with --help."""
+    (knobs that are prepared), reconfigure (knobs that change under load), speculation (drafts), or of the statistics:
+    aa, azure --trace FILE, harm, hour, anomalies, quality; each with --help."""
     which = context.args[0] if context.args else ""
     if which in ENGINE_BENCHMARKS:  # in a child: torch is loaded in the runtime only
         from tuner.quality.canary import PASSAGES

@@ -36,6 +36,7 @@ def runtime_samples(window: Window) -> Readings:
         steps = [record for record in window.records if record["kind"] == "step"]
         readings |= _rates(window, steps, window.seconds)
         readings |= _prefix_hits(window, window.seconds)
+        readings |= _drafts(window, window.seconds)
         readings |= _latencies(requests)
         readings |= _steps(steps, window.step_before)
         readings |= _fragmentation(steps, window.state["gauges"].get("kv_total_tokens"))
@@ -66,7 +67,8 @@ def _now(state: Mapping[str, Any], dropped: int) -> Readings:
 
 
 def _rates(window: Window, steps: Sequence[Record], seconds: float) -> Readings:
-    prompt_tokens = sum(step["num_prefill_tokens"] for step in steps)
+    # Beside prompts a step counts the drafts that it computed among them.
+    prompt_tokens = sum(step["num_prefill_tokens"] - step.get("num_drafted", 0) for step in steps)
     readings: Readings = {(metrics.PROMPT_TOKENS_PER_S, ""): prompt_tokens / seconds}
     if window.before is not None:
         now, before = window.state["counters"], window.before["counters"]
@@ -76,20 +78,37 @@ def _rates(window: Window, steps: Sequence[Record], seconds: float) -> Readings:
 
 
 def _prefix_hits(window: Window, seconds: float) -> Readings:
-    """From the engine's running totals; an engine that was replaced begins them anew, which is no reading."""
-    if window.before is None:
+    grown = _grown(window, "prefix_hit_tokens_total", "prefix_looked_up_tokens_total")
+    if grown is None:
         return {}
-    names = ("prefix_hit_tokens_total", "prefix_looked_up_tokens_total")
-    now, before = window.state["gauges"], window.before["gauges"]
-    if any(gauges.get(name) is None for gauges in (now, before) for name in names):
-        return {}
-    num_hit, num_looked_up = (now[name] - before[name] for name in names)
-    if num_hit < 0 or num_looked_up < num_hit:
-        return {}
+    num_hit, num_looked_up = grown
     readings: Readings = {(metrics.PREFIX_HIT_TOKENS_PER_S, ""): num_hit / seconds}
     if num_looked_up:
         readings[metrics.PREFIX_HIT_RATIO, ""] = num_hit / num_looked_up
     return readings
+
+
+def _drafts(window: Window, seconds: float) -> Readings:
+    grown = _grown(window, "draft_right_tokens_total", "drafted_tokens_total")
+    if grown is None:
+        return {}
+    num_right, num_drafted = grown
+    readings: Readings = {(metrics.DRAFTED_TOKENS_PER_S, ""): num_drafted / seconds}
+    if num_drafted:
+        readings[metrics.DRAFT_RIGHT_RATIO, ""] = num_right / num_drafted
+    return readings
+
+
+def _grown(window: Window, part: str, whole: str) -> tuple[float, float] | None:
+    """By how much two of the engine's running totals grew; an engine that was replaced begins them anew, which is no
+    reading."""
+    if window.before is None:
+        return None
+    now, before = window.state["gauges"], window.before["gauges"]
+    if any(gauges.get(name) is None for gauges in (now, before) for name in (part, whole)):
+        return None
+    num_part, num_whole = (now[name] - before[name] for name in (part, whole))
+    return None if num_part < 0 or num_whole < num_part else (num_part, num_whole)
 
 
 def _latencies(requests: Sequence[Record]) -> Readings:
@@ -140,7 +159,7 @@ def token_gaps(steps: Iterable[Record], step_before: Record | None) -> list[tupl
 
     A step gives each request that decodes one token, so the gap is the time since the step before of the same
     engine. A step that only computes prompts while others wait to decode lengthens their gap. Idle time is no
-    gap: the step after it computes a prompt and decodes nothing.
+    gap: the step after it computes a prompt and decodes nothing. Tokens of a draft that was right follow at once.
     """
     gaps = []
     since_at = {} if step_before is None else {step_before.get("replica", 0): step_before["at"]}
@@ -148,6 +167,8 @@ def token_gaps(steps: Iterable[Record], step_before: Record | None) -> list[tupl
         replica = step.get("replica", 0)
         if step["num_decode"] and replica in since_at:
             gaps.append((max(0.0, step["at"] - since_at[replica]), step["num_decode"]))
+            if step.get("num_right"):
+                gaps.append((0.0, step["num_right"]))
         if step["num_decode"] or step["num_running"] <= step["num_prefill_rows"]:
             since_at[replica] = step["at"]
     return gaps

@@ -1,9 +1,9 @@
-"""Benchmarks of the engine: python -m runtime.bench warm | engine | gpu | http | reconfigure, each with --help."""
+"""Benchmarks of the engine: python -m runtime.bench warm | engine | gpu | http | reconfigure | speculation (--help)."""
 
 import sys
 from collections.abc import Callable, Sequence
 
-from runtime.bench import engine, gpu, over_http, reconfigure, warm
+from runtime.bench import engine, gpu, over_http, reconfigure, speculation, warm
 
 BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
     "warm": warm.main,
@@ -11,6 +11,7 @@ BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
     "gpu": gpu.main,
     "reconfigure": reconfigure.main,
     "http": over_http.main,
+    "speculation": speculation.main,
 }
 
 

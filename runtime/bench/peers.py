@@ -7,7 +7,7 @@ import inspect
 import json
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -40,8 +40,14 @@ class Engine(Protocol):
     def serve(self, load: Load) -> Served: ...
 
 
-def steps_of(executor: Executor, scheduler: Scheduler, config: EngineConfig) -> Iterator[Batch]:
-    """Serves all that is queued as the engine does, and yields each step when it has landed."""
+def steps_of(
+    executor: Executor,
+    scheduler: Scheduler,
+    config: EngineConfig,
+    said: Callable[[Batch], list[int]] | None = None,
+) -> Iterator[Batch]:
+    """Serves all that is queued as the engine does, and yields each step when it has landed. `said`: what is taken for
+    drawn, where it is not what the model drew."""
     began, under_way = time.perf_counter(), None
     while True:
         batch = scheduler.schedule(0.0)
@@ -53,6 +59,7 @@ def steps_of(executor: Executor, scheduler: Scheduler, config: EngineConfig) -> 
         for one in ready:
             if one is not None:
                 tokens = [token or 0 for token in executor.land(one).tokens]
+                tokens = tokens if said is None else said(one.batch)
                 scheduler.settle(one.batch, tokens, time.perf_counter() - began)
                 yield one.batch
         under_way = launched if ready[1] is None else None

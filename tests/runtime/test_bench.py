@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.bench import speculation
 from runtime.bench.engine import TRACE, compare
 from runtime.bench.loads import (
     OUTPUT_TOKENS,
@@ -19,6 +20,7 @@ from runtime.bench.loads import (
     trace_lengths,
 )
 from runtime.bench.peers import ContinuousBatching, Engine, Generate, OpenVino, Ours, Served
+from runtime.executor import Executor
 from runtime.knobs import EngineConfig
 from runtime.loader import load_model
 from tests.runtime.tiny_models import VOCAB, save_tiny_model
@@ -55,6 +57,20 @@ def test_every_engine_gives_each_request_the_tokens_of_generate(folder: Path) ->
         rows = compare(engines, load, num_turns=1)
         assert [row.same_share for row in rows] == [1.0, 1.0]
         assert [len(output) for output in engines[0].serve(load).outputs] == load.output_tokens
+
+
+def test_a_text_that_stands_in_for_what_is_drawn_says_how_often_drafts_are_right(folder: Path) -> None:
+    config = EngineConfig.of({})
+    executor = Executor(load_model(folder, torch.device("cpu"), torch.float32), 2048, config)
+    rows = {}
+    for name in speculation.LOADS:
+        script = speculation.script_of(name, 2, VOCAB, 0.2, rng())
+        rows[name] = dict(zip((0, 4), speculation.compare(executor, config, script, [4], 1), strict=True))
+    assert all(row[0].num_drafted == 0 and row[0].ratio == 1.0 for row in rows.values())
+    copy, edit, random = (rows[name][4] for name in ("copy", "edit", "random"))
+    assert copy.right_share is not None and edit.right_share is not None
+    assert copy.right_share > edit.right_share > 0.3
+    assert copy.num_steps < 0.6 * rows["copy"][0].num_steps and random.num_steps > 0.8 * rows["random"][0].num_steps
 
 
 def test_continuous_batching_of_transformers_serves_the_same_load(folder: Path) -> None:

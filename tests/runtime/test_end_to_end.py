@@ -267,6 +267,36 @@ def test_reconfiguring_under_load_loses_no_token_and_changes_no_answer(
     assert texts == [expected] * 4
 
 
+def test_drafts_change_no_answer_and_are_counted(server: LiveServer, client: openai.OpenAI) -> None:
+    text = complete(client, max_tokens=120).choices[0].text
+    shapes: list[dict[str, Any]] = [
+        {}, {"stop": [text[60:64]]}, {"temperature": 0.4, "seed": 3}, {"logprobs": 2}, {"frequency_penalty": 0.1},
+    ]  # fmt: skip
+
+    def answers() -> list[Any]:
+        found = [complete(client, max_tokens=120, **shape) for shape in shapes]
+        return [(one.choices[0].text, one.choices[0].finish_reason, one.usage.completion_tokens) for one in found]
+
+    def num_right() -> float:
+        with server.http() as http:
+            lines = http.get("/metrics").text.splitlines()
+        names = ("tuner_draft_right_tokens_total", "vllm:spec_decode_num_accepted_tokens_total")
+        ours, theirs = (
+            float(line.split()[-1]) for name in names for line in lines if line.startswith(name + "{")
+        )
+        assert ours == theirs
+        return ours
+
+    expected = answers()
+    with server.control() as control:
+        control.reconfigure({"speculation_length": 6}, None)
+        assert answers() == expected
+        chunks = complete(client, max_tokens=120, stream=True)
+        assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == text
+        wait_until(lambda: num_right() > 0, "the gauge tells of drafts that were right")
+        control.reconfigure({"speculation_length": 0}, None)
+
+
 def test_records_of_requests_and_steps_are_as_declared(server: LiveServer, client: openai.OpenAI) -> None:
     complete(client, max_tokens=5)
     server.wait_idle()

@@ -186,6 +186,19 @@ def answer_of(desk: Desk, exchange: Exchange, streamed: bool = True) -> Answer:
     return Answer(desk.front, "chat", exchange.id, 0, "m", [choice], exchange.wake, streamed, False)
 
 
+@in_loop
+async def test_tokens_behind_a_stop_string_are_not_the_clients() -> None:
+    desk = Desk()
+    desk.engine_ready()
+    exchange = desk.submit()
+    choice = Choice(0, exchange, lambda tokens: "".join(chr(token) for token in tokens), ["c"], desk.front.stop)
+    desk.tokens((exchange, ord("a"), None), (exchange, ord("b"), None), (exchange, ord("c"), None),
+                (exchange, ord("d"), None), (exchange, ord("e"), None))  # fmt: skip
+    delta = choice.advance()
+    assert delta is not None and (delta.text, delta.finish_reason) == ("ab", "stop")
+    assert (choice.num_tokens, exchange.num_tokens) == (3, 5)
+
+
 async def never() -> Any:
     await asyncio.Event().wait()
 

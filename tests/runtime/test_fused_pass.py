@@ -24,11 +24,11 @@ from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.paged_model import rearrange_blocks, relative_error
 from runtime.request import Request
-from runtime.sampling import draw, tokens_of
+from runtime.sampling import draw, sample, tokens_of
 from runtime.scheduler import Batch, PackedBatch, Scheduler
 from runtime.weights import linear_layers
 from tests.runtime.test_latent_attention import deepseek
-from tests.runtime.tiny_models import VOCAB, tiny_model
+from tests.runtime.tiny_models import VOCAB, repeating_model, tiny_model
 
 DEEPSEEK = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3")
 OWN_HEADS = ("llama", "mistral", "qwen2", "qwen2_window", "qwen3", "mixtral", "qwen3_moe")
@@ -45,15 +45,19 @@ def decoder(family: str, dtype: torch.dtype = torch.float64, device: str = "cpu"
     return DecoderModel(HFModel(tiny_model(family, dtype).to(device)), max_model_len=200)
 
 
+def repeating_decoder(family: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> DecoderModel:
+    return DecoderModel(HFModel(repeating_model(family, dtype).to(device)), max_model_len=200)
+
+
 def mixed_steps(
-    num_blocks: int, block_tokens: int = BLOCK_TOKENS, **knobs: Any
+    num_blocks: int, block_tokens: int = BLOCK_TOKENS, output_tokens: int = 12, **knobs: Any
 ) -> tuple[Scheduler, list[Request]]:
     """A scheduler with requests of all lengths, for a pool that shares blocks and so scatters them."""
     rng = np.random.default_rng(0)
     asked = [rng.integers(2, VOCAB, length).tolist() for length in (1, 5, 17, 40, 33, 70, 9)]
     config = EngineConfig.of({"max_batched_tokens": 40, "prefill_chunk": 16, **knobs})
     scheduler = Scheduler(BlockPool(num_blocks, block_tokens, wants_runs=False), config, 200)
-    requests = [Request.of_tokens(str(at), ids, 12, 0.0) for at, ids in enumerate(asked)]
+    requests = [Request.of_tokens(str(at), ids, output_tokens, 0.0) for at, ids in enumerate(asked)]
     for request in requests:
         scheduler.add(request)
     return scheduler, requests
@@ -257,6 +261,31 @@ def test_replayed_steps_over_a_rounded_cache_give_the_logits_of_plain_ones(famil
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_steps_with_drafts_give_the_logits_of_plain_ones(family: str) -> None:
+    model, plain = (
+        repeating_decoder(family, torch.bfloat16, "cuda"),
+        repeating_decoder(family, torch.bfloat16, "cuda"),
+    )
+    plain._fused = None
+    scheduler, _ = mixed_steps(40, output_tokens=60, speculation_length=6)
+    model.allocate(40)
+    plain.allocate(40)
+    model.prepare_steps(8)
+    errors, num_replayed = [], 0
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        expected, actual = plain.forward(packed), model.forward(packed)
+        if batch.num_drafted:
+            assert model._graphs is not None
+            num_replayed += model._graphs.takes(packed)
+            errors += [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+        scheduler.finish_step(batch, expected.argmax(-1).tolist(), 0.0)
+    assert num_replayed > 5 and scheduler.num_right_tokens > 0, "the test must reach what it claims"
+    assert max(errors) < 0.1 and float(np.median(errors)) < 0.02
+
+
+@pytest.mark.gpu
 def test_other_pools_get_graphs_of_their_own_and_those_that_go_take_theirs_along() -> None:
     model = decoder("qwen3", torch.bfloat16, "cuda")
     model.allocate(40)
@@ -335,6 +364,28 @@ def test_replayed_steps_give_the_same_tokens_also_one_ahead(repeating: None, fam
     expected, _ = serve(decoder(family), 0)
     tokens, num_replayed = serve(with_graphs(decoder(family)), depth)
     assert tokens == expected and num_replayed > 5
+
+
+@pytest.mark.parametrize("family", ["qwen2_window", "qwen3"])
+def test_rows_with_drafts_are_replayed_too_and_give_the_same_tokens(repeating: None, family: str) -> None:
+    """Beside the decoder's own pass over the very same steps, and beside a text without drafts."""
+    model, plain = with_graphs(repeating_decoder(family)), repeating_decoder(family)
+    scheduler, requests = mixed_steps(40, output_tokens=60, speculation_length=6)
+    model.allocate(40)
+    plain.allocate(40)
+    num_replayed = 0
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        assert model._graphs is not None
+        num_replayed += batch.num_drafted > 0 and model._graphs.takes(packed)
+        logits = plain.forward(packed)
+        torch.testing.assert_close(model.forward(packed), logits, rtol=1e-9, atol=1e-9)
+        scheduler.finish_step(batch, [token or 0 for token in sample(logits, batch.drawing_requests())], 0.0)
+    assert num_replayed > 5 and scheduler.num_right_tokens > 20, "the test must reach what it claims"
+    scheduler, others = mixed_steps(40, output_tokens=60)
+    while (batch := scheduler.schedule(0.0)) is not None:
+        scheduler.finish_step(batch, plain.forward(scheduler.pack(batch)).argmax(-1).tolist(), 0.0)
+    assert [one.output_ids.tolist() for one in requests] == [one.output_ids.tolist() for one in others]
 
 
 def test_steps_that_cannot_be_captured_are_launched_and_tried_once(

@@ -34,6 +34,8 @@ NAMES = (
     "kv_watermark",
     "overlap_depth",
     "stream_interval",
+    "speculation_length",
+    "speculation_max_seqs",
     "kv_block",
     "kv_dtype",
 )

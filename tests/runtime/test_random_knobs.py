@@ -141,7 +141,7 @@ class Changes:
         self.num_plans = 0
 
     def perhaps(self, served: Served) -> None:
-        if self.rng.random() > 0.1:
+        if self.rng.random() > 0.15:
             return
         chosen = self.rng.choice(len(self.knobs), self.rng.integers(2, 6), replace=False)
         patch = {self.knobs[index].name: self._value(self.knobs[index]) for index in chosen}
@@ -192,10 +192,13 @@ def random_load(num: int, rng: np.random.Generator, wants_gaps: bool) -> list[As
     load = []
     for index in range(num):
         beginning = shared[rng.integers(4)][: rng.integers(49)] if rng.random() < 0.5 else []
-        prompt = [*beginning, *rng.integers(2, VOCAB, rng.integers(1, 24)).tolist()]
+        end = rng.integers(2, VOCAB, rng.integers(1, 24)).tolist()
+        if rng.random() < 0.3:  # a text that is likely to go on with what it had before
+            end = (end[:4] * 6)[: len(end)]
+        prompt = [*beginning, *end]
         sampling: dict[str, Any] = {"num_logprobs": 2} if wants_gaps else {}
         if not wants_gaps and rng.random() < 0.3:
-            sampling = {"temperature": 0.8, "top_p": 0.9, "seed": int(rng.integers(2**40))}
+            sampling = {"temperature": 0.3, "top_p": 0.9, "seed": int(rng.integers(2**40))}
         max_tokens = int(rng.integers(1, 16))
         is_cancelled = max_tokens > 4 and rng.random() < 0.03
         salt = (None, None, "ada", "eve")[rng.integers(4)]
@@ -228,11 +231,16 @@ def served_twice(
     assert set(moved) == {knob.name for knob in knobs}, "the test must reach what it claims"
     assert changes.chosen(changed, "policy") == set(knob_named("policy").choices or ()) or num < 1000
     assert events["config_committed"] and events["slice_started"] and events["lease_lapsed"]
-    assert changed.engine.scheduler.num_hit_tokens
+    assert changed.engine.scheduler.num_hit_tokens or num < 1000
     assert changed.engine.scheduler.num_preemptions or num < 1000
+    assert quiet.engine.scheduler.num_drafted_tokens == 0
+    assert changed.engine.scheduler.num_drafted_tokens
+    assert changed.engine.scheduler.num_right_tokens or num < 1000
     print(f"{num} requests, {changes.num_plans} plans, {len(changed.replies)} calls, "
           f"{changed.engine.scheduler.num_preemptions} preemptions, "
           f"{changed.engine.scheduler.num_hit_tokens} tokens found cached, "
+          f"{changed.engine.scheduler.num_right_tokens} of "
+          f"{changed.engine.scheduler.num_drafted_tokens} drafted tokens right, "
           f"events: {dict(events)}, moved: {dict(moved)}")  # fmt: skip
     return load, quiet.got, changed.got
 

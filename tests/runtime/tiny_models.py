@@ -117,6 +117,20 @@ def save_tiny_model(family: str, folder: Path) -> Path:
     return folder
 
 
+def repeating_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """One whose next token follows from the last one above all, so that its texts soon come back to where they were."""
+    model = tiny_model(family, dtype)
+    for name, weight in model.named_parameters():
+        if name.endswith("o_proj.weight"):
+            weight.data.mul_(0.05)
+    return model
+
+
+def save_repeating_model(family: str, folder: Path) -> Path:
+    repeating_model(family, torch.float32).save_pretrained(folder)
+    return folder
+
+
 def save_tiny_tokenizer(folder: Path) -> None:
     """Beside a model: every token is a word of its own, none is special, so that a text says which tokens it is."""
     words = models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0")

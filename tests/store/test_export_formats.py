@@ -63,8 +63,15 @@ def test_every_knob_has_its_argument_or_a_reason(target: Target) -> None:
     for knob in KNOBS:
         for value in knob.choices or (knob.default,):
             told = translated(target, knob.name, {**EVERY_KNOB, knob.name: value}, MODEL)
-            has_default_meaning = knob.name == "prefix_cache" and value == "on"
+            has_default_meaning = (knob.name, value) in (("prefix_cache", "on"), ("speculation_length", 0))
             assert bool(told.arguments) != bool(told.reason) or has_default_meaning, (knob.name, value)
+
+
+def test_a_draft_is_told_in_the_words_of_vllm_and_not_to_sglang_whose_drafts_are_others() -> None:
+    values = {**EVERY_KNOB, "speculation_length": 4}
+    flag, told = translated(VLLM, "speculation_length", values, MODEL).arguments
+    assert flag == "--speculative-config" and json.loads(told)["num_speculative_tokens"] == 4
+    assert "NGRAM" in str(translated(SGLANG, "speculation_length", values, MODEL).reason)
 
 
 @pytest.mark.parametrize("target", [VLLM, SGLANG], ids=lambda target: target.name)

@@ -63,6 +63,8 @@ RUNTIME = [
     "kv_fragmentation_ratio",
     "prefix_hit_tokens_per_s",
     "prefix_hit_ratio",
+    "drafted_tokens_per_s",
+    "draft_right_ratio",
     "preemptions_total",
     "batch_size",
     "step_s",

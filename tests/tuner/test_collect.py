@@ -97,6 +97,23 @@ def test_prefix_hits_are_of_the_window_and_absent_after_an_engine_began_anew() -
     assert off[metrics.PREFIX_HIT_TOKENS_PER_S, ""] == 0.0 and (metrics.PREFIX_HIT_RATIO, "") not in off
 
 
+def test_drafts_are_of_the_window_and_are_no_tokens_of_prompts() -> None:
+    grown = {"drafted_tokens_total": 60, "draft_right_tokens_total": 25}
+    state = runtime_state(gauges=runtime_state()["gauges"] | grown)
+    steps = [step(1, 1.0, num_prefill_tokens=30, num_drafted=20, num_right=15)]
+    readings = runtime_samples(Window(steps, state, seconds=2.0, before=runtime_state()))
+    assert readings[metrics.DRAFTED_TOKENS_PER_S, ""] == 10.0
+    assert readings[metrics.DRAFT_RIGHT_RATIO, ""] == pytest.approx(0.75)
+    assert readings[metrics.PROMPT_TOKENS_PER_S, ""] == 5.0
+    off = runtime_samples(Window([], state, seconds=2.0, before=state))
+    assert off[metrics.DRAFTED_TOKENS_PER_S, ""] == 0.0 and (metrics.DRAFT_RIGHT_RATIO, "") not in off
+
+
+def test_tokens_of_a_right_draft_follow_at_once() -> None:
+    steps = [step(1, 10.0, num_decode=2), step(2, 10.1, num_decode=2, num_drafted=8, num_right=3)]
+    assert token_gaps(steps, None) == [(pytest.approx(0.1), 2), (0.0, 3)]
+
+
 def test_what_is_not_known_is_absent_never_zero() -> None:
     nothing = runtime_samples(Window([], runtime_state(gauges={"num_live": 3, "num_queued": 2}), seconds=1.0))
     assert {metric for metric, _ in nothing} == {
@@ -148,7 +165,7 @@ def test_all_that_is_emitted_is_declared_and_all_that_is_declared_is_emitted(
     ps.cores = [core._replace(idle=core.idle + 1) for core in ps.cores]
     client.records = [request(1, 0.0), step(2, 1.0), step(3, 1.1)]
     client.changed["counters"] = {"requests_total": 1, "tokens_total": 11, "errors_by_kind": {"timeout": 1}}
-    client.changed["gauges"] = gauges_after(hit=50, looked_up=140)
+    client.changed["gauges"] = gauges_after(hit=50, looked_up=140) | {"drafted_tokens_total": 41}
     emitted = collector.collect(2.0).readings
     for metric, label in emitted:
         assert metric_named(metric).check_label(label) == label
