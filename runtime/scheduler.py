@@ -391,6 +391,8 @@ class Scheduler:
         drafted = self._speculate(seats, new_tokens) if self._may_speculate else None
         if drafted is not None:
             new_tokens = new_tokens + drafted
+        self._seats.turn[seats] = self._num_turns + np.arange(len(seats))
+        self._num_turns += len(seats)
         # Rows of one token first, and of those the longest: what is attended to at once is of like length, and what
         # takes longest is not begun last.
         is_piece = new_tokens > 1
@@ -509,8 +511,6 @@ class Scheduler:
     def _batch(self, seats: IntArray, new_tokens: IntArray, drafted: IntArray | None) -> Batch:
         here = self._seats
         starts = here.computed[seats]
-        here.turn[seats] = self._num_turns + np.arange(len(seats))
-        self._num_turns += len(seats)
         requests = [self._in_seat[seat] for seat in seats.tolist()]
         copies, self._copies = self._copies, []
         move = BlockMove(*(np.concatenate(part) for part in zip(*copies, strict=True))) if copies else None
