@@ -228,6 +228,7 @@ def test_table_goes_by_the_next_number_of_rows_that_was_timed_and_leaves_the_res
     assert chosen == {1: False, 2: True, 16: True, 17: False, 32: False, 33: True, 64: True, 65: False}
     assert not is_in_parts(other, 16)
     assert table.whole(layer, torch.ones(16, 4)).ndim == 2, "measured for another use"
+    assert table.added(layer, torch.ones(0, 4)).shape == (0, 8), "a step may have no logits"
     assert not is_in_parts(nn.Linear(4, 8), 16), "the parts have no bias"
     object.__setattr__(layer, "forward", lambda x: nn.functional.linear(x, layer.weight))
     assert not is_in_parts(layer, 16), "its weights are in another format"
