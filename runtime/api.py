@@ -379,6 +379,7 @@ def _scrape(service: Service) -> Scrape:
         num_hit_tokens=gauges.get("prefix_hit_tokens_total"),
         num_drafted_tokens=gauges.get("drafted_tokens_total"),
         num_right_tokens=gauges.get("draft_right_tokens_total"),
+        replaced_kernels=front.engine.identity.get("replaced_kernels", ()),
     )  # fmt: skip
 
 

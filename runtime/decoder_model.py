@@ -45,6 +45,8 @@ class DecoderModel(PagedModel):
             self._rounded_shapes, self.kv_dtypes, self.fixed_knobs = heads, ("auto", "fp8"), {}
         self._caches: tuple[KVPools, list[Any]] = ({}, [])
         self._fused = fused_pass(self.decoder, self.device, max_model_len)
+        if self._fused is not None:
+            self.replaced_kernels = self._fused.replaced_kernels
         self._graphs: DecodeGraphs | None = None
         self._max_blocks = -(-max_model_len // BLOCK_TOKENS)
         token_ids = probe_tokens(self.decoder.embedding.shape[0], self.device)[0].tolist()

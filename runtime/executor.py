@@ -211,6 +211,7 @@ class Executor:
                 "runtime": runtime.__version__,
             },
             "tier": self._model.tier,
+            "replaced_kernels": list(self._model.replaced_kernels),
             "fitted_knobs": {
                 "weight_format": self.warm.loaded_format,
                 "kv_tokens": self.fitted_kv_tokens,

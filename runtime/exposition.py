@@ -102,6 +102,7 @@ class Scrape:
     num_drafted_tokens: int | None
     num_right_tokens: int | None
     records_dropped: int
+    replaced_kernels: Sequence[str] = ()  # those that failed their check at load
 
 
 def render(scrape: Scrape) -> bytes:
@@ -165,6 +166,15 @@ class _Page:
             )
             info.add_metric([*self._model, scrape.config_id], 1)
             yield info
+        if scrape.replaced_kernels:
+            replaced = GaugeMetricFamily(
+                "tuner_kernel_replaced",
+                "1 for a kernel that failed its check: its slower twin is used.",
+                labels=["model_name", "kernel"],
+            )
+            for name in scrape.replaced_kernels:
+                replaced.add_metric([*self._model, name], 1)
+            yield replaced
         yield from self._counter(
             "tuner_engine_restarts", "Times the engine was started again.", scrape.num_restarts
         )

@@ -51,6 +51,7 @@ class FusedPass:
     ) -> None:
         self._decoder, self._kernels = decoder, kernels
         self._num_sms = num_sms
+        self.replaced_kernels: tuple[str, ...] = ()  # those that failed their check, by their plain twins
         self.linears = LinearTable(kernels)
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
@@ -194,9 +195,10 @@ def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> Fu
     """The pass where there is a GPU with Triton. A kernel that fails its check is replaced by its plain twin."""
     if device.type != "cuda" or TRITON is None:
         return None
-    kernels, _ = checked(TRITON, device, decoder.embedding.dtype, shape_of(decoder))
+    kernels, replaced = checked(TRITON, device, decoder.embedding.dtype, shape_of(decoder))
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
+    found.replaced_kernels = tuple(replaced)
     found.measure_linears()
     return found
 

@@ -56,6 +56,7 @@ class PagedModel:
         self.kv_dtype = "auto"  # of the pools in force
         # The likeliest tokens of the step just computed, as `draw` returns them, where it has them already.
         self.greedy: Tensor | None = None
+        self.replaced_kernels: tuple[str, ...] = ()  # that failed their check; plain twins do their work
         self.weights_key = ""  # names the weights in force, for what was prepared with them
 
     @property
