@@ -66,6 +66,9 @@ class Row(NamedTuple):
     num_preemptions: int
     hit_ratio: float | None
     num_dropped: int
+    step_p50_ms: float | None = None
+    step_p99_ms: float | None = None
+    longest_step_ms: float | None = None  # warm-up included: a queue that it left is felt for long
 
     def missed(self) -> list[str]:
         """The bars that it does not keep to."""
@@ -181,7 +184,12 @@ def traffic(
             with quiet_collector():
                 row = ROWS[name](serving, scale, np.random.default_rng(seed))
             num_preemptions = serving.engine.scheduler.num_preemptions - preemptions
-            rows.append(row._replace(variant=dict(variant), num_preemptions=num_preemptions))
+            step_s = [step.seconds for step in serving.steps]
+            row = row._replace(
+                variant=dict(variant), num_preemptions=num_preemptions, step_p50_ms=percentile_ms(step_s, 50),
+                step_p99_ms=percentile_ms(step_s, 99), longest_step_ms=percentile_ms(step_s, 100),
+            )  # fmt: skip
+            rows.append(row)
             serving.reconfigure({knob: before[knob] for knob in variant})
             serving.engine.scheduler.forget_prefixes()  # the next variant brings the same tokens
             serving.forget()
@@ -198,16 +206,17 @@ def serve_for(serving: Serving, seconds: float) -> None:
 def print_rows(rows: Sequence[Row]) -> None:
     print(
         f"{'traffic':<9}{'req/s':>8}{'out tok/s':>11}{'p50 TTFT ms':>13}{'p95 TTFT ms':>13}{'p95 TPOT ms':>13}"
-        f"{'p99 ITL ms':>12}{'preempted':>11}{'hits':>7}{'dropped':>9}  knobs"
+        f"{'p99 ITL ms':>12}{'p50, p99, longest step':>24}{'preempted':>11}{'hits':>7}{'dropped':>9}  knobs"
     )
     for row in rows:
-        ttft50, ttft, tpot, itl = (
+        ttft50, ttft, tpot, itl, *steps = (
             "" if value is None else f"{value:.1f}"
-            for value in (row.ttft_p50_ms, row.ttft_p95_ms, row.tpot_p95_ms, row.itl_p99_ms)
-        )
+            for value in (row.ttft_p50_ms, row.ttft_p95_ms, row.tpot_p95_ms, row.itl_p99_ms,
+                          row.step_p50_ms, row.step_p99_ms, row.longest_step_ms)
+        )  # fmt: skip
         hits = "" if row.hit_ratio is None else f"{row.hit_ratio:.0%}"
         knobs = ",".join(f"{name}={value}" for name, value in row.variant.items())
         print(
             f"{row.row:<9}{row.requests_per_s:>8.1f}{row.output_tokens_per_s:>11.0f}{ttft50:>13}{ttft:>13}{tpot:>13}"
-            f"{itl:>12}{row.num_preemptions:>11}{hits:>7}{row.num_dropped:>9}  {knobs}"
+            f"{itl:>12}{', '.join(steps):>24}{row.num_preemptions:>11}{hits:>7}{row.num_dropped:>9}  {knobs}"
         )
