@@ -5,11 +5,13 @@ padded, all at once. What is equal for all layers (slots, masks, indices) is pre
 `attend_plain` says what is meant; the faster forms are tested against it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -141,8 +143,7 @@ class StepTensors:
             packed.contexts,
             tables.ravel(),
         )
-        flat = torch.from_numpy(np.concatenate(parts)).to(device)
-        token_ids, positions, slots, last_tokens, contexts, blocks = flat.split([part.size for part in parts])
+        token_ids, positions, slots, last_tokens, contexts, blocks = _moved(parts, device)
         blocks = blocks.view(tables.shape)
         num_apart = num_single_rows(packed) if has_kernel else _num_padded(packed, device)
         padded = [
@@ -189,10 +190,27 @@ class Pieces:
             at = np.arange(context_edges[-1]) - np.repeat(context_edges[:-1], contexts)
             owners = np.repeat(np.arange(start, start + len(contexts)), contexts)
             blocks = packed.block_tables[owners, at // size].astype(np.int64)
-            slots = torch.from_numpy(blocks * size + at % size).to(device)
-        edges = torch.from_numpy(np.stack((new_edges, context_edges)).astype(np.int32)).to(device)
+            slots = _sent(blocks * size + at % size, device)
+        edges = _sent(np.stack((new_edges, context_edges)).astype(np.int32), device)
         max_new = int(np.diff(new_edges).max())
         return cls(first, edges[0], edges[1], max_new, int(contexts.max()), slots)
+
+
+def _moved(parts: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:
+    """All of them in one copy. Each begins where 16 bytes do: kernels are compiled anew for pointers that do not, and
+    where a part begins would change from step to step."""
+    edges = np.cumsum([0, *(part.size + part.size % 2 for part in parts)])
+    flat = np.zeros(edges[-1], np.int64)
+    for part, start in zip(parts, edges[:-1], strict=True):
+        flat[start : start + part.size] = part
+    sent = _sent(flat, device)
+    return [sent[start : start + part.size] for part, start in zip(parts, edges[:-1].tolist(), strict=True)]
+
+
+def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on the device. From pageable memory a large one would wait for all that the device has yet to do."""
+    found = torch.from_numpy(values)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
 
 def attend_pieces(

@@ -132,12 +132,14 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _compile(self, sizes: Sequence[int], run: Run) -> None:
-        """What steps of these sizes launch, several kernels at once."""
+        """What steps of these sizes launch, several kernels at once. Beside prompts tables are of int64."""
         self._blank()
         with compiled_ahead():
             for size in sizes:
                 if size in COMPILED_BUCKETS:
-                    run(self._inputs(size))
+                    inputs = self._inputs(size)
+                    run(inputs)
+                    run(inputs._replace(tables=inputs.tables.long()))
 
     def _try_to_capture(self, key: Key, run: Run) -> Captured | None:
         """None where it fails, now or before: such steps are launched kernel by kernel."""

@@ -149,9 +149,7 @@ class Batch:
         if self.drafted is None:
             return requests
         rows = zip(requests, self.runs(drawn), self.num_drawn.tolist(), strict=True)
-        return [
-            request if place < len(run) else None for request, run, num in rows for place in range(num)
-        ]
+        return [request if place < len(run) else None for request, run, num in rows for place in range(num)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,9 @@ TIMED_ROWS = (1, 16, 32, 64)  # a batch goes by the next of them
 NUM_CALLS = 24  # of one timing, over all weights of a shape in turns, so that few are found in the L2 cache
 NUM_REPLAYS = 5
 ADDED_US = 1.0  # what it costs to add parts up
-MIN_GAIN = 1.03  # what is faster by less alone was slower in a step: gates and ups of llama-8b at one row (H200)
+MIN_GAIN = (
+    1.03  # what is faster by less alone was slower in a step: gates and ups of llama-8b at one row (H200)
+)
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
 Use = Literal["whole", "gated", "parts"]

@@ -17,7 +17,9 @@ from runtime.kernels.launch import launch
 
 MIN_DOT = 16
 MAX_HEAD_BLOCK = 64  # heads of one program; beyond that, accumulators spill
-TILE_VALUES = 16_384  # values of one tile of keys: 128 tokens of 128; 2 to 3 % of a step less than with 64 (H200)
+TILE_VALUES = (
+    16_384  # values of one tile of keys: 128 tokens of 128; 2 to 3 % of a step less than with 64 (H200)
+)
 # A load whose address is loaded itself takes two stages of the pipeline: with 3, one tile is under way, in a third of
 # the shared memory that two take with 5 stages, so more programs share an SM. On an H200, llama-8b, us with 3 and 5:
 # 256 rows of 256 tokens 77 and 90, 32 of 2,048 in two splits 72 and 91, one 11.2 and 11.7.
@@ -190,7 +192,7 @@ def _write_part(
         tl.store(sums + output * NUM_SPLITS + split, top + tl.log2(divisor), mask=in_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # outside of graphs it is the longest context of the step
 def _decode(
     query: tl.tensor,
     rows: tl.tensor,
@@ -270,7 +272,7 @@ def _decode(
     _write_part(parts, sums, acc, top, total, output, columns, in_head, in_dim, split, NUM_SPLITS, DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _latent_decode(
     query: tl.tensor,
     rows: tl.tensor,

@@ -70,7 +70,10 @@ def test_a_text_that_stands_in_for_what_is_drawn_says_how_often_drafts_are_right
     copy, edit, random = (rows[name][4] for name in ("copy", "edit", "random"))
     assert copy.right_share is not None and edit.right_share is not None
     assert copy.right_share > edit.right_share > 0.3
-    assert copy.num_steps < 0.6 * rows["copy"][0].num_steps and random.num_steps > 0.8 * rows["random"][0].num_steps
+    assert (
+        copy.num_steps < 0.6 * rows["copy"][0].num_steps
+        and random.num_steps > 0.8 * rows["random"][0].num_steps
+    )
 
 
 def test_continuous_batching_of_transformers_serves_the_same_load(folder: Path) -> None:

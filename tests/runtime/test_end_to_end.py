@@ -275,7 +275,9 @@ def test_drafts_change_no_answer_and_are_counted(server: LiveServer, client: ope
 
     def answers() -> list[Any]:
         found = [complete(client, max_tokens=120, **shape) for shape in shapes]
-        return [(one.choices[0].text, one.choices[0].finish_reason, one.usage.completion_tokens) for one in found]
+        return [
+            (one.choices[0].text, one.choices[0].finish_reason, one.usage.completion_tokens) for one in found
+        ]
 
     def num_right() -> float:
         with server.http() as http:

@@ -191,7 +191,9 @@ async def test_tokens_behind_a_stop_string_are_not_the_clients() -> None:
     desk = Desk()
     desk.engine_ready()
     exchange = desk.submit()
-    choice = Choice(0, exchange, lambda tokens: "".join(chr(token) for token in tokens), ["c"], desk.front.stop)
+    choice = Choice(
+        0, exchange, lambda tokens: "".join(chr(token) for token in tokens), ["c"], desk.front.stop
+    )
     desk.tokens((exchange, ord("a"), None), (exchange, ord("b"), None), (exchange, ord("c"), None),
                 (exchange, ord("d"), None), (exchange, ord("e"), None))  # fmt: skip
     delta = choice.advance()

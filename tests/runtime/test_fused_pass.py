@@ -288,6 +288,24 @@ def test_replayed_steps_with_drafts_give_the_logits_of_plain_ones(family: str) -
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", DENSE)
+def test_no_kernel_is_compiled_once_steps_are_prepared(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that waits for a compiler is felt by all who are served."""
+    from triton import knobs
+
+    model = decoder(family, torch.bfloat16, "cuda")
+    model.allocate(40)
+    model.prepare_steps(8)
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["repr"]))
+    scheduler, _ = mixed_steps(40)
+    while (batch := scheduler.schedule(0.0)) is not None:
+        logits = model.forward(scheduler.pack(batch))
+        scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
+    assert not compiled
+
+
+@pytest.mark.gpu
 def test_other_pools_get_graphs_of_their_own_and_those_that_go_take_theirs_along() -> None:
     model = decoder("qwen3", torch.bfloat16, "cuda")
     model.allocate(40)
