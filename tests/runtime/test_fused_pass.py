@@ -287,6 +287,24 @@ def test_replayed_steps_with_drafts_give_the_logits_of_plain_ones(family: str) -
     assert max(errors) < 0.1 and float(np.median(errors)) < 0.02
 
 
+def test_parts_of_a_step_begin_where_16_bytes_do_whatever_their_sizes() -> None:
+    model, (scheduler, _) = decoder("llama"), mixed_steps(40)
+    sizes = set()
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        step = StepTensors.of(packed, model.device, has_kernel=True)
+        sent = (step.token_ids[0], step.positions[0], step.slots, step.last_tokens, step.contexts, step.tables)
+        given = (
+            packed.token_ids, packed.positions, packed.slots, packed.last_tokens, packed.contexts, packed.block_tables,
+        )  # fmt: skip
+        for part, values in zip(sent, given, strict=True):
+            np.testing.assert_array_equal(part, values)
+            assert (part.data_ptr() - sent[0].data_ptr()) % 16 == 0
+        sizes.add(len(packed.token_ids) % 2)
+        scheduler.finish_step(batch, [0] * int(batch.sampled.sum()), 0.0)
+    assert sizes == {0, 1}, "the test must reach what it claims"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", DENSE)
 def test_no_kernel_is_compiled_once_steps_are_prepared(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
