@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from runtime.scheduler import PackedBatch
+from runtime.batch import PackedBatch
 
 # On a CPU one padded call beats a call a row only for several short rows. Measured on one Zen core, 16 rows, six
 # layers of 2 KV heads of 64, the whole step in ms, a call a row against padded: 15.1 / 12.5 at 130 to 195 tokens,

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.batch import PackedBatch
 from runtime.fused_pass import DecodeInputs
 from runtime.kernels.launch import compiled_ahead
 from runtime.kv_size import is_out_of_memory
-from runtime.scheduler import PackedBatch
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from runtime.attention import StepTensors
+from runtime.batch import PackedBatch
 from runtime.decode_graph import Decoded, DecodeGraphs
 from runtime.decoder import Attention, Decoder
 from runtime.fused_pass import DecodeInputs, fused_pass
@@ -16,7 +17,6 @@ from runtime.kv_cache import BLOCK_TOKENS
 from runtime.paged_model import KVPools, KVShape, PagedModel, probe_tokens, slots_in
 from runtime.retable import Retabled
 from runtime.rounded_cache import STORED
-from runtime.scheduler import PackedBatch
 
 CONVERTED_TOKENS = 65_536  # of a pool that is rounded or restored, at a time
 

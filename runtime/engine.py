@@ -21,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from runtime.batch import Batch, ScoredPiece
 from runtime.clock import Clock
 from runtime.errors import InvalidKnob, InvalidRequest, LinkBroken, ModelError, PrepareFailed, RuntimeFault
 from runtime.host import num_cores
@@ -30,7 +31,7 @@ from runtime.link import Frame, FrameReader, FrameWriter
 from runtime.plan import PlanRunner, PlanTick, SlicePlan
 from runtime.prepare import Preparation, Prepared, Preparer
 from runtime.request import Request, SamplingParams
-from runtime.scheduler import Batch, Scheduler, ScoredPiece
+from runtime.scheduler import Scheduler
 from runtime.scoring import Scorer
 
 if TYPE_CHECKING:

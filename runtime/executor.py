@@ -13,6 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import runtime
+from runtime.batch import Batch, IntArray, PackedBatch, ScoredPiece
 from runtime.decoder_model import DecoderModel
 from runtime.errors import ModelError
 from runtime.fitting import Fitting
@@ -26,7 +27,6 @@ from runtime.paged_model import KVPools, PagedModel
 from runtime.plain_model import PlainModel
 from runtime.request import Request
 from runtime.sampling import are_greedy, draw, tokens_of
-from runtime.scheduler import Batch, IntArray, PackedBatch, ScoredPiece
 from runtime.scoring import Scored
 from runtime.warm import WarmStates
 

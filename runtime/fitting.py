@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from runtime.batch import Batch, PackedBatch
 from runtime.host import free_memory_bytes
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.kv_size import FEWEST_BLOCKS, SHRINK, Room, StepMeter, driver_free_bytes, is_out_of_memory
 from runtime.paged_model import PagedModel
 from runtime.request import Request
-from runtime.scheduler import Batch, PackedBatch, Scheduler
+from runtime.scheduler import Scheduler
 from runtime.warm_up import FEWEST_TOKENS, WARM_UP_ROWS, largest_blocks, largest_requests, warm_up_requests
 
 log = logging.getLogger(__name__)

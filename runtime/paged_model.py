@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from runtime.attention import StepTensors
+from runtime.batch import PackedBatch
 from runtime.errors import ModelError
 from runtime.knobs import EngineConfig, KnobValue
 from runtime.kv_cache import BLOCK_TOKENS, BlockIds, BlockPool
 from runtime.request import Request
 from runtime.retable import BlockMove, Retabled
-from runtime.scheduler import PackedBatch, Scheduler
+from runtime.scheduler import Scheduler
 
 PROBE_TOKENS = 24
 PROBE_DECODED = 2

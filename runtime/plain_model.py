@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from runtime.batch import IntArray, PackedBatch
 from runtime.errors import ModelError
 from runtime.knobs import KnobValue
 from runtime.paged_model import KVPools, KVShape, PagedModel, architecture, copy_blocks, probe_tokens, told
-from runtime.scheduler import IntArray, PackedBatch
 
 THREAD_NAME = "generate"
 

@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from runtime.batch import Batch
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BlockPool
 from runtime.request import Request
-from runtime.scheduler import Batch, Scheduler
+from runtime.scheduler import Scheduler
 from runtime.step_model import StepModel
 
 

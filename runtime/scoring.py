@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from runtime.batch import IntArray, PackedBatch
 from runtime.errors import InvalidRequest, RuntimeFault
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.link import Frame
-from runtime.scheduler import IntArray, PackedBatch
 
 MAX_SEQUENCES = 256
 MAX_SEQUENCE_TOKENS = 4096

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from runtime.batch import Batch
 from runtime.bench.ceilings import Ceilings
 from runtime.bench.loads import Load, workload
 from runtime.bench.peers import Generate, steps_of
 from runtime.engine import engine_parts
 from runtime.loader import LoadedModel
 from runtime.request import Request
-from runtime.scheduler import Batch, Scheduler
+from runtime.scheduler import Scheduler
 
 MAX_MODEL_LEN = 4608  # the longest prompt of the workloads with its answer
 

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from runtime.batch import Batch
 from runtime.bench.loads import Load
 from runtime.executor import Executor
 from runtime.knobs import EngineConfig
 from runtime.loader import LoadedModel
 from runtime.request import Request
-from runtime.scheduler import Batch, Scheduler
+from runtime.scheduler import Scheduler
 
 PAGE_TOKENS = 256
 NEVER = -1  # a token id that nothing ends at

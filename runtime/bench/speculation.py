@@ -27,6 +27,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from runtime.batch import Batch
 from runtime.bench.engine import DEMO_MODEL
 from runtime.bench.loads import Load
 from runtime.bench.peers import steps_of
@@ -35,7 +36,7 @@ from runtime.executor import Executor, cpu_model, num_cores
 from runtime.knobs import EngineConfig, default_config
 from runtime.loader import load_model, resolve_device, resolve_dtype
 from runtime.request import Request
-from runtime.scheduler import Batch, Scheduler
+from runtime.scheduler import Scheduler
 
 MODULES: tuple[ModuleType, ...] = (argparse, tarfile, asyncio.base_events)
 LOADS = ("copy", "edit", "text", "random", "own")

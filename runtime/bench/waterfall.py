@@ -14,12 +14,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from runtime.batch import Batch
 from runtime.bench.ceilings import Ceilings, synchronize
 from runtime.bench.cells import Bench
 from runtime.bench.loads import workload
 from runtime.bench.peers import steps_of
 from runtime.request import Request
-from runtime.scheduler import Batch, Scheduler
+from runtime.scheduler import Scheduler
 
 NUM_STEPS = 16
 HOST_GAP_US = 30.0

@@ -14,6 +14,7 @@ from torch import Tensor
 import runtime.fused_latent
 import runtime.fused_pass
 from runtime.attention import Pieces, StepTensors, allowed_positions, attend_plain
+from runtime.batch import Batch, PackedBatch
 from runtime.decode_graph import BUCKETS, Captured, Decoded, DecodeGraphs, Key, Run
 from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import DecodeInputs, FusedPass
@@ -25,7 +26,7 @@ from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.paged_model import rearrange_blocks, relative_error
 from runtime.request import Request
 from runtime.sampling import draw, sample, tokens_of
-from runtime.scheduler import Batch, PackedBatch, Scheduler
+from runtime.scheduler import Scheduler
 from runtime.weights import linear_layers
 from tests.runtime.test_latent_attention import deepseek
 from tests.runtime.tiny_models import VOCAB, repeating_model, tiny_model
@@ -293,7 +294,14 @@ def test_parts_of_a_step_begin_where_16_bytes_do_whatever_their_sizes() -> None:
     while (batch := scheduler.schedule(0.0)) is not None:
         packed = scheduler.pack(batch)
         step = StepTensors.of(packed, model.device, has_kernel=True)
-        sent = (step.token_ids[0], step.positions[0], step.slots, step.last_tokens, step.contexts, step.tables)
+        sent = (
+            step.token_ids[0],
+            step.positions[0],
+            step.slots,
+            step.last_tokens,
+            step.contexts,
+            step.tables,
+        )
         given = (
             packed.token_ids, packed.positions, packed.slots, packed.last_tokens, packed.contexts, packed.block_tables,
         )  # fmt: skip

@@ -6,6 +6,7 @@ from torch import Tensor
 import runtime.attention
 import runtime.hf_model
 from runtime.attention import PagedAttention, StepTensors, allowed_positions, attend_plain
+from runtime.batch import PackedBatch
 from runtime.errors import ModelError
 from runtime.hf_model import HFModel
 from runtime.knobs import EngineConfig
@@ -13,7 +14,7 @@ from runtime.kv_cache import BlockPool
 from runtime.paged_model import relative_error
 from runtime.request import Request
 from runtime.sampling import sample
-from runtime.scheduler import PackedBatch, Scheduler
+from runtime.scheduler import Scheduler
 from tests.runtime.tiny_models import VOCAB, generate, tiny_model
 
 BLOCK_TOKENS = 4

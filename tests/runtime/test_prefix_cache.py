@@ -5,12 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.batch import Batch
 from runtime.knobs import EngineConfig, knob_named
 from runtime.kv_cache import BlockPool
 from runtime.prefix_cache import HASHED_AHEAD, KnownPrefix, PrefixIndex, chain
 from runtime.request import Request
 from runtime.retable import BlockMove
-from runtime.scheduler import Batch, Scheduler
+from runtime.scheduler import Scheduler
 
 SIZE = 4  # tokens a block
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import runtime.scheduler
+from runtime.batch import Batch, PackedBatch
 from runtime.clock import Clock
 from runtime.engine import Engine
 from runtime.executor import Executor
@@ -19,7 +20,6 @@ from runtime.link import Frame
 from runtime.loader import load_model
 from runtime.logprobs import prompt_logprobs_of
 from runtime.plan import PlanRunner
-from runtime.scheduler import Batch, PackedBatch
 from tests.runtime.tiny_models import VOCAB, generate, save_tiny_model
 
 FAMILIES = ("qwen2", "gemma2", "mistral")  # whole attention, soft caps, windows

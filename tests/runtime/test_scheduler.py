@@ -3,12 +3,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.batch import Batch
 from runtime.errors import InvalidRequest
 from runtime.knobs import EngineConfig, knob_named
 from runtime.kv_cache import BlockPool
 from runtime.policy import MAX_OVERTAKEN_S
 from runtime.request import Request, SamplingParams
-from runtime.scheduler import SCORED_PIECE_TOKENS, Batch, Scheduler
+from runtime.scheduler import SCORED_PIECE_TOKENS, Scheduler
 
 
 def scheduler(

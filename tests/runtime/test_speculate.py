@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.batch import Batch
 from runtime.executor import servable
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BlockPool
 from runtime.request import Request, SamplingParams
 from runtime.sampling import sample
-from runtime.scheduler import Batch, Scheduler
+from runtime.scheduler import Scheduler
 from runtime.speculate import (
     FIRST_REST_TOKENS,
     MAX_DRAFT_TOKENS,

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from runtime.batch import Batch
 from runtime.knobs import EngineConfig
 from runtime.replay import Arrival, Replay
-from runtime.scheduler import Batch
 from runtime.step_model import StepModel, StepModelFit, fit_step_model
 from tuner.covariates import REACH_S, CovariateFit, fit_covariates
 from tuner.covariates import predict_pair as predict_by_covariates
