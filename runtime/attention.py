@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.batch import PackedBatch
+from runtime.transfer import sent
 
 # On a CPU one padded call beats a call a row only for several short rows. Measured on one Zen core, 16 rows, six
 # layers of 2 KV heads of 64, the whole step in ms, a call a row against padded: 15.1 / 12.5 at 130 to 195 tokens,
@@ -190,8 +191,8 @@ class Pieces:
             at = np.arange(context_edges[-1]) - np.repeat(context_edges[:-1], contexts)
             owners = np.repeat(np.arange(start, start + len(contexts)), contexts)
             blocks = packed.block_tables[owners, at // size].astype(np.int64)
-            slots = _sent(blocks * size + at % size, device)
-        edges = _sent(np.stack((new_edges, context_edges)).astype(np.int32), device)
+            slots = sent(blocks * size + at % size, device)
+        edges = sent(np.stack((new_edges, context_edges)).astype(np.int32), device)
         max_new = int(np.diff(new_edges).max())
         return cls(first, edges[0], edges[1], max_new, int(contexts.max()), slots)
 
@@ -203,14 +204,8 @@ def _moved(parts: Sequence[NDArray[np.int64]], device: torch.device) -> list[Ten
     flat = np.zeros(edges[-1], np.int64)
     for part, start in zip(parts, edges[:-1], strict=True):
         flat[start : start + part.size] = part
-    sent = _sent(flat, device)
-    return [sent[start : start + part.size] for part, start in zip(parts, edges[:-1].tolist(), strict=True)]
-
-
-def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy on the device. From pageable memory a large one would wait for all that the device has yet to do."""
-    found = torch.from_numpy(values)
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
+    whole = sent(flat, device)
+    return [whole[start : start + part.size] for part, start in zip(parts, edges[:-1].tolist(), strict=True)]
 
 
 def attend_pieces(

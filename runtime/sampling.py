@@ -5,6 +5,7 @@ So a seeded request gets the same numbers whatever batch it shares and however o
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from runtime.logit_shaping import is_shaped, shaped
 from runtime.request import Request, SamplingParams
+from runtime.transfer import sent
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -32,7 +34,8 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     best, tokens = logits.max(dim=-1)  # NaN wins a max, so `best` tells of it
     drawn = [row for row, request in enumerate(requests) if request.sampling.temperature > 0.0]
     if drawn:
-        tokens[drawn] = _draw(logits[drawn], [requests[row] for row in drawn])
+        some = Rows.of(drawn, logits)
+        some.put(tokens, _draw(some.take(logits), [requests[row] for row in drawn]))
     return torch.stack((tokens, torch.isfinite(best).to(tokens.dtype)))
 
 
@@ -46,16 +49,31 @@ def tokens_of(drawn: Tensor) -> list[int | None]:
     return [token if is_finite else None for token, is_finite in zip(*drawn.tolist(), strict=True)]
 
 
+class Rows(NamedTuple):
+    """Some rows of a batch, or all of them (None), without asking the device."""
+
+    which: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Sequence[int], like: Tensor) -> "Rows":
+        """rows: of `like`, in order."""
+        return cls(None if len(rows) == len(like) else sent(np.array(rows, np.int64), like.device))
+
+    def take(self, values: Tensor) -> Tensor:
+        return values if self.which is None else values.index_select(0, self.which)
+
+    def put(self, target: Tensor, values: Tensor) -> None:
+        target.copy_(values) if self.which is None else target.index_copy_(0, self.which, values)
+
+
 def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """logits: [rows, vocab]. Returns [rows] tokens."""
     device = logits.device
-    temperatures = torch.tensor([request.sampling.temperature for request in requests], device=device)
-    uniforms = torch.from_numpy(
-        uniform(
-            [request.sampling.seed for request in requests],
-            [request.num_output_tokens for request in requests],
-        )
-    ).to(device)
+    temperatures = sent(np.array([request.sampling.temperature for request in requests], np.float32), device)
+    seeds, positions = zip(
+        *((request.sampling.seed, request.num_output_tokens) for request in requests), strict=True
+    )
+    uniforms = sent(uniform(seeds, positions), device)
     logits = logits.float()
     highest = logits.amax(dim=-1, keepdim=True)
     probabilities = torch.softmax((logits - highest) / temperatures[:, None], dim=-1)
@@ -64,11 +82,13 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     narrow = [row for row, request in enumerate(requests) if request.sampling.narrows]
     whole = [row for row, request in enumerate(requests) if not request.sampling.narrows]
     if whole:
-        tokens[whole] = _invert(probabilities[whole], uniforms[whole])
+        some = Rows.of(whole, logits)
+        some.put(tokens, _invert(some.take(probabilities), some.take(uniforms)))
     if narrow:
-        ordered, order = probabilities[narrow].sort(dim=-1, descending=True, stable=True)
+        some = Rows.of(narrow, logits)
+        ordered, order = some.take(probabilities).sort(dim=-1, descending=True, stable=True)
         ordered = _narrowed(ordered, [requests[row].sampling for row in narrow])
-        tokens[narrow] = order.gather(1, _invert(ordered, uniforms[narrow])[:, None])[:, 0]
+        some.put(tokens, order.gather(1, _invert(ordered, some.take(uniforms))[:, None])[:, 0])
     return tokens
 
 
@@ -78,16 +98,16 @@ def _narrowed(ordered: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     ordered: [rows, vocab] probabilities, the highest first. top-p counts what the other two have left as the whole.
     """
     device, vocab_size = ordered.device, ordered.shape[1]
-    min_p = torch.tensor([one.min_p for one in params], device=device)
-    top_k = torch.tensor([min(one.top_k, vocab_size) or vocab_size for one in params], device=device)
-    top_p = torch.tensor([one.top_p for one in params], device=device)
+    min_p = sent(np.array([one.min_p for one in params], np.float32), device)
+    top_k = sent(np.array([min(one.top_k, vocab_size) or vocab_size for one in params], np.int64), device)
+    top_p = sent(np.array([one.top_p for one in params], np.float32), device)
     ranks = torch.arange(vocab_size, device=device)
     ordered = ordered.masked_fill(
         (ordered < min_p[:, None] * ordered[:, :1]) | (ranks >= top_k[:, None]), 0.0
     )
     summed = ordered.cumsum(dim=-1)
     # In a row without min-p and top-k the whole is 1: taken from the sum, it would only bring in its rounding.
-    is_cut = torch.tensor([one.min_p > 0.0 or one.top_k > 0 for one in params], device=device)
+    is_cut = sent(np.array([one.min_p > 0.0 or one.top_k > 0 for one in params], np.bool_), device)
     total = torch.where(is_cut, summed[:, -1], torch.ones_like(summed[:, -1]))
     ordered = ordered.masked_fill(summed - ordered >= (top_p * total)[:, None], 0.0)
     ordered[:, 0] = ordered[:, 0].clamp(min=torch.finfo(ordered.dtype).tiny)  # top_p 0 keeps the likeliest
