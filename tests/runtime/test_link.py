@@ -3,6 +3,7 @@ import pickle
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import msgpack
@@ -153,5 +154,7 @@ def test_a_writer_waits_where_it_would_hold_too_much(pair: Pair, monkeypatch: py
     reading.start()
     for number in range(50):
         writer.send({"op": "tokens", "number": number, "items": [0] * 50_000})
-    reading.join()
+    while not writer.flush():  # as an engine does until nothing is left
+        time.sleep(0.001)
+    reading.join(30)
     assert [frame["number"] for frame in arrived] == list(range(50))
