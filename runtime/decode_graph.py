@@ -24,16 +24,8 @@ from runtime.kv_size import is_out_of_memory
 log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-COMPILED_BUCKETS = (
-    1,
-    2,
-    4,
-    8,
-    16,
-    32,
-    64,
-    96,
-)  # of which each has kernels of its own; larger ones are as the last
+# Each of these has kernels of its own; those of larger ones are the last one's.
+COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96)
 MAX_DRAWN = 2**14  # tokens that a step of any kind draws at most
 WARM_UPS = 2  # runs before a capture: kernels are compiled, libraries take their workspace
 
