@@ -33,6 +33,7 @@ FAMILIES = (
     "llama", "mistral", "qwen2", "qwen2_window", "qwen3", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite",
     "deepseek_v3",
 )  # fmt: skip
+MIXED = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3")
 
 
 def decoder(reference: PreTrainedModel) -> DecoderModel:
@@ -274,9 +275,19 @@ def test_a_decoder_whose_logits_differ_gives_way(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_on_a_gpu_keeps_close_to_transformers(family: str) -> None:
-    """Both are compared with the same weights in float64: rounding turns some experts' routes round in each of them."""
+    """Both are compared with the same weights in float64. Rounding turns some experts' routes round in each of them: a
+    token that went to another expert is off by ten times the others' error, on a CPU too, and says nothing here."""
     reference = tiny_model(family, torch.bfloat16).to("cuda")
     (prompt,) = prompts(150)
     exact = logits_of(deepcopy(reference).double(), prompt)
-    theirs = relative_error(logits_of(reference, prompt), exact)
-    assert relative_error(prompt_logits(decoder(reference), prompt, 16), exact) < 1.5 * theirs + 0.01
+    theirs = logits_of(reference, prompt)
+    ours = prompt_logits(decoder(reference), prompt, 16)
+    for share in (50, 75 if family in MIXED else 99):
+        our_error, their_error = (error_of_tokens(logits, exact, share) for logits in (ours, theirs))
+        assert our_error < 1.5 * their_error + 0.01
+
+
+def error_of_tokens(logits: Tensor, exact: Tensor, share: float) -> float:
+    """Percentile `share` of the tokens' relative errors."""
+    errors = [relative_error(row, expected) for row, expected in zip(logits, exact, strict=True)]
+    return float(np.percentile(errors, share))

@@ -31,7 +31,7 @@ from tests.servers import GUARD_S, LiveServer, live_server, wait_until
 NUM_REQUESTS = 10_000
 NUM_CLIENTS = 48  # each asks again as soon as it is answered
 MOST_REPLICAS = 3
-NOT_HERE = {"replicas", "weight_format"}  # with other weights there are other tokens
+NOT_HERE = {"replicas", *one_engine.CHANGES_OUTPUTS}
 OTHERS = [knob for knob in KNOBS if knob.name not in NOT_HERE]
 FLOORS = {**one_engine.FLOORS, "max_queued_requests": NUM_CLIENTS}  # below, a client would rightly be refused
 CEILINGS = {**one_engine.CEILINGS, "batch_wait_ms": 20.0}
