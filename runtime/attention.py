@@ -7,6 +7,7 @@ padded, all at once. What is equal for all layers (slots, masks, indices) is pre
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -161,40 +162,42 @@ class StepTensors:
         )  # fmt: skip
 
 
-@dataclass(slots=True)
 class Pieces:
     """Pieces of prompts one behind the other, as a call over rows of all lengths takes them.
 
-    `first`: token of the step at which they begin; `new_edges`, `context_edges`: int32 [rows + 1], where each begins
-    among the new tokens and among the cached ones; `slots`: int64, of all cached tokens, row after row; None where
-    nothing was cached before, so that the step itself holds all keys and values.
+    `first`, `first_row`: token and row of the step at which they begin; `new_edges`, `context_edges`: int32 [rows + 1],
+    where each begins among the new tokens and among the cached ones; `new_tokens`, `contexts`: [rows], on the host.
     """
 
-    first: int
-    new_edges: Tensor
-    context_edges: Tensor
-    max_new: int
-    max_context: int
-    slots: Tensor | None
+    def __init__(self, packed: PackedBatch, first_row: int, device: torch.device) -> None:
+        self.first_row, self.first = first_row, int(packed.row_starts[first_row])
+        self.contexts = packed.contexts[first_row:]
+        self.new_tokens = np.diff(packed.row_starts[first_row:])
+        new_edges = packed.row_starts[first_row:] - self.first
+        context_edges = np.concatenate(([0], np.cumsum(self.contexts)))
+        self.new_edges, self.context_edges = sent(
+            np.stack((new_edges, context_edges)).astype(np.int32), device
+        )
+        self.max_new, self.max_context = int(self.new_tokens.max()), int(self.contexts.max())
+        self._packed, self._device = packed, device
 
     @classmethod
     def of(cls, packed: PackedBatch, start: int, device: torch.device) -> "Pieces | None":
         """Those from row `start` on; None where there are none."""
-        contexts, size = packed.contexts[start:], packed.block_tokens
-        if not len(contexts):
+        return cls(packed, start, device) if start < len(packed.contexts) else None
+
+    @cached_property
+    def slots(self) -> Tensor | None:
+        """int64, of all cached tokens, row after row; None where nothing was cached before, so that the step itself
+        holds all keys and values."""
+        packed, contexts, size = self._packed, self.contexts, self._packed.block_tokens
+        if (contexts == self.new_tokens).all():
             return None
-        first = int(packed.row_starts[start])
-        new_edges = packed.row_starts[start:] - first
-        context_edges = np.concatenate(([0], np.cumsum(contexts)))
-        slots = None
-        if context_edges[-1] > new_edges[-1]:
-            at = np.arange(context_edges[-1]) - np.repeat(context_edges[:-1], contexts)
-            owners = np.repeat(np.arange(start, start + len(contexts)), contexts)
-            blocks = packed.block_tables[owners, at // size].astype(np.int64)
-            slots = sent(blocks * size + at % size, device)
-        edges = sent(np.stack((new_edges, context_edges)).astype(np.int32), device)
-        max_new = int(np.diff(new_edges).max())
-        return cls(first, edges[0], edges[1], max_new, int(contexts.max()), slots)
+        before = np.cumsum(contexts) - contexts
+        at = np.arange(contexts.sum()) - np.repeat(before, contexts)
+        owners = np.repeat(np.arange(self.first_row, self.first_row + len(contexts)), contexts)
+        blocks = packed.block_tables[owners, at // size].astype(np.int64)
+        return sent(blocks * size + at % size, self._device)
 
 
 def _moved(parts: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:

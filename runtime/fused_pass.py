@@ -20,10 +20,11 @@ from runtime.fused_latent import FusedLatent
 from runtime.kernels import TRITON, Kernels, Shape, checked
 from runtime.kernels.expert_trials import ExpertShape
 from runtime.kernels.linear_table import LinearTable
-from runtime.kernels.splits import choose_splits
+from runtime.kernels.splits import choose_splits, tiles_of
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.latent_attention import LatentAttention
 from runtime.layer_parts import Mlp
+from runtime.transfer import sent
 
 Attend = Callable[[Tensor, KVCache, Attention], Tensor]
 
@@ -41,6 +42,24 @@ class DecodeInputs(NamedTuple):
     contexts: Tensor
     tables: Tensor
     drawn: Tensor
+
+
+class PiecesInputs(NamedTuple):
+    """Pieces of prompts for attention over the pool. `tables`, `contexts`: of all rows of the step; `tiles`: as
+    `splits.tiles_of` gives them."""
+
+    pieces: Pieces
+    tables: Tensor
+    contexts: Tensor
+    tiles: Tensor
+
+    @classmethod
+    def of_step(cls, step: StepTensors) -> "PiecesInputs | None":
+        pieces = step.pieces
+        if pieces is None:
+            return None
+        tiles = sent(tiles_of(pieces.new_tokens, pieces.contexts), step.contexts.device)
+        return cls(pieces, step.tables, step.contexts, tiles)
 
 
 class FusedPass:
@@ -75,13 +94,14 @@ class FusedPass:
             drawn=step.token_ids[0],  # all are known
         )
         splits = self._splits(num_single)
+        pieces = PiecesInputs.of_step(step)
 
         def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             found = []
             if num_single:
                 found.append(self._decode(qkv[:num_single], cache, layer, inputs, splits))
-            if step.pieces is not None:
-                found.append(self._pieces(qkv[step.pieces.first :], cache, layer, step.pieces))
+            if pieces is not None:
+                found.append(self._pieces(qkv[pieces.pieces.first :], cache, layer, pieces))
             for row in step.rows:
                 q = queries_of(qkv[row.first : row.last], layer).permute(1, 2, 0, 3)
                 out = attend_chunk(q, *cache.of_row(row), row, layer.scaling, layer.window)
@@ -111,8 +131,14 @@ class FusedPass:
         self.linears.measure("gated", [one.gate_up for one in mlps])
         self.linears.measure("parts", [*(one.out for one in attentions), *(one.down for one in mlps)])
 
-    def _pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, pieces: Pieces) -> Tensor:
+    def _pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: "PiecesInputs") -> Tensor:
         """qkv: of the pieces' tokens. Returns [tokens, heads * D]."""
+        pieces = inputs.pieces
+        if cache.scales is None:
+            return self._kernels.paged_prefill(
+                queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, pieces.first_row, pieces.new_edges,
+                inputs.tiles, self._block_tokens, layer.scaling, layer.window,
+            )  # fmt: skip
         heads, kv_heads, dim = layer.num_heads, layer.kv_heads, layer.dim
         query, key, value = qkv.unflatten(1, (-1, dim)).split((heads, kv_heads, kv_heads), 1)
         if pieces.slots is not None:

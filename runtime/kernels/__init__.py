@@ -1,10 +1,10 @@
-"""Kernels of the decode path of our own decoder on a GPU, and for each a twin in plain torch.
+"""Kernels of our own decoder on a GPU, and for each a twin in plain torch.
 
     plain.py, plain_experts.py      what each of them computes: the contract
-    paged_decode.py, rope_and_cache.py, add_norm.py, silu_mul.py, skinny_linear.py      the same in Triton
+    paged_decode.py, paged_prefill.py, rope_and_cache.py, add_norm.py, silu_mul.py, skinny_linear.py  the same in Triton
     latent_rope.py, latent_few.py, route.py, lay_out.py, expert_linear.py, weigh.py    of latents, and of experts
     expert_trials.py    what those are tried on
-    splits.py           among how many programs a context is shared out
+    splits.py           how attention is shared out among programs
     table.py            both as tables of functions, and the check of one against the other
     linear_table.py     which linear layers are faster here than in cuBLAS, measured on the device
 

@@ -1,14 +1,18 @@
 """What each kernel of the decode path computes, written with torch: specification and stand-in at once.
 
-None of them waits for the device, so that a CUDA graph can capture them too. Arithmetic is in float32 at least, and
-rounded once, where the result is written.
+None of them but `paged_prefill` waits for the device, so that a CUDA graph can capture them too. Arithmetic is in
+float32 at least, and rounded once, where the result is written.
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from runtime.rounded_cache import restored, rounded
+
+PREFILL_TOKENS = 128  # whose scores are there at once
 
 
 def paged_decode(
@@ -35,6 +39,47 @@ def paged_decode(
     key, value = found.masked_fill(~seen[:, :, None, None, None], 0).permute(2, 0, 3, 1, 4).unbind()
     weights = _weights(query.to(key.dtype) @ key.transpose(2, 3) * scaling, seen[:, None, None])
     return (weights @ value).to(query.dtype).flatten(1)
+
+
+def paged_prefill(
+    query: Tensor,
+    rows: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    first_row: int,
+    edges: Tensor,
+    tiles: Tensor,
+    block_tokens: int,
+    scaling: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of pieces of prompts, whose keys and values are cached already: each token sees those up to its own.
+
+    query: [tokens, kv_heads, group, D], piece behind piece; edges: int32 [pieces + 1], where each begins; rows,
+    block_tables, contexts: as in `paged_decode`, of a step's rows, of which the pieces are those from `first_row` on.
+    `tiles`: what `splits.tiles_of` says; the result does not depend on it. Reads `edges` and `contexts` on the host, so
+    it cannot be captured. Returns [tokens, kv_heads * group * D].
+    """
+    kv_heads, dim = query.shape[1], query.shape[3]
+    found = []
+    starts = edges.tolist()
+    for number, (start, end) in enumerate(pairwise(starts)):
+        row = first_row + number
+        context = int(contexts[row])
+        token = torch.arange(context, device=query.device)
+        slots = block_tables[row].long()[token // block_tokens] * block_tokens + token % block_tokens
+        cached = rows[slots].view(context, 2, kv_heads, dim).to(_wide(query))
+        for first in range(start, end, PREFILL_TOKENS):  # scores of all at once would take gigabytes
+            part = query[first : min(first + PREFILL_TOKENS, end)].permute(1, 2, 0, 3).to(cached.dtype)
+            position = context - (end - first) + torch.arange(part.shape[2], device=query.device)[:, None]
+            seen = token <= position
+            if window is not None:
+                seen &= token > position - window
+            visible = cached[seen.any(0)]  # what none sees may be no number
+            key, value = visible.permute(1, 2, 0, 3)
+            weights = _weights(part @ key[:, None].transpose(2, 3) * scaling, seen[:, seen.any(0)])
+            found.append((weights @ value[:, None]).permute(2, 0, 1, 3).flatten(1))
+    return torch.cat(found).to(query.dtype)
 
 
 def paged_decode_fp8(

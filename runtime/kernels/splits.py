@@ -1,6 +1,12 @@
-"""Among how many programs the context of a row is shared out in decode attention."""
+"""How attention is shared out among programs."""
+
+import numpy as np
+from numpy.typing import NDArray
 
 MAX_SPLITS = 64
+QUERY_TILE = 64  # new tokens of one program, where there are several
+
+IntArray = NDArray[np.int64]
 
 
 def choose_splits(num_rows: int, kv_heads: int, num_sms: int) -> int:
@@ -12,3 +18,16 @@ def choose_splits(num_rows: int, kv_heads: int, num_sms: int) -> int:
     """
     wanted = max(1, num_sms // max(1, num_rows * kv_heads))
     return min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
+
+
+def tiles_of(new_tokens: IntArray, contexts: IntArray) -> NDArray[np.int32]:
+    """Tiles of QUERY_TILE new tokens, for attention over pieces of prompts: [tiles, 2], the piece of each and its place
+    among the piece's. What sees most comes first, so that nothing long is begun last.
+
+    new_tokens, contexts: [pieces], the latter with the new ones.
+    """
+    counts = -(-new_tokens // QUERY_TILE)
+    piece = np.repeat(np.arange(len(counts)), counts)
+    tile = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    seen = contexts[piece] - np.maximum(new_tokens[piece] - (tile + 1) * QUERY_TILE, 0)
+    return np.stack((piece, tile), 1)[np.argsort(-seen, kind="stable")].astype(np.int32)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,12 +14,14 @@ from runtime.kernels import plain, plain_experts
 from runtime.kernels.expert_trials import ExpertShape, Trial, expert_trials, latent_trials
 from runtime.kernels.launch import compiled_ahead
 from runtime.kernels.plain_experts import Layout
+from runtime.kernels.splits import tiles_of
 from runtime.rounded_cache import rounded
 
 log = logging.getLogger(__name__)
 
 # Largest difference over the largest value expected: rounding of inputs and weights, with a margin.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+OF_OWN_HEADS = ("paged_decode", "paged_prefill", "rope_and_cache")  # and not of latents
 
 
 class Kernels(NamedTuple):
@@ -26,6 +29,10 @@ class Kernels(NamedTuple):
 
     # (query, rows, block_tables, contexts, block_tokens, scaling, window, num_splits)
     paged_decode: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None, int], Tensor]
+    # (query, rows, block_tables, contexts, first_row, edges, tiles, block_tokens, scaling, window)
+    paged_prefill: Callable[
+        [Tensor, Tensor, Tensor, Tensor, int, Tensor, Tensor, int, float, int | None], Tensor
+    ]
     # (query, rows, block_tables, contexts, block_tokens, scaling, value_dim, num_splits)
     paged_latent_decode: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int, int], Tensor]
     # (qkv, table, positions, rows, slots, kv_heads, norm_weight, eps)
@@ -63,6 +70,7 @@ class Kernels(NamedTuple):
 
 PLAIN = Kernels(
     plain.paged_decode,
+    plain.paged_prefill,
     plain.paged_latent_decode,
     plain.rope_and_cache,
     plain.add_norm,
@@ -95,6 +103,7 @@ def _triton_kernels() -> Kernels:
     from runtime.kernels.latent_rope import latent_rope_and_cache
     from runtime.kernels.lay_out import lay_out
     from runtime.kernels.paged_decode import paged_decode, paged_decode_fp8, paged_latent_decode
+    from runtime.kernels.paged_prefill import paged_prefill
     from runtime.kernels.rope_and_cache import rope_and_cache, rope_and_cache_fp8
     from runtime.kernels.route import route
     from runtime.kernels.silu_mul import silu_mul
@@ -102,9 +111,9 @@ def _triton_kernels() -> Kernels:
     from runtime.kernels.weigh import weigh
 
     return Kernels(
-        paged_decode, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear, skinny_gated,
-        skinny_parts, greedy, embed, latent_rope_and_cache, route, lay_out, expert_gate_up, expert_down, weigh,
-        absorb_and_cache, latent_values, paged_decode_fp8, rope_and_cache_fp8,
+        paged_decode, paged_prefill, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear,
+        skinny_gated, skinny_parts, greedy, embed, latent_rope_and_cache, route, lay_out, expert_gate_up, expert_down,
+        weigh, absorb_and_cache, latent_values, paged_decode_fp8, rope_and_cache_fp8,
     )  # fmt: skip
 
 
@@ -166,7 +175,7 @@ def self_check(
     failed = []
     trials = list(_trials(device, dtype, shape))
     if not shape.has_own_heads:
-        trials = [one for one in trials if one[0] not in ("paged_decode", "rope_and_cache")]
+        trials = [one for one in trials if one[0] not in OF_OWN_HEADS]
     if device.type == "cuda":
         with compiled_ahead():
             for name, run in trials:
@@ -223,6 +232,7 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
             "paged_decode",
             _returned(query, rows, tables, contexts, size, dim**-0.5, shape.window, splits),
         )
+    yield "paged_prefill", _pieces_trial(normal, tables, rows, longest, shape)
     if shape.latent_dim is not None:
         latents, asked = normal(len(rows), shape.latent_dim), normal(4, num_heads, shape.latent_dim)
         scaling = shape.latent_dim**-0.5
@@ -300,6 +310,22 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         yield from latent_trials(normal, device, num_heads, dim, shape.latent_dim, shape.latent_value_dim)
     if shape.experts is not None:
         yield from expert_trials(normal, device, hidden, shape.experts)
+
+
+def _pieces_trial(
+    normal: Callable[..., Tensor], tables: Tensor, rows: Tensor, longest: int, shape: Shape
+) -> Trial:
+    """Three pieces in the rows behind the first: new altogether, a token behind others, and the end of a long one."""
+    new = np.array([65, 1, 130])
+    contexts = np.array([65, 2 * shape.block_tokens, longest])
+    edges = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=rows.device)
+    tiles = torch.from_numpy(tiles_of(new, contexts)).to(rows.device)
+    width = shape.num_heads * shape.head_dim
+    query = normal(int(new.sum()), 2 * width)[:, :width].unflatten(1, (shape.kv_heads, -1, shape.head_dim))
+    return _returned(
+        query, rows, tables, torch.tensor([1, *contexts], device=rows.device), 1, edges, tiles, shape.block_tokens,
+        shape.head_dim**-0.5, shape.window,
+    )  # fmt: skip
 
 
 def _returned(*given: object) -> Trial:

@@ -15,12 +15,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from runtime.expert_choice import Rule
 from runtime.kernels import PLAIN, TRITON, Kernels, Shape, self_check
 from runtime.kernels.expert_trials import ExpertShape, by_expert
+from runtime.kernels.splits import tiles_of
 from runtime.kernels.table import TOLERANCE, difference
 from runtime.rounded_cache import restored, rounded
 
@@ -214,6 +216,41 @@ for heads in (1, 20, 128):
     add(f"latent_heads_{heads}", latent_decode, contexts=[5, 70], heads=heads, splits=2)
 add("latent_of_deepseek", latent_decode, contexts=[50, 129, 0], dim=576, value_dim=512, size=16, splits=3)
 add("latent_several_thousand", latent_decode, contexts=[3001, 17], size=64, splits=7)
+
+
+# -- attention of pieces ------------------------------------------------------------------------------------------
+
+
+def prefill(
+    device: torch.device, dtype: torch.dtype, pieces: list[tuple[int, int]], kv_heads: int = 2, group: int = 2,
+    dim: int = 32, size: int = 4, window: int | None = None, table_dtype: torch.dtype = torch.int32,
+) -> None:  # fmt: skip
+    """`pieces`: new tokens and context of each; they stand behind two rows that decode."""
+    torch.manual_seed(0)
+    new, contexts = (np.array(part) for part in zip(*pieces, strict=True))
+    pool = Pool(device, dtype, [5, 9, *contexts.tolist()], 2 * kv_heads * dim, size)
+    qkv = torch.randn(int(new.sum()), (kv_heads * group + 2 * kv_heads) * dim).to(device, dtype)
+    query = qkv[:, : kv_heads * group * dim].unflatten(1, (kv_heads, group, dim))
+    edges = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=device)
+    tiles = torch.from_numpy(tiles_of(new, contexts)).to(device)
+    tables = pool.tables.to(table_dtype)
+    given = (query, pool.rows, tables, pool.contexts, 2, edges, tiles, size, dim**-0.5, window)
+    close(kernels().paged_prefill(*given), PLAIN.paged_prefill(*given))
+
+
+add("prefill_of_one_token", prefill, pieces=[(1, 1)])
+add("prefill_behind_a_context", prefill, pieces=[(1, 130), (3, 66), (70, 200)])
+add("prefill_ragged", prefill, pieces=[(63, 63), (64, 64), (65, 65), (1, 1), (129, 130)])
+add("prefill_of_a_long_context", prefill, pieces=[(40, 3001)], kv_heads=1, size=16)
+add("prefill_int64_tables", prefill, pieces=[(5, 80)], table_dtype=torch.int64)
+for window in (1, 5, 64, 100):
+    add(f"prefill_window_{window}", prefill, pieces=[(70, 300), (130, 130), (1, 65)], window=window)
+for group in (1, 4, 7):
+    add(f"prefill_group_{group}", prefill, pieces=[(20, 70)], group=group, kv_heads=1)
+for dim in (16, 64, 80, 128, 256):
+    add(f"prefill_head_of_{dim}", prefill, pieces=[(66, 90)], dim=dim)
+for size in (1, 16, 256):
+    add(f"prefill_blocks_of_{size}", prefill, pieces=[(20, 300), (40, 40)], size=size)
 
 
 def a_row_alone_gives_the_same_bits(device: torch.device, dtype: torch.dtype) -> None:
@@ -663,6 +700,14 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
             splits,
         )
 
+    def pieces(kv_heads: int, group: int, dim: int, window: int | None) -> Callable[[], object]:
+        new, contexts = np.array([70]), np.array([100])
+        tables, edges = empty(1, 7, dtype=torch.int64), torch.tensor([0, 70], dtype=torch.int32)
+        return lambda: kernels().paged_prefill(
+            empty(70, kv_heads, group, dim), empty(112, 2 * kv_heads * dim), tables, empty(1, dtype=torch.int64), 0,
+            edges, torch.from_numpy(tiles_of(new, contexts)), 16, 0.1, window,
+        )  # fmt: skip
+
     def latent(heads: int) -> Callable[[], object]:
         tables, contexts = empty(2, 4, dtype=torch.int32), empty(2, dtype=torch.int64)
         return lambda: kernels().paged_latent_decode(
@@ -707,6 +752,11 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
         )
 
     found: dict[str, Callable[[], object]] = {
+        "prefill_llama": pieces(8, 4, 128, None),
+        "prefill_window": pieces(8, 4, 128, 4096),
+        "prefill_head_of_64": pieces(8, 2, 64, None),
+        "prefill_head_of_96": pieces(32, 1, 96, None),
+        "prefill_head_of_256": pieces(4, 2, 256, None),
         "decode_fp8_llama": paged_fp8(8, 4, 128, 1),
         "decode_fp8_llama_split": paged_fp8(8, 4, 128, 8),
         "decode_fp8_head_of_96": paged_fp8(32, 1, 96, 4),
