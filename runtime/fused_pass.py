@@ -19,6 +19,7 @@ from runtime.fused_experts import FusedExperts
 from runtime.fused_latent import FusedLatent
 from runtime.kernels import TRITON, Kernels, Shape, checked
 from runtime.kernels.expert_trials import ExpertShape
+from runtime.kernels.launch import has_early_start
 from runtime.kernels.linear_table import LinearTable
 from runtime.kernels.splits import choose_splits, tiles_of
 from runtime.kv_cache import BLOCK_TOKENS
@@ -71,6 +72,7 @@ class FusedPass:
         self._decoder, self._kernels = decoder, kernels
         self._num_sms = num_sms
         self.replaced_kernels: tuple[str, ...] = ()  # those that failed their check, by their plain twins
+        self.reads_pieces_in_place = True
         self.linears = LinearTable(kernels)
         # A captured graph reads the table where it lies, so it is made whole.
         self._angles = decoder.rope.table(max_model_len)
@@ -100,8 +102,13 @@ class FusedPass:
             found = []
             if num_single:
                 found.append(self._decode(qkv[:num_single], cache, layer, inputs, splits))
+            if pieces is not None and cache.scales is None and self.reads_pieces_in_place:
+                whole = self._read_pieces(qkv, cache, layer, pieces)
+                for of_singles in found:
+                    whole[:num_single] = of_singles
+                return whole
             if pieces is not None:
-                found.append(self._pieces(qkv[pieces.pieces.first :], cache, layer, pieces))
+                found.append(self._gather_pieces(qkv[num_single:], cache, layer, pieces.pieces))
             for row in step.rows:
                 q = queries_of(qkv[row.first : row.last], layer).permute(1, 2, 0, 3)
                 out = attend_chunk(q, *cache.of_row(row), row, layer.scaling, layer.window)
@@ -131,14 +138,17 @@ class FusedPass:
         self.linears.measure("gated", [one.gate_up for one in mlps])
         self.linears.measure("parts", [*(one.out for one in attentions), *(one.down for one in mlps)])
 
-    def _pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: "PiecesInputs") -> Tensor:
-        """qkv: of the pieces' tokens. Returns [tokens, heads * D]."""
+    def _read_pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: "PiecesInputs") -> Tensor:
+        """qkv: of all tokens. Returns [tokens, heads * D], without those before the pieces."""
         pieces = inputs.pieces
-        if cache.scales is None:
-            return self._kernels.paged_prefill(
-                queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, pieces.first_row, pieces.new_edges,
-                inputs.tiles, self._block_tokens, layer.scaling, layer.window,
-            )  # fmt: skip
+        return self._kernels.paged_prefill(
+            queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, pieces.first_row, pieces.new_edges,
+            inputs.tiles, self._block_tokens, layer.scaling, layer.window,
+        )  # fmt: skip
+
+    def _gather_pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, pieces: Pieces) -> Tensor:
+        """With keys and values in one piece, as FlashAttention wants them. qkv: of the pieces' tokens. Returns
+        [tokens, heads * D]."""
         heads, kv_heads, dim = layer.num_heads, layer.kv_heads, layer.dim
         query, key, value = qkv.unflatten(1, (-1, dim)).split((heads, kv_heads, kv_heads), 1)
         if pieces.slots is not None:
@@ -225,6 +235,8 @@ def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> Fu
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
     found.replaced_kernels = tuple(replaced)
+    # Elsewhere FlashAttention 2 is at home, and the twin of this kernel waits for the device.
+    found.reads_pieces_in_place = has_early_start(device) and "paged_prefill" not in replaced
     found.measure_linears()
     return found
 

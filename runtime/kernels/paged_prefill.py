@@ -4,6 +4,8 @@
 
 The cache holds the new tokens too, so keys and values are read from one place, block by block, and never gathered.
 Of what a tile sees, all but the end is seen by all of its tokens: only the end is masked, unless there is a window.
+Where a tile of keys lies in one block, the device's tensor memory accelerator fetches it whole, and the number of the
+next block is read while this one is worked on; else each token's place is looked up.
 Contract: `runtime.kernels.plain`.
 """
 
@@ -12,14 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from runtime.kernels.launch import launch
 from runtime.kernels.splits import QUERY_TILE
 
 MIN_DOT = 16
 KEY_VALUES = 8_192  # of one tile of keys: 64 tokens of 128
-# On an H200, llama-8b, TFLOP/s of 1,024 tokens after 31,744 and of 2,048 alone: tiles of 64 by 64 in 4 warps 531 and
-# 330, 128 by 64 in 8 warps 508 and 285, 128 by 128 in 8 warps 507 and 278; FlashAttention 2 357 and 197.
+# On an H200, llama-8b, TFLOP/s of 1,024 tokens after 31,744, of 2,048 alone and of 8,192 in eight pieces: 528, 410 and
+# 369. With 128 new tokens a tile in 8 warps 473, 350, 293; with 2 stages 407, 386, 328; without looking ahead 407, 383,
+# 322; looking ahead, by plain loads 487, 387, 338; looked up token by token 323, 292, 256. FlashAttention 2, which
+# wants keys and values in one piece, 354, 198 and 221, and a twentieth of its time to gather them.
 STAGES = 3
 WARPS = 4
 UNBOUNDED = 2**30  # a window wider than any context
@@ -37,19 +42,22 @@ def paged_prefill(
     scaling: float,
     window: int | None = None,
 ) -> Tensor:
-    num_tokens, kv_heads, group, dim = query.shape
+    _, kv_heads, group, dim = query.shape
     heads = kv_heads * group
     dim_block = max(MIN_DOT, triton.next_power_of_2(dim))
-    out = torch.empty(num_tokens, heads * dim, dtype=query.dtype, device=query.device)
+    out = torch.empty(len(query), heads * dim, dtype=query.dtype, device=query.device)
     wide = query.element_size() // 2 or 1
+    tile = max(MIN_DOT, min(64, KEY_VALUES // (dim_block * wide)))
+    in_block = block_tokens % tile == 0 and dim == dim_block
+    blocks = TensorDescriptor.from_tensor(rows, [tile, dim]) if in_block else rows
     launch(
         _prefill, (heads, len(tiles)), out.device,
-        query, rows, block_tables, contexts, edges, tiles, out,
+        query, rows, blocks, block_tables, contexts, edges, tiles, out,
         query.stride(0), query.stride(2), rows.stride(0), block_tables.stride(0), first_row, scaling,
         UNBOUNDED if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_TOKENS=block_tokens, DIM_BLOCK=dim_block,
-        BLOCK_M=QUERY_TILE, BLOCK_N=max(MIN_DOT, min(64, KEY_VALUES // (dim_block * wide))),
-        HAS_WINDOW=window is not None, num_warps=WARPS, num_stages=STAGES,
+        BLOCK_M=QUERY_TILE, BLOCK_N=tile, IN_BLOCK=in_block, HAS_WINDOW=window is not None,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
 
@@ -58,6 +66,7 @@ def paged_prefill(
 def _prefill(
     query: tl.tensor,
     rows: tl.tensor,
+    blocks: tl.tensor,
     block_tables: tl.tensor,
     contexts: tl.tensor,
     edges: tl.tensor,
@@ -77,6 +86,7 @@ def _prefill(
     DIM_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    IN_BLOCK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -94,11 +104,11 @@ def _prefill(
         gdc_launch_dependents()
         gdc_wait()
 
-    token = (first_new + member).to(tl.int64)
+    token = (first_row + first_new + member).to(tl.int64)  # rows before the first have a token each
     asked = query + token[:, None] * query_row + head * query_head + columns[None]
     q = tl.load(asked, mask=is_new[:, None] & in_dim[None], other=0.0)
     table = block_tables + row * table_stride
-    keys = rows + (head // GROUP) * DIM
+    kv_column = (head // GROUP) * DIM
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32)
@@ -109,12 +119,12 @@ def _prefill(
     else:
         seen_by_all = (start + 1) // BLOCK_N * BLOCK_N
         acc, top, total = _attend(
-            acc, top, total, q, keys, table, position, columns, in_dim, 0, seen_by_all, context, window, row_stride,
-            to_log2, KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_N, False, False,
+            acc, top, total, q, rows, blocks, table, kv_column, position, columns, in_dim, 0, seen_by_all, context,
+            window, row_stride, to_log2, KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_N, IN_BLOCK, False, False,
         )  # fmt: skip
     acc, top, total = _attend(
-        acc, top, total, q, keys, table, position, columns, in_dim, seen_by_all, end, context, window, row_stride,
-        to_log2, KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_N, True, HAS_WINDOW,
+        acc, top, total, q, rows, blocks, table, kv_column, position, columns, in_dim, seen_by_all, end, context,
+        window, row_stride, to_log2, KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_N, IN_BLOCK, True, HAS_WINDOW,
     )  # fmt: skip
     value = acc / tl.where(total > 0, total, 1.0)[:, None]
     at = out + token[:, None] * (KV_HEADS * GROUP * DIM) + head * DIM + columns[None]
@@ -127,8 +137,10 @@ def _attend(
     top: tl.tensor,
     total: tl.tensor,
     q: tl.tensor,
-    keys: tl.tensor,
+    rows: tl.tensor,
+    blocks: tl.tensor,
     table: tl.tensor,
+    kv_column: tl.tensor,
     position: tl.tensor,
     columns: tl.tensor,
     in_dim: tl.tensor,
@@ -142,21 +154,26 @@ def _attend(
     DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    IN_BLOCK: tl.constexpr,
     IS_MASKED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Adds what the tile finds among tokens [first, last). The largest score so far is `top`, in powers of two."""
+    number = tl.load(table + first // BLOCK_TOKENS, mask=first < last, other=0).to(tl.int32)
     for at in range(first, last, BLOCK_N):
         token = at + tl.arange(0, BLOCK_N)
-        if IS_MASKED:
-            exists = token < context
-            block = tl.load(table + token // BLOCK_TOKENS, mask=exists, other=0).to(tl.int64)
-            is_there = exists[:, None] & in_dim[None]
+        exists = token < context
+        if IN_BLOCK:
+            slot = number * BLOCK_TOKENS + at % BLOCK_TOKENS
+            ahead = at + BLOCK_N
+            number = tl.load(table + ahead // BLOCK_TOKENS, mask=ahead < last, other=0).to(tl.int32)
+            k = blocks.load([slot, kv_column])
         else:
-            block = tl.load(table + token // BLOCK_TOKENS).to(tl.int64)
-            is_there = in_dim[None]
-        place = keys + (block * BLOCK_TOKENS + token % BLOCK_TOKENS)[:, None] * row_stride + columns[None]
-        k = tl.load(place, mask=is_there, other=0.0)
+            block = tl.load(table + token // BLOCK_TOKENS, mask=exists, other=0).to(tl.int64)
+            slots = block * BLOCK_TOKENS + token % BLOCK_TOKENS
+            place = slots[:, None] * row_stride + kv_column + columns[None]
+            is_there = exists[:, None] & in_dim[None]
+            k = tl.load(rows + place, mask=is_there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if IS_MASKED:
             is_seen = (token[None] <= position[:, None]) & exists[None]
@@ -170,7 +187,12 @@ def _attend(
         weights = tl.exp2(scores * to_log2 - level[:, None])
         shrink = tl.exp2(top - level)
         total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(place + KV_HEADS * DIM, mask=is_there, other=0.0)
+        if IN_BLOCK:
+            v = blocks.load([slot, kv_column + KV_HEADS * DIM])
+            if IS_MASKED:  # what lies behind the context may be no number
+                v = tl.where(exists[:, None], v, 0.0)
+        else:
+            v = tl.load(rows + place + KV_HEADS * DIM, mask=is_there, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = higher
     return acc, top, total

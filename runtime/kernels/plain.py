@@ -55,14 +55,15 @@ def paged_prefill(
 ) -> Tensor:
     """Attention of pieces of prompts, whose keys and values are cached already: each token sees those up to its own.
 
-    query: [tokens, kv_heads, group, D], piece behind piece; edges: int32 [pieces + 1], where each begins; rows,
-    block_tables, contexts: as in `paged_decode`, of a step's rows, of which the pieces are those from `first_row` on.
-    `tiles`: what `splits.tiles_of` says; the result does not depend on it. Reads `edges` and `contexts` on the host, so
-    it cannot be captured. Returns [tokens, kv_heads * group * D].
+    query: [first_row + tokens, kv_heads, group, D], a token of each row before `first_row`, then piece behind piece;
+    edges: int32 [pieces + 1], where each begins behind those; rows, block_tables, contexts: as in `paged_decode`, of
+    all rows. `tiles`: what `splits.tiles_of` says; the result does not depend on it. Reads `edges` and `contexts` on
+    the host, so it cannot be captured. Returns [first_row + tokens, kv_heads * group * D], of which the first are for
+    someone else to fill.
     """
     kv_heads, dim = query.shape[1], query.shape[3]
-    found = []
-    starts = edges.tolist()
+    found = [torch.zeros(first_row, query[0].numel(), dtype=_wide(query), device=query.device)]
+    starts = [first_row + edge for edge in edges.tolist()]
     for number, (start, end) in enumerate(pairwise(starts)):
         row = first_row + number
         context = int(contexts[row])

@@ -229,13 +229,13 @@ def prefill(
     torch.manual_seed(0)
     new, contexts = (np.array(part) for part in zip(*pieces, strict=True))
     pool = Pool(device, dtype, [5, 9, *contexts.tolist()], 2 * kv_heads * dim, size)
-    qkv = torch.randn(int(new.sum()), (kv_heads * group + 2 * kv_heads) * dim).to(device, dtype)
+    qkv = torch.randn(2 + int(new.sum()), (kv_heads * group + 2 * kv_heads) * dim).to(device, dtype)
     query = qkv[:, : kv_heads * group * dim].unflatten(1, (kv_heads, group, dim))
     edges = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=device)
     tiles = torch.from_numpy(tiles_of(new, contexts)).to(device)
     tables = pool.tables.to(table_dtype)
     given = (query, pool.rows, tables, pool.contexts, 2, edges, tiles, size, dim**-0.5, window)
-    close(kernels().paged_prefill(*given), PLAIN.paged_prefill(*given))
+    close(kernels().paged_prefill(*given)[2:], PLAIN.paged_prefill(*given)[2:])
 
 
 add("prefill_of_one_token", prefill, pieces=[(1, 1)])
@@ -249,7 +249,7 @@ for group in (1, 4, 7):
     add(f"prefill_group_{group}", prefill, pieces=[(20, 70)], group=group, kv_heads=1)
 for dim in (16, 64, 80, 128, 256):
     add(f"prefill_head_of_{dim}", prefill, pieces=[(66, 90)], dim=dim)
-for size in (1, 16, 256):
+for size in (1, 16, 64, 256):
     add(f"prefill_blocks_of_{size}", prefill, pieces=[(20, 300), (40, 40)], size=size)
 
 
@@ -700,12 +700,14 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
             splits,
         )
 
-    def pieces(kv_heads: int, group: int, dim: int, window: int | None) -> Callable[[], object]:
+    def pieces(
+        kv_heads: int, group: int, dim: int, window: int | None, size: int = 64
+    ) -> Callable[[], object]:
         new, contexts = np.array([70]), np.array([100])
-        tables, edges = empty(1, 7, dtype=torch.int64), torch.tensor([0, 70], dtype=torch.int32)
+        tables, edges = empty(1, -(-100 // size), dtype=torch.int64), torch.tensor([0, 70], dtype=torch.int32)
         return lambda: kernels().paged_prefill(
-            empty(70, kv_heads, group, dim), empty(112, 2 * kv_heads * dim), tables, empty(1, dtype=torch.int64), 0,
-            edges, torch.from_numpy(tiles_of(new, contexts)), 16, 0.1, window,
+            empty(70, kv_heads, group, dim), empty(128, 2 * kv_heads * dim), tables, empty(1, dtype=torch.int64), 0,
+            edges, torch.from_numpy(tiles_of(new, contexts)), size, 0.1, window,
         )  # fmt: skip
 
     def latent(heads: int) -> Callable[[], object]:
@@ -753,6 +755,7 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
 
     found: dict[str, Callable[[], object]] = {
         "prefill_llama": pieces(8, 4, 128, None),
+        "prefill_small_blocks": pieces(8, 4, 128, None, 16),
         "prefill_window": pieces(8, 4, 128, 4096),
         "prefill_head_of_64": pieces(8, 2, 64, None),
         "prefill_head_of_96": pieces(32, 1, 96, None),

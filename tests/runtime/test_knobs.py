@@ -73,7 +73,7 @@ def test_config_id_depends_on_every_knob_and_on_nothing_else():
             ),
             "05d21cc88dd3",
         ),
-        (default_config("cuda", 8), "3c7cdafcec3f"),
+        (default_config("cuda", 8), "8d842a2d7fca"),
     ],
 )
 def test_config_id_is_a_stable_name(config, config_id):
