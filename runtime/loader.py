@@ -14,7 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from runtime.errors import ModelError, RuntimeFault
-from runtime.weight_stream import Reading
+from runtime.weight_files import stored_tensors, weight_files
+from runtime.weight_stream import Reading, is_straight_type, raw_config
+
+OFTEN_TIED = ("model.embed_tokens.weight", "lm_head.weight")
 
 DTYPES = {
     "float32": torch.float32,
@@ -66,6 +69,12 @@ def load_model(
     """
     folder = Path(path)
     config = read_config(folder)
+    try:
+        refuse_foreign(folder, config)
+    except ModelError:
+        if reading is not None:
+            reading.abandon()
+        raise
     reading = reading or Reading.begin(folder, device)
     try:
         model = None
@@ -85,6 +94,38 @@ def load_model(
         **_identity(folder, model), "max_model_len": length, "weights_sha256": reading.digest.result(),
     }  # fmt: skip
     return LoadedModel(model.eval(), identity, _eos_token_ids(model), length)
+
+
+def refuse_foreign(folder: Path, config: PretrainedConfig) -> None:
+    """Compares names and shapes before anything is read, where files have those of the model's own parameters:
+    transformers would read all of them first, and make up what lacks.
+
+    Raises:
+        ModelError: weights of another model, or not all of them.
+    """
+    if not is_straight_type(raw_config(folder)):
+        return
+    stored = {one.name: one.shape for file in weight_files(folder) for one in stored_tensors(file)}
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # a configuration that makes no model: loading it says why
+        return
+    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    lacking = [name for name in own if name not in stored]
+    if all(name.removeprefix("model.") in stored or name in OFTEN_TIED for name in lacking):
+        lacking = []  # the bare model's, or tied another way: transformers knows
+    if lacking:
+        raise ModelError(
+            f"The weights in {folder} lack {len(lacking)} of the tensors that {type(model).__name__} needs "
+            f"({', '.join(lacking[:3])}, ...). Download the model again."
+        )
+    for name, shape in own.items():
+        if stored.get(name, shape) != shape:
+            raise ModelError(
+                f"The weights in {folder} are of another model than its config.json: {name} must be of shape {shape}, "
+                f"but is {stored[name]}. Download the model again."
+            )
 
 
 def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

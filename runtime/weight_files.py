@@ -106,6 +106,11 @@ class WeightsDigest:
         ]
         self._pool.shutdown(wait=False)
 
+    def abandon(self) -> None:
+        """Nobody wants it any more: pieces that were not begun are left."""
+        for piece in self._pieces:
+            piece.cancel()
+
     def result(self) -> str:
         digests = [piece.result() for piece in self._pieces]
         return digests[0].hex() if len(digests) == 1 else hashlib.sha256(b"".join(digests)).hexdigest()

@@ -48,6 +48,7 @@ class WeightStream:
         self._files, self._device = files, device
         self._chunks: deque[Chunk] = deque()
         self._made: Future[dict[str, Tensor]] = Future()
+        self._is_wanted = True
         threading.Thread(target=self._run, name="weights", daemon=True).start()
 
     def take(self) -> dict[str, Tensor] | None:
@@ -64,6 +65,9 @@ class WeightStream:
             return None
         except OSError as error:
             raise ModelError(f"The weights cannot be read: {error}") from error
+
+    def abandon(self) -> None:
+        self._is_wanted = False
 
     def _run(self) -> None:
         try:
@@ -109,7 +113,7 @@ class WeightStream:
 
     def _next(self) -> Chunk | None:
         try:
-            return self._chunks.popleft()
+            return self._chunks.popleft() if self._is_wanted else None
         except IndexError:
             return None
 
@@ -145,6 +149,12 @@ class Reading:
         files = weight_files(folder)
         is_straight = device.type == "cuda" and is_straight_type(raw_config(folder))
         return cls(WeightsDigest(files), WeightStream(files, device) if is_straight else None)
+
+    def abandon(self) -> None:
+        """Stops reading soon: nobody wants these weights."""
+        self.digest.abandon()
+        if self.stream is not None:
+            self.stream.abandon()
 
 
 def raw_config(folder: Path) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from runtime.errors import ModelError
 from runtime.loader import LoadedModel, load_model, resolve_device, resolve_dtype
+from runtime.weight_stream import Reading
 from tests.runtime.tiny_models import EOS, save_tiny_model
 
 CPU = torch.device("cpu")
@@ -112,8 +114,35 @@ def test_refuses_weights_that_lack_tensors_instead_of_inventing_them(folder: Pat
 
 def test_refuses_weights_of_another_shape(folder: Path) -> None:
     change_config(folder, intermediate_size=50)
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"gate_proj.weight must be of shape \(50, 32\), but is \(\d+, 32\)"):
         load(folder)
+
+
+def test_weights_of_another_model_are_refused_before_they_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.loader.Reading", None)
+    change_config(folder, hidden_size=64)
+    with pytest.raises(ModelError, match="of another model than its config"):
+        load(folder)
+
+
+def test_what_is_read_ahead_of_weights_that_are_refused_is_let_go(folder: Path) -> None:
+    reading = Reading.begin(folder, CPU)
+    change_config(folder, hidden_size=64)
+    with pytest.raises(ModelError, match="of another model"):
+        load(folder, reading=reading)
+    assert all(piece.cancelled() or piece.result(10.0) for piece in reading.digest._pieces)
+
+
+def test_weights_of_the_bare_model_are_loaded_as_transformers_does(folder: Path) -> None:
+    weights = {
+        name.removeprefix("model."): part for name, part in load_file(folder / "model.safetensors").items()
+    }
+    expected = load(folder).model.state_dict()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    found = load(folder).model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize("length", [15, 257])
