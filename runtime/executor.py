@@ -121,17 +121,6 @@ class Executor:
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._process = psutil.Process()
 
-    def _measured_step_tokens(self) -> int | None:
-        """The default of `mixed_step_tokens`, None where it stays off: on a CPU, whose tokens take so long that prompts
-        would never end. Before the KV pool takes what is free."""
-        if self._device.type != "cuda":
-            return None
-        tokens = measured_step_tokens(
-            self._model.model, self._num_active, self._loaded.identity["vocab_size"]
-        )
-        cap = default_config("cuda", num_cores()).max_batched_tokens
-        return None if tokens is None else min(tokens, cap)
-
     @property
     def attention_cost(self) -> float:
         """Of one token that a prompt's token attends to, in tokens. A replay finds the same from the identity."""
@@ -250,6 +239,17 @@ class Executor:
             "kv_block_tokens": self.pool.block_tokens,
             "kv_bytes_per_token": self._model.kv_bytes_per_token,
         }
+
+    def _measured_step_tokens(self) -> int | None:
+        """The default of `mixed_step_tokens`, None where it stays off: on a CPU, whose steps are small by default. To be
+        called before the KV pool takes what is free."""
+        if self._device.type != "cuda":
+            return None
+        tokens = measured_step_tokens(
+            self._model.model, self._num_active, self._loaded.identity["vocab_size"]
+        )
+        cap = default_config("cuda", num_cores()).max_batched_tokens
+        return None if tokens is None else min(tokens, cap)
 
     def _use_threads(self, threads: int) -> None:
         if threads != self._threads:
