@@ -3,6 +3,7 @@
     rate of one large layer ──▶ tokens whose products with all weights take STEP_S ──▶ default of `mixed_step_tokens`
 
 Products take most of a step that computes prompts, and their rate is what differs from device to device.
+Those of routed experts have fewer rows each, so that a step of theirs takes longer than it says here.
 """
 
 import logging

@@ -8,6 +8,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from runtime import gemm_rate
 from runtime.bench.shapes import random_model
+from runtime.engine import engine_parts
 from runtime.executor import Executor
 from runtime.gemm_rate import flop_per_s, largest_linear, measured_step_tokens, step_tokens
 from runtime.knobs import EngineConfig, default_config
@@ -69,6 +70,18 @@ def test_on_a_cpu_the_knob_stays_off_and_the_identity_tells_what_attention_costs
     assert "mixed_step_tokens" not in identity["fitted_knobs"]
     assert executor.attention_cost == StepModel.of_shape(identity).attention_cost
     assert executor.attention_cost == 1.35 * 4 * 2 * 64 / (2 * identity["num_active_parameters"])
+
+
+def test_an_engine_starts_with_what_was_measured_unless_it_is_asked_for_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Executor, "_measured_step_tokens", lambda self: 1536)
+    for asked, expected in (({}, 1536), ({"mixed_step_tokens": 512, "kv_tokens": 256}, 512)):
+        loaded = random_model("tiny", torch.device("cpu"), torch.float32, 128)
+        executor, runner, reports = engine_parts(loaded, 512, asked)
+        told = {report["name"]: report for report in reports}["mixed_step_tokens"]
+        assert runner.champion.mixed_step_tokens == expected and told["default"] == 1536
+        assert executor.identity()["fitted_knobs"]["mixed_step_tokens"] == 1536
 
 
 @pytest.mark.gpu
