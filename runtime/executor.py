@@ -241,8 +241,8 @@ class Executor:
         }
 
     def _measured_step_tokens(self) -> int | None:
-        """The default of `mixed_step_tokens`, None where it stays off: on a CPU, whose steps are small by default. Call it
-        before the KV pool takes what is free."""
+        """The default of `mixed_step_tokens`, None where it stays off: on a CPU, whose steps are small by default.
+        Before the KV pool takes what is free."""
         if self._device.type != "cuda":
             return None
         tokens = measured_step_tokens(
