@@ -21,6 +21,18 @@ class ScoredPiece(NamedTuple):
     start: int
     end: int
 
+    @classmethod
+    def of(
+        cls, scoring: Request, requests: Sequence[Request], starts: IntArray, new_tokens: IntArray
+    ) -> "ScoredPiece | None":
+        """What a step with these rows tells of the prompt; None where it has no row, or computes known scores again."""
+        for row, request in enumerate(requests):
+            if request is scoring:
+                start = max(int(starts[row]), request.num_scored)
+                end = min(int(starts[row] + new_tokens[row]), request.prompt_tokens - 1)
+                return cls(row, start, end) if start < end else None
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

@@ -97,7 +97,9 @@ class Engine:
         self._preparer = Preparer(executor.warm, self._configs_in_use)
         self._pending: list[Pending] = []
         runner.is_prepared = executor.warm.is_ready
-        self.scheduler = Scheduler(executor.pool, runner.champion, executor.max_model_len)
+        self.scheduler = Scheduler(
+            executor.pool, runner.champion, executor.max_model_len, attention_cost=executor.attention_cost
+        )
         self.scheduler.use_namespace(executor.warm.namespace)
         self.scorer = Scorer(executor, send)
         self.tick = PlanTick(runner.champion, None, [])
@@ -500,6 +502,8 @@ def engine_parts(
     cores = num_cores()
     config = default_config("cuda" if loaded.model.device.type == "cuda" else "cpu", cores).patched(asked)
     executor = Executor(loaded, kv_tokens, config, asked.get("kv_tokens"))
+    if executor.fitted_mixed_step_tokens is not None:
+        config = config.patched({"mixed_step_tokens": executor.fitted_mixed_step_tokens, **asked})
     config = _with_weights(executor, config, asked.get("weight_format"))
     warm = executor.warm
     # Of the fitted pool: engines that start later, on what `kv_tokens` is by then, must tell the same limit.

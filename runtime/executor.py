@@ -17,9 +17,10 @@ from runtime.batch import Batch, IntArray, PackedBatch, ScoredPiece
 from runtime.decoder_model import DecoderModel
 from runtime.errors import ModelError
 from runtime.fitting import Fitting
+from runtime.gemm_rate import measured_step_tokens
 from runtime.hf_model import HFModel
 from runtime.host import cpu_model, free_memory_bytes, num_cores
-from runtime.knobs import EngineConfig
+from runtime.knobs import EngineConfig, default_config
 from runtime.linear import lay_out_linears
 from runtime.loader import LoadedModel
 from runtime.logprobs import PromptLogprob, TokenLogprobs, logprobs_of, prompt_logprobs_of
@@ -28,6 +29,8 @@ from runtime.plain_model import PlainModel
 from runtime.request import Request
 from runtime.sampling import are_greedy, draw, tokens_of
 from runtime.scoring import Scored
+from runtime.step_model import StepModel
+from runtime.step_weights import weights_of
 from runtime.warm import WarmStates
 
 log = logging.getLogger(__name__)
@@ -87,6 +90,7 @@ class Executor:
             ModelError: the model cannot be served, or there is no memory for even one sequence.
         """
         self._loaded = loaded
+        self._num_active = weights_of(loaded.model).num_active
         self._model = servable(loaded.model, tiers, loaded.max_model_len)
         self._device = self._model.device
         self._threads = 0
@@ -99,12 +103,16 @@ class Executor:
                 "`kv_dtype` %s is not to be had: this model %s", config.kv_dtype, self._model.why_fixed
             )
         lay_out_linears(self._model.model, int(LAID_OUT_SHARE * free_memory_bytes()))
+        step_tokens = self._measured_step_tokens()
         fitted = Fitting(self._model, loaded.max_model_len, self.execute).fit(
             config, kv_tokens, asked_kv_tokens
         )
         self.pool, self.fitted_kv_tokens, self.kv_tokens_possible, max_blocks, self.max_batched_tokens = (
             fitted
         )
+        if step_tokens is not None and self.max_batched_tokens is not None:
+            step_tokens = min(step_tokens, self.max_batched_tokens)
+        self.fitted_mixed_step_tokens = step_tokens
         self.max_model_len = min(loaded.max_model_len, self.pool.num_tokens)
         self.warm = WarmStates(
             self._model, self.pool.block_tokens, self.free_bytes, self.max_model_len, max_blocks
@@ -112,6 +120,11 @@ class Executor:
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._process = psutil.Process()
+
+    @property
+    def attention_cost(self) -> float:
+        """Of one token that a prompt's token attends to, in tokens. A replay finds the same from the identity."""
+        return StepModel.of_shape(self.identity()).attention_cost
 
     def execute(self, batch: Batch, packed: PackedBatch, config: EngineConfig) -> Executed:
         return self.land(self.launch(batch, packed, config))
@@ -194,6 +207,8 @@ class Executor:
     def identity(self) -> dict[str, Any]:
         """What was loaded and on what: the engine's part of the runtime's identity."""
         on_cuda = self._device.type == "cuda"
+        step_tokens = self.fitted_mixed_step_tokens
+        mixed = {} if step_tokens is None else {"mixed_step_tokens": step_tokens}
         return {
             "model": {**self._loaded.identity, "max_model_len": self.max_model_len},
             "hardware": {
@@ -215,13 +230,26 @@ class Executor:
             "fitted_knobs": {
                 "weight_format": self.warm.loaded_format,
                 "kv_tokens": self.fitted_kv_tokens,
+                **mixed,
                 **self._model.fixed_knobs,
             },
+            "num_active_parameters": self._num_active,
             "kv_total_tokens": self._model.num_slots,
             "kv_tokens_possible": self.kv_tokens_possible,
             "kv_block_tokens": self.pool.block_tokens,
             "kv_bytes_per_token": self._model.kv_bytes_per_token,
         }
+
+    def _measured_step_tokens(self) -> int | None:
+        """The default of `mixed_step_tokens`, None where it stays off: on a CPU, whose steps are small by default.
+        Before the KV pool takes what is free."""
+        if self._device.type != "cuda":
+            return None
+        tokens = measured_step_tokens(
+            self._model.model, self._num_active, self._loaded.identity["vocab_size"]
+        )
+        cap = default_config("cuda", num_cores()).max_batched_tokens
+        return None if tokens is None else min(tokens, cap)
 
     def _use_threads(self, threads: int) -> None:
         if threads != self._threads:

@@ -8,6 +8,7 @@ derive from the fields of `EngineConfig`. A configuration assigns every knob and
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
@@ -293,6 +294,20 @@ class EngineConfig:
         "for each head of each token.",
     )
 
+    mixed_step_tokens: int = knob(
+        32768,
+        kind="int",
+        low=16,
+        high=32768,
+        log=True,
+        unit="tokens",
+        is_off_at_high=True,
+        is_later=True,
+        help="Tokens of a step in which somebody decodes, unless 16 times as many wait: prompts get what decode rows "
+        "leave, at least 64, and deep in a prompt a token counts for more. The highest value is off; on a GPU the "
+        "default is what takes 30 ms.",
+    )
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "EngineConfig":
         """Every knob not named keeps its declared default.
@@ -313,6 +328,12 @@ class EngineConfig:
     def block_tokens(self) -> int:
         """Tokens of one block, `kv_block` as a number."""
         return int(self.kv_block)
+
+    @property
+    def mixed_tokens(self) -> float:
+        """`mixed_step_tokens`, infinite where it is off."""
+        is_off = self.mixed_step_tokens >= knob_named("mixed_step_tokens").high
+        return math.inf if is_off else self.mixed_step_tokens
 
     @cached_property
     def config_id(self) -> str:
@@ -362,8 +383,8 @@ def default_config(
 ) -> EngineConfig:
     """The shipped default: one core is left to the front end, GPUs get larger batches.
 
-    `fitted`: defaults that only the engine knows once the model is loaded (`weight_format`, `kv_tokens`), as
-    its identity tells them.
+    `fitted`: defaults that only the engine knows once the model is loaded (`weight_format`, `kv_tokens`,
+    `mixed_step_tokens`), as its identity tells them.
     """
     spare = max(1, num_cores - 1)
     values: dict[str, KnobValue] = {"threads_decode": spare, "threads_prefill": spare}
@@ -380,6 +401,8 @@ def presets(
     default = default_config(device, num_cores, fitted)
     wide = {"max_num_seqs": 2 * default.max_num_seqs, "max_batched_tokens": 2 * default.max_batched_tokens}
     smooth = {"prefill_chunk": max(16, default.prefill_chunk // 4)}
+    if default.mixed_tokens < math.inf:  # it spares those who decode, and nobody else
+        smooth = {"mixed_step_tokens": max(128, default.mixed_step_tokens // 2)}
     return {
         "default": default,
         "throughput": default.patched(wide),
@@ -407,7 +430,7 @@ def knob_reports(
     if max_kv_tokens is not None:
         ceilings["kv_tokens"] = max_kv_tokens
     if max_batched_tokens is not None:
-        ceilings["max_batched_tokens"] = max_batched_tokens
+        ceilings["max_batched_tokens"] = ceilings["mixed_step_tokens"] = max_batched_tokens
     if max_model_len is not None:  # no prompt is longer
         ceilings["long_prompt_threshold"] = max_model_len
     reports = []

@@ -91,7 +91,8 @@ def load_model(
         raise ModelError(f"The model in {folder} cannot be loaded: {error}") from error
     length = _max_model_len(config, max_model_len)
     identity = {
-        **_identity(folder, model), "max_model_len": length, "weights_sha256": reading.digest.result(),
+        "name": folder.resolve().name, "path": str(folder.resolve()), **description_of(model),
+        "max_model_len": length, "weights_sha256": reading.digest.result(),
     }  # fmt: skip
     return LoadedModel(model.eval(), identity, _eos_token_ids(model), length)
 
@@ -170,11 +171,10 @@ def assembled(
     return model
 
 
-def _identity(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+def description_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What an identity tells of the model in memory, wherever its weights came from."""
     text_config = model.config.get_text_config()
     return {
-        "name": folder.resolve().name,
-        "path": str(folder.resolve()),
         "architecture": (model.config.architectures or [type(model).__name__])[0],
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),

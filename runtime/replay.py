@@ -57,7 +57,12 @@ class Replay:
         block_tokens: int,
         max_model_len: int,
     ) -> None:
-        self.scheduler = Scheduler(BlockPool(kv_blocks, block_tokens), config, max_model_len)
+        self.scheduler = Scheduler(
+            BlockPool(kv_blocks, block_tokens),
+            config,
+            max_model_len,
+            attention_cost=step_model.attention_cost,
+        )
         self.step_model = step_model
         self.now = float("-inf")  # the engine idles since ever, until something arrives
         self.busy_s = 0.0  # seconds spent in steps
@@ -85,6 +90,7 @@ class Replay:
             "batch_wait_ms": 0.0,
             "long_prompt_threshold": 1_048_576,
             "kv_watermark": 0.0,
+            "mixed_step_tokens": 32768,
         }
         config, self.scheduler.config = self.scheduler.config, self.scheduler.config.patched(admit_all)
         for arrival, num_done in decoding:

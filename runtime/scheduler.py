@@ -8,6 +8,8 @@ A step holds decode rows first (one token each), then pieces of prompts, under `
 knobs are read from `config` at every step; swapping it between steps never ends a request. What is needed
 per running request and step lies in arrays indexed by the request's seat. No torch, no clock, no I/O.
 
+Where somebody decodes, prompts keep to `mixed_step_tokens` too (runtime/step_budget.py).
+
 Which waiting request comes next is said in runtime/policy.py. Prompts with more than `long_prompt_threshold` tokens
 left share that many a step; where they are used up, shorter requests pass.
 
@@ -23,7 +25,6 @@ With `speculation_length` above 0 a decode row may be longer: behind its last kn
 (runtime/speculate.py), in what the step has left of tokens and blocks. Such a step is settled before the next.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -40,32 +41,37 @@ from runtime.request import Request
 from runtime.retable import BlockMove, Retabled, num_fitting, pieces_of, retabled
 from runtime.seats import Seats
 from runtime.speculate import MAX_STEP_DRAFT_TOKENS, foresees_draft, write_draft
+from runtime.step_budget import StepBudget, shared_out
+from runtime.waiting import Waiting
 
 # Rows of logits that a step makes of a scored prompt: times the vocabulary, they are the memory that scoring takes.
 SCORED_PIECE_TOKENS = 256
 
 
 class Picked(NamedTuple):
-    """Seats and how many tokens each gets; `long_left`: what long prompts may still have in this step."""
+    """Seats and how many tokens each gets. `budget`: what others may still have in this step, of which long prompts
+    `long_left`."""
 
     seats: IntArray
     new_tokens: IntArray
+    budget: StepBudget
     long_left: int
 
 
-def shared_out(wanted: IntArray, budget: int) -> IntArray:
-    """What each gets of the budget: all that it wants as long as there is any, in order."""
-    return np.clip(budget - (np.cumsum(wanted) - wanted), 0, wanted)
-
-
 class Scheduler:
-    """Owns the queue, the running requests and their blocks. Not thread-safe: one engine steps it."""
+    """Owns the queue, the running requests and their blocks. Not thread-safe: one engine steps it.
 
-    def __init__(self, pool: BlockPool, config: EngineConfig, max_model_len: int) -> None:
+    `attention_cost`: of one token that a prompt's token attends to, in tokens, as `StepModel.attention_cost` says.
+    """
+
+    def __init__(
+        self, pool: BlockPool, config: EngineConfig, max_model_len: int, *, attention_cost: float = 0.0
+    ) -> None:
         self.pool = pool
         self.config = config
         self.max_model_len = min(max_model_len, pool.num_tokens)
-        self.waiting: deque[Request] = deque()  # preempted ones in front, then in order of arrival
+        self.attention_cost = attention_cost
+        self.waiting = Waiting()
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
         self.num_looked_up_tokens = 0  # of admitted requests, while the prefix cache was on
@@ -205,12 +211,12 @@ class Scheduler:
     def schedule(self, now: float) -> Batch | None:
         """The next step's rows, with blocks for every token; None if there is nothing to compute now."""
         assert not self._is_draft_under_way, "a step with drafts is settled before the next is scheduled"
-        seats, new_tokens, long_left = self._pick_running()
+        seats, new_tokens, budget, long_left = self._pick_running()
         if self._grow(seats):
             still_here = np.isin(seats, self._running_seats)
             seats, new_tokens = seats[still_here], new_tokens[still_here]
         else:
-            admitted = self._admit(self.config.max_batched_tokens - int(new_tokens.sum()), long_left, now)
+            admitted = self._admit(budget, long_left, now)
             if admitted:
                 seats = np.concatenate((seats, [seat for seat, _ in admitted]))
                 new_tokens = np.concatenate((new_tokens, [tokens for _, tokens in admitted]))
@@ -343,7 +349,8 @@ class Scheduler:
         copies, self._copies = self._copies, []
         move = BlockMove(*(np.concatenate(part) for part in zip(*copies, strict=True))) if copies else None
         sampled = starts + new_tokens - (0 if drafted is None else drafted) == here.known[seats]
-        scored = None if self._scoring is None else _scored_piece(self._scoring, requests, starts, new_tokens)
+        scoring = self._scoring
+        scored = None if scoring is None else ScoredPiece.of(scoring, requests, starts, new_tokens)
         return Batch(requests, seats, new_tokens, starts, sampled, move, scored, drafted)
 
     # -- who gets tokens -----------------------------------------------------------------------------------
@@ -353,8 +360,9 @@ class Scheduler:
         running, here = self._running_seats, self._seats
         left = here.known[running] - here.computed[running]
         is_decode = left == 1
-        num_decode, budget = int(is_decode.sum()), self.config.max_batched_tokens
-        if num_decode + (num_decode < len(running)) <= budget:
+        num_decode = int(is_decode.sum())
+        budget = StepBudget.of(self.config, num_decode, self.waiting.queued_tokens, self.attention_cost)
+        if num_decode + (num_decode < len(running)) <= budget.num_tokens:
             order = np.argsort(~is_decode, kind="stable")
         else:  # not everyone can have a turn: whoever has gone without for longest comes first
             order = np.argsort(here.turn[running], kind="stable")
@@ -364,9 +372,9 @@ class Scheduler:
             wanted[mine] = np.minimum(wanted[mine], self._scored_chunk(self._scoring))
         is_long = left[order] > self.config.long_prompt_threshold
         wanted[is_long] = shared_out(wanted[is_long], self.config.long_prompt_threshold)
-        granted = shared_out(wanted, budget)
+        granted = budget.share_out(wanted, here.computed[running[order]], is_decode[order])
         long_left = self.config.long_prompt_threshold - int(granted[is_long].sum())
-        return Picked(running[order][granted > 0], granted[granted > 0], long_left)
+        return Picked(running[order][granted > 0], granted[granted > 0], budget, long_left)
 
     def _grow(self, seats: IntArray) -> bool:
         """Gives a block to each row that has filled its last one, oldest request first; when there is none,
@@ -470,14 +478,14 @@ class Scheduler:
 
     # -- admission -----------------------------------------------------------------------------------------
 
-    def _admit(self, budget: int, long_left: int, now: float) -> list[tuple[int, int]]:
+    def _admit(self, budget: StepBudget, long_left: int, now: float) -> list[tuple[int, int]]:
         """Moves waiting requests to running while seats, blocks and budget last; their (seat, tokens)."""
         admitted: list[tuple[int, int]] = []
         if not self.waiting or self._is_held(now):
             return admitted
         knobs, cached_tokens = self.config, cache(self._cached_tokens)  # looked up once a step
         kept_free = int(knobs.kv_watermark * self.pool.num_blocks)
-        while budget > 0 and len(self.running) < knobs.max_num_seqs:
+        while budget.has_room and len(self.running) < knobs.max_num_seqs:
             max_tokens = None if long_left > 0 else knobs.long_prompt_threshold
             request = next_waiting(self._eligible(), knobs.policy, now, cached_tokens, max_tokens)
             if request is None:
@@ -488,15 +496,16 @@ class Scheduler:
                 break
             self.waiting.remove(request)
             seat = self._seat(request, now)
-            left = request.num_tokens - int(self._seats.computed[seat])
-            tokens = min(left, knobs.prefill_chunk, budget)
+            computed = int(self._seats.computed[seat])
+            left = request.num_tokens - computed
+            wanted = min(left, knobs.prefill_chunk)
             if request is self._scoring:
-                tokens = min(tokens, self._scored_chunk(request))
-            if left > knobs.long_prompt_threshold:
-                tokens = min(tokens, long_left)
-                long_left -= tokens
+                wanted = min(wanted, self._scored_chunk(request))
+            if is_long := left > knobs.long_prompt_threshold:
+                wanted = min(wanted, long_left)
+            tokens = budget.take(wanted, computed)
+            long_left -= is_long * tokens
             admitted.append((seat, tokens))
-            budget -= tokens
         if admitted:
             self._running_seats = np.array([request.seat for request in self.running], np.int64)
         return admitted
@@ -606,15 +615,3 @@ class Scheduler:
         if now >= held_until(self.waiting, self.config.batch_wait_ms):
             return False
         return len(self.waiting) < self.config.max_num_seqs - len(self.running)
-
-
-def _scored_piece(
-    scoring: Request, requests: Sequence[Request], starts: IntArray, new_tokens: IntArray
-) -> ScoredPiece | None:
-    """What a step with these rows tells of the prompt; None where it has no row, or computes known scores again."""
-    for row, request in enumerate(requests):
-        if request is scoring:
-            start = max(int(starts[row]), request.num_scored)
-            end = min(int(starts[row] + new_tokens[row]), request.prompt_tokens - 1)
-            return ScoredPiece(row, start, end) if start < end else None
-    return None

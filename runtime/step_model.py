@@ -31,6 +31,8 @@ SOFT_SCALE = 0.1  # relative residuals beyond this count linearly, not squared: 
 NUM_STRETCHES = 10
 FLOP_QUANTILES = (0.0, 0.5, 0.8, 0.95, 1.0)  # where the two regimes might part: starting points
 NUM_ROUNDS = 12
+# How much longer a FLOP of attention takes than one of a matrix product: on an H200 some 530 against 700 TFLOP/s.
+ATTENTION_SLOWNESS = 1.35
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,14 @@ class StepModel:
         memory_s = self.b * self.weight_bytes + self.c * context_tokens * self.kv_bytes_per_token
         return max(compute_s, memory_s) + self.d + self.e * num_seqs
 
+    @property
+    def attention_cost(self) -> float:
+        """Of one query-key pair, as a share of what one token's weights take. Of the shape only: the same before and
+        after a fit, so that a replay schedules what the engine does."""
+        if not self.flop_per_token:
+            return 0.0
+        return ATTENTION_SLOWNESS * self.attention_flop_per_pair / self.flop_per_token
+
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
 
@@ -70,7 +80,8 @@ class StepModel:
     def of_shape(cls, identity: Mapping[str, Any]) -> "StepModel":
         """The factors of the model described by the engine's identity; every coefficient is 0 (to be fitted).
 
-        A token multiplies each parameter once (2 FLOP); a query-key pair costs 4 FLOP per hidden unit and layer.
+        A token multiplies each parameter once (2 FLOP), where the engine tells it only those that do multiply it: no
+        embeddings, and of routed experts the chosen ones. A query-key pair costs 4 FLOP per hidden unit and layer.
         Source: Kaplan et al. 2020 (arXiv 2001.08361), table 1, forward pass.
         """
         model = identity["model"]
@@ -79,7 +90,7 @@ class StepModel:
         return cls(
             *(0.0,) * 5,
             weight_bytes=float(model["weight_bytes"]),
-            flop_per_token=2.0 * model["num_parameters"],
+            flop_per_token=2.0 * (identity.get("num_active_parameters") or model["num_parameters"]),
             attention_flop_per_pair=4.0 * layers * hidden,
             kv_bytes_per_token=float(
                 model.get("kv_bytes_per_token") or 2 * layers * hidden * bytes_per_weight

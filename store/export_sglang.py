@@ -74,6 +74,10 @@ SGLANG = Target(
         "kv_watermark": lambda value, values, model: nothing(
             "SGLang keeps free what it guesses that running requests will write (--schedule-conservativeness)"
         ),
+        "mixed_step_tokens": lambda value, values, model: nothing(
+            "SGLang fills a step up to --chunked-prefill-size, whoever decodes in it; lower that where gaps between "
+            "tokens matter more than a backlog"
+        ),
         "overlap_depth": lambda value, values, model: nothing(
             "SGLang overlaps steps by itself (--disable-overlap-schedule)"
         ),

@@ -103,6 +103,10 @@ VLLM = Target(
         ),
         # What running requests hold is no obstacle to the first one, there as here.
         "kv_watermark": lambda value, values, model: flag("--watermark", value),
+        "mixed_step_tokens": lambda value, values, model: nothing(
+            "vLLM fills a step up to --max-num-batched-tokens, whoever decodes in it; lower that where gaps between "
+            "tokens matter more than a backlog"
+        ),
         "overlap_depth": lambda value, values, model: nothing(
             "vLLM decides for itself whether steps overlap (--async-scheduling)"
         ),

@@ -22,23 +22,9 @@ from runtime.engine import engine_parts
 from runtime.loader import LoadedModel
 from runtime.request import Request
 from runtime.scheduler import Scheduler
+from runtime.step_weights import Weights, weights_of
 
 MAX_MODEL_LEN = 4608  # the longest prompt of the workloads with its answer
-
-
-class Weights(NamedTuple):
-    """Bytes of those that every step reads and of all routed experts, the share of experts that one token chooses, and
-    weights that multiply one token."""
-
-    shared_bytes: int
-    routed_bytes: int
-    chosen_share: float
-    num_active: int
-
-    def read_bytes(self, num_tokens: int) -> float:
-        """What a step of so many tokens reads. Source: tokens choose independently, so an expert is left out by all of
-        them with (1 - share)^tokens."""
-        return self.shared_bytes + self.routed_bytes * (1.0 - (1.0 - self.chosen_share) ** num_tokens)
 
 
 class Step(NamedTuple):
@@ -84,13 +70,15 @@ class Bench:
               f"{told['tier']}, KV {told['kv_total_tokens']} tokens, {share:.1%} of the {told['kv_tokens_possible']} "
               "that the bytes allow",
               file=sys.stderr, flush=True)  # fmt: skip
-        self.weights = weights_of(self.loaded)
+        self.weights = weights_of(self.loaded.model)
 
     def run(self, load: Load) -> tuple[float, list[Step], list[float]]:
         """Seconds, the steps, and the seconds to each request's first token."""
         executor = self.executor
         config = self.config.patched({"max_num_seqs": load.num_at_once})
-        scheduler = Scheduler(executor.pool, config, executor.max_model_len)
+        scheduler = Scheduler(
+            executor.pool, config, executor.max_model_len, attention_cost=executor.attention_cost
+        )
         executor.warm.install(config, scheduler)
         asked = zip(load.prompts, load.output_tokens, strict=True)
         requests = [Request.of_tokens(str(at), ids, num, 0.0) for at, (ids, num) in enumerate(asked)]
@@ -131,22 +119,6 @@ def step_of(batch: Batch, seconds: float) -> Step:
         seconds, batch.num_tokens, int(batch.sampled.sum()), batch.num_prefill_rows > 0, batch.context_tokens,
         batch.attention_pairs,
     )  # fmt: skip
-
-
-def weights_of(loaded: LoadedModel) -> Weights:
-    config = loaded.model.config.get_text_config()
-    embedding = loaded.model.get_input_embeddings().weight
-    num_experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_experts", None)
-    chosen_share = config.num_experts_per_tok / num_experts if num_experts else 1.0
-    num_shared = num_routed = shared_bytes = routed_bytes = 0
-    for name, weight in loaded.model.named_parameters():
-        if weight is embedding and not config.tie_word_embeddings:
-            continue  # a step reads the rows of its tokens only
-        if num_experts and ".experts." in name:
-            num_routed, routed_bytes = num_routed + weight.numel(), routed_bytes + weight.nbytes
-        else:
-            num_shared, shared_bytes = num_shared + weight.numel(), shared_bytes + weight.nbytes
-    return Weights(shared_bytes, routed_bytes, chosen_share, num_shared + int(chosen_share * num_routed))
 
 
 def measure(

@@ -83,7 +83,9 @@ class Ours:
 
     def serve(self, load: Load) -> Served:
         executor, config = self.executor, self.config.patched({"max_num_seqs": load.num_at_once})
-        scheduler = Scheduler(executor.pool, config, executor.max_model_len)
+        scheduler = Scheduler(
+            executor.pool, config, executor.max_model_len, attention_cost=executor.attention_cost
+        )
         asked = zip(load.prompts, load.output_tokens, strict=True)
         requests = [Request.of_tokens(str(at), ids, num, 0.0) for at, (ids, num) in enumerate(asked)]
         started = time.perf_counter()

@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -14,7 +13,7 @@ from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
-from runtime.loader import LoadedModel, load_model, read_config
+from runtime.loader import LoadedModel, description_of, load_model, read_config
 
 # Source: config.json of Qwen/Qwen2-0.5B, Qwen/Qwen3-0.6B, Qwen/Qwen3-30B-A3B, meta-llama/Llama-3.1-8B (without its
 # scaled rope) and deepseek-ai/DeepSeek-V2-Lite (without its yarn).
@@ -74,14 +73,7 @@ def random_model(
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     length = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
-    identity: dict[str, Any] = {
-        "name": shape,
-        "architecture": type(model).__name__,
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "vocab_size": config.vocab_size,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    return LoadedModel(model, identity, frozenset(), length)
+    return LoadedModel(model, {"name": shape, **description_of(model)}, frozenset(), length)
 
 
 def save_random(shape: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:

@@ -124,7 +124,9 @@ def said_by(answers: Sequence[list[int]]) -> Callable[[Batch], list[int]]:
 def serve(executor: Executor, config: EngineConfig, script: Script, clock: Callable[[], float]) -> Run:
     load, answers = script
     config = config.patched({"max_num_seqs": load.num_at_once})
-    scheduler = Scheduler(executor.pool, config, executor.max_model_len)
+    scheduler = Scheduler(
+        executor.pool, config, executor.max_model_len, attention_cost=executor.attention_cost
+    )
     started = clock()
     for at, (prompt, num) in enumerate(zip(load.prompts, load.output_tokens, strict=True)):
         scheduler.add(Request.of_tokens(str(at), prompt, num, 0.0))

@@ -59,7 +59,9 @@ class Bench:
         self.executor, self.timer = executor, timer
         self.config = executor.warm.in_force(config)
         self.rng = np.random.default_rng(seed)
-        self.scheduler = Scheduler(executor.pool, self.config, executor.max_model_len)
+        self.scheduler = Scheduler(
+            executor.pool, self.config, executor.max_model_len, attention_cost=executor.attention_cost
+        )
         self._num_requests = 0
 
     def prepare(self, config: EngineConfig) -> Prepared:

@@ -99,9 +99,11 @@ def waterfall(bench: Bench, name: str, ceilings: Ceilings, seed: int) -> Waterfa
     batches: list[Batch] = []
     began = seconds = 0.0
     load = workload(name, bench.loaded.identity["vocab_size"], np.random.default_rng(seed))
-    config = bench.config.patched({"max_num_seqs": load.num_at_once})
-    scheduler = Scheduler(bench.executor.pool, config, bench.executor.max_model_len)
-    bench.executor.warm.install(config, scheduler)
+    config, executor = bench.config.patched({"max_num_seqs": load.num_at_once}), bench.executor
+    scheduler = Scheduler(
+        executor.pool, config, executor.max_model_len, attention_cost=executor.attention_cost
+    )
+    executor.warm.install(config, scheduler)
     for at, (ids, num) in enumerate(zip(load.prompts, load.output_tokens, strict=True)):
         scheduler.add(Request.of_tokens(str(at), ids, num, 0.0))
     num_steps = min(NUM_STEPS, max(load.output_tokens) // 2)

@@ -17,13 +17,14 @@ from runtime.bench.arrivals import (
     shared_wishes,
 )
 from runtime.bench.ceilings import Ceilings
-from runtime.bench.cells import Step, Weights, floor_s, weights_of
+from runtime.bench.cells import Step, floor_s
 from runtime.bench.serving import Answer, percentile_ms
 from runtime.bench.shapes import random_model
 from runtime.bench.start import start_of
 from runtime.bench.traffic import Row
 from runtime.bench.waterfall import Kernel, busy_of, kind_of
 from runtime.bench.words import patches_of
+from runtime.step_weights import Weights, weights_of
 
 TINY = ["--shape", "tiny", "--device", "cpu"]
 
@@ -89,7 +90,7 @@ def test_of_routed_experts_the_floor_reads_those_that_its_tokens_choose() -> Non
 def test_weights_of_a_dense_model_are_all_read_but_for_an_embedding_of_its_own() -> None:
     loaded = random_model("tiny", torch.device("cpu"), torch.float32)  # its head is its embedding
     num = sum(parameter.numel() for parameter in loaded.model.parameters())
-    assert weights_of(loaded) == Weights(4 * num, 0, 1.0, num)
+    assert weights_of(loaded.model) == Weights(4 * num, 0, 1.0, num)
 
 
 def test_knobs_are_read_as_numbers_or_words() -> None:

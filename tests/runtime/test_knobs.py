@@ -38,6 +38,7 @@ NAMES = (
     "speculation_max_seqs",
     "kv_block",
     "kv_dtype",
+    "mixed_step_tokens",
 )
 
 
@@ -149,3 +150,23 @@ def test_presets_include_the_default_and_are_distinct(device):
     points = presets(device, 4)
     assert points["default"] == default_config(device, 4)
     assert len({config.config_id for config in points.values()}) == len(points)
+
+
+def test_smooth_decode_lowers_the_budget_of_mixed_steps_where_one_was_fitted():
+    default = default_config("cuda", 4, {"mixed_step_tokens": 1536})
+    smooth = presets("cuda", 4, {"mixed_step_tokens": 1536})["smooth decode"]
+    assert smooth.changes_from(default) == {"mixed_step_tokens": (1536, 768)}
+    off = presets("cuda", 4)["smooth decode"]
+    assert off.changes_from(default_config("cuda", 4)) == {"prefill_chunk": (2048, 512)}
+
+
+def test_the_budget_of_mixed_steps_is_off_at_its_highest_and_bounded_where_memory_bounds_steps():
+    assert (
+        EngineConfig().mixed_tokens == math.inf
+        and EngineConfig.of({"mixed_step_tokens": 512}).mixed_tokens == 512
+    )
+    fitted = {"mixed_step_tokens": 1536}
+    free = {report["name"]: report for report in knob_reports(2, 32, fitted)}["mixed_step_tokens"]
+    assert (free["high"], free["default"], free["is_off_at_high"]) == (32768, 1536, True)
+    tight = {report["name"]: report for report in knob_reports(2, 32, fitted, max_batched_tokens=4096)}
+    assert tight["mixed_step_tokens"]["high"] == tight["max_batched_tokens"]["high"] == 4096

@@ -33,7 +33,7 @@ CLOCK_STEP_S = 0.0005
 # What a run on two cores and a model of a few thousand parameters can tell apart.
 CEILINGS = {"max_num_seqs": 64, "max_batched_tokens": 512, "prefill_chunk": 128, "threads_decode": 2,
             "threads_prefill": 2, "kv_tokens": 2048, "max_queued_requests": 64, "replicas": 3,
-            "long_prompt_threshold": CONTEXT}  # fmt: skip
+            "long_prompt_threshold": CONTEXT, "mixed_step_tokens": 256}  # fmt: skip
 CHANGES_OUTPUTS = {"weight_format", "kv_dtype"}
 FLOORS = {"kv_tokens": CONTEXT}
 NOT_OF_ONE_ENGINE = {"replicas"}  # the front end's: tests/runtime/test_random_replicas.py

@@ -108,3 +108,21 @@ def test_resumes_in_the_middle_of_answers():
 def test_request_that_fits_no_engine_is_refused():
     with pytest.raises(InvalidRequest, match="must fit"):
         replay().advance([Arrival("a", 0.0, 5000, 1)], until=math.inf)
+
+
+def test_a_replay_keeps_to_the_budget_of_steps_in_which_somebody_decodes():
+    model = replace(PER_TOKEN, attention_flop_per_pair=0.001)
+
+    def longest_step_s(**knobs):
+        engine = replay(model, max_batched_tokens=512, prefill_chunk=512, **knobs)
+        engine.advance([Arrival("a", 0.0, 8, 40), Arrival("b", 0.2, 900, 2)], until=0.2)
+        longest, before = 0.0, engine.busy_s
+        while engine.backlog or engine.now < 0.2:
+            engine.advance([], until=engine.now + 1e-9)
+            longest, before = max(longest, engine.busy_s - before), engine.busy_s
+        return longest, engine.scheduler.attention_cost
+
+    large_s, cost = longest_step_s()
+    small_s, _ = longest_step_s(mixed_step_tokens=128)
+    assert cost == pytest.approx(1.35 * 0.001)
+    assert large_s > 5.0 > 2.0 > small_s

@@ -32,6 +32,7 @@ def test_space_holds_what_the_engine_reports_as_searched():
         "threads_prefill",
         "long_prompt_threshold",
         "kv_watermark",
+        "mixed_step_tokens",
     )
     seqs = SPACE.dimensions[0]
     assert (seqs.low, seqs.high, seqs.log) == (1, 64, True)
@@ -79,6 +80,7 @@ knob_values = st.fixed_dictionaries(
         "prefix_cache": st.sampled_from(["off", "on"]),
         "long_prompt_threshold": st.integers(16, 2048),
         "kv_watermark": st.floats(0, 0.5),
+        "mixed_step_tokens": st.integers(16, 32768),
         "batch_wait_ms": st.floats(0, 200),
         "threads_decode": st.integers(1, 4),
         "threads_prefill": st.integers(1, 4),
