@@ -14,7 +14,7 @@ from runtime.kernels import plain, plain_experts
 from runtime.kernels.expert_trials import ExpertShape, Trial, expert_trials, latent_trials
 from runtime.kernels.launch import compiled_ahead
 from runtime.kernels.plain_experts import Layout
-from runtime.kernels.splits import tiles_of
+from runtime.kernels.splits import QUERY_TILE, tiles_of
 from runtime.rounded_cache import rounded
 
 log = logging.getLogger(__name__)
@@ -232,7 +232,8 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
             "paged_decode",
             _returned(query, rows, tables, contexts, size, dim**-0.5, shape.window, splits),
         )
-    yield "paged_prefill", _pieces_trial(normal, tables, rows, longest, shape)
+    for block_tokens in (size, QUERY_TILE):  # a tile of keys lies in one or not
+        yield "paged_prefill", _pieces_trial(normal, device, block_tokens, shape)
     if shape.latent_dim is not None:
         latents, asked = normal(len(rows), shape.latent_dim), normal(4, num_heads, shape.latent_dim)
         scaling = shape.latent_dim**-0.5
@@ -312,20 +313,20 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         yield from expert_trials(normal, device, hidden, shape.experts)
 
 
-def _pieces_trial(
-    normal: Callable[..., Tensor], tables: Tensor, rows: Tensor, longest: int, shape: Shape
-) -> Trial:
+def _pieces_trial(normal: Callable[..., Tensor], device: torch.device, size: int, shape: Shape) -> Trial:
     """Three pieces in the rows behind the first: new altogether, a token behind others, and the end of a long one."""
-    new = np.array([65, 1, 130])
-    contexts = np.array([65, 2 * shape.block_tokens, longest])
-    edges = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=rows.device)
-    tiles = torch.from_numpy(tiles_of(new, contexts)).to(rows.device)
+    new, contexts = np.array([65, 1, 130]), np.array([65, 2 * size, 300])
+    blocks = -(-int(contexts.max()) // size)
+    tables = torch.arange(4 * blocks, device=device).flip(0).view(4, blocks).int()
+    rows = normal(4 * blocks * size, 2 * shape.kv_heads * shape.head_dim)
+    edges = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=device)
+    tiles = torch.from_numpy(tiles_of(new, contexts)).to(device)
     width = shape.num_heads * shape.head_dim
     query = normal(1 + int(new.sum()), 2 * width)[:, :width].unflatten(
         1, (shape.kv_heads, -1, shape.head_dim)
     )
     run = _returned(
-        query, rows, tables, torch.tensor([1, *contexts], device=rows.device), 1, edges, tiles, shape.block_tokens,
+        query, rows, tables, torch.tensor([1, *contexts], device=device), 1, edges, tiles, size,
         shape.head_dim**-0.5, shape.window,
     )  # fmt: skip
     return lambda kernel: [found[1:] for found in run(kernel)]

@@ -17,8 +17,8 @@ from runtime.step_weights import weights_of
 
 
 def test_a_step_has_as_many_tokens_as_the_time_allows_in_whole_tiles() -> None:
-    assert step_tokens(700e12, 7_500_000_000) == 1280  # 1400 in 30 ms
-    assert step_tokens(790e12, 7_500_000_000) == 1536
+    assert step_tokens(700e12, 7_500_000_000) == 1408  # 1493 in 32 ms
+    assert step_tokens(790e12, 7_500_000_000) == 1664
     assert step_tokens(1e12, 7_500_000_000) == 256, "fewer are not worth a step"
 
 
