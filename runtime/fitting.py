@@ -86,7 +86,8 @@ class Fitting:
         prompt_tokens = min(config.max_batched_tokens, self._max_model_len - 2)
         most_rows = int(self._model.fixed_knobs.get("max_num_seqs", max(WARM_UP_ROWS)))
         tried_rows = [rows for rows in WARM_UP_ROWS if rows <= most_rows]
-        num_blocks = -(-(prompt_tokens + 2 * max(WARM_UP_ROWS)) // BLOCK_TOKENS) + 3 * max(WARM_UP_ROWS)
+        num_blocks = -(-(prompt_tokens + 2 * max(WARM_UP_ROWS)) // config.block_tokens) + 3 * max(WARM_UP_ROWS)
+        num_blocks = -(-num_blocks * config.block_tokens // BLOCK_TOKENS)
         if self._device.type == "cuda":
             config = config.patched(self._model.fixed_knobs)
             num_blocks = max(num_blocks, largest_blocks(config))
@@ -102,7 +103,10 @@ class Fitting:
         return meter.peak_bytes
 
     def _compute(self, config: EngineConfig, num_blocks: int, requests: Iterable[Request]) -> None:
-        scheduler = Scheduler(BlockPool(num_blocks), config, self._max_model_len)
+        """`num_blocks`: of BLOCK_TOKENS each, cut as the configuration says: kernels are compiled for that."""
+        size = config.block_tokens
+        pool = BlockPool(num_blocks * BLOCK_TOKENS // size, size)
+        scheduler = Scheduler(pool, config, self._max_model_len)
         for request in requests:
             scheduler.add(request)
         while (batch := scheduler.schedule(0.0)) is not None:
@@ -112,7 +116,7 @@ class Fitting:
     def _compute_largest(self, config: EngineConfig, num_blocks: int) -> None:
         """As many tokens and rows in one step as may be, each with its logits. Where memory does not hold that, half
         as many tokens, and so on; `max_batched_tokens` says how many."""
-        tried = config
+        tried = config.patched({"kv_block": str(BLOCK_TOKENS)})  # a smaller pool will do for many rows
         while True:
             try:
                 return self._compute(tried, num_blocks, largest_requests(tried, self._max_model_len))

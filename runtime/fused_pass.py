@@ -55,12 +55,12 @@ class PiecesInputs(NamedTuple):
     tiles: Tensor
 
     @classmethod
-    def of_step(cls, step: StepTensors) -> "PiecesInputs | None":
+    def of_step(cls, step: StepTensors, tables: Tensor) -> "PiecesInputs | None":
         pieces = step.pieces
         if pieces is None:
             return None
         tiles = sent(tiles_of(pieces.new_tokens, pieces.contexts), step.contexts.device)
-        return cls(pieces, step.tables, step.contexts, tiles)
+        return cls(pieces, tables, step.contexts, tiles)
 
 
 class FusedPass:
@@ -87,16 +87,17 @@ class FusedPass:
     def forward(self, step: StepTensors, caches: Sequence[Any]) -> Tensor:
         """Any rows. Returns logits [last_tokens, vocab]."""
         num_single = step.num_apart
+        tables = step.tables.int()  # as graphs have them: with others, kernels would be compiled while serving
         inputs = DecodeInputs(
             step.token_ids[0],
             step.positions[0],
             step.slots,
             step.contexts[:num_single],
-            step.tables[:num_single],
+            tables[:num_single],
             drawn=step.token_ids[0],  # all are known
         )
         splits = self._splits(num_single)
-        pieces = PiecesInputs.of_step(step)
+        pieces = PiecesInputs.of_step(step, tables)
 
         def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             found = []
@@ -130,13 +131,15 @@ class FusedPass:
         return self._logits(self._hidden(inputs, caches, attend, None))
 
     def measure_linears(self) -> None:
-        """Finds the faster form of each layer."""
+        """Finds the faster form of each layer, and has the other one ready for steps of all sizes."""
         attentions = [layer.attention for layer in self._decoder.layers]
         mlps = [layer.mlp for layer in self._decoder.layers if isinstance(layer.mlp, Mlp)]
-        into = [part for one in attentions for part in layers_into(one)]
-        self.linears.measure("whole", [self._decoder.head, *into])
-        self.linears.measure("gated", [one.gate_up for one in mlps])
-        self.linears.measure("parts", [*(one.out for one in attentions), *(one.down for one in mlps)])
+        whole = [self._decoder.head, *(part for one in attentions for part in layers_into(one))]
+        gated = [one.gate_up for one in mlps]
+        parts = [*(one.out for one in attentions), *(one.down for one in mlps)]
+        for use, layers in (("whole", whole), ("gated", gated), ("parts", parts)):
+            self.linears.measure(use, layers)
+        self.linears.wake([*whole, *gated, *parts])
 
     def _read_pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: "PiecesInputs") -> Tensor:
         """qkv: of all tokens. Returns [tokens, heads * D], without those before the pieces."""

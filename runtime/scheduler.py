@@ -46,6 +46,7 @@ from runtime.waiting import Waiting
 
 # Rows of logits that a step makes of a scored prompt: times the vocabulary, they are the memory that scoring takes.
 SCORED_PIECE_TOKENS = 256
+KNOWN_OVER = 16  # admitted requests over which the share of their prompts that was cached is averaged
 
 
 class Picked(NamedTuple):
@@ -78,6 +79,7 @@ class Scheduler:
         self.num_hit_tokens = 0
         self.num_drafted_tokens = 0
         self.num_right_tokens = 0  # of the drafted ones, those that the model drew itself
+        self._known_share = 0.0  # of the prompts admitted lately, what was cached: those that wait have as much, likely
         self._namespace, self._epoch = "", 0
         self._copies: list[tuple[BlockIds, BlockIds]] = []
         self._requests: dict[str, Request] = {}
@@ -158,6 +160,7 @@ class Scheduler:
 
     def forget_prefixes(self) -> None:
         """The prefix cache is switched off for good: its blocks return."""
+        self._known_share = 0.0
         self.pool.forget_prefixes()
         for request in self.running:
             request.prefix = None
@@ -361,7 +364,8 @@ class Scheduler:
         left = here.known[running] - here.computed[running]
         is_decode = left == 1
         num_decode = int(is_decode.sum())
-        budget = StepBudget.of(self.config, num_decode, self.waiting.queued_tokens, self.attention_cost)
+        queued = int(self.waiting.queued_tokens * (1 - self._known_share))
+        budget = StepBudget.of(self.config, num_decode, queued, self.attention_cost)
         if num_decode + (num_decode < len(running)) <= budget.num_tokens:
             order = np.argsort(~is_decode, kind="stable")
         else:  # not everyone can have a turn: whoever has gone without for longest comes first
@@ -551,6 +555,8 @@ class Scheduler:
         hits = self._find_prefix(request)
         if self.config.prefix_cache == "on" and request.token_ids is not None:
             self.num_looked_up_tokens += request.num_reusable_tokens
+            found = len(hits) * pool.block_tokens / request.num_tokens
+            self._known_share += (found - self._known_share) / KNOWN_OVER
         # A copy needs blocks of its own beside those it is made from.
         while pool.wants_runs and hits and num_blocks > pool.num_free - sum(map(pool.index.is_idle, hits)):
             hits.pop()

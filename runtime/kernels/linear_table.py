@@ -15,6 +15,8 @@ from runtime.kernels.launch import compiled_ahead
 from runtime.kernels.table import Kernels
 
 TIMED_ROWS = (1, 16, 32, 64)  # a batch goes by the next of them
+WOKEN_ROWS = (*range(8, 64, 8), *range(64, 512, 32), *range(512, 2049, 128))  # of steps with pieces of prompts
+MOST_WOKEN_VALUES = 2**27  # of an output
 NUM_CALLS = 24  # of one timing, over all weights of a shape in turns, so that few are found in the L2 cache
 NUM_REPLAYS = 5
 ADDED_US = 1.0  # what it costs to add parts up
@@ -92,6 +94,18 @@ class LinearTable:
                 self._forms(use)[0](_input(shape, weights[0].device), weights[0])
         for shape, weights in wanted.items():
             self.choices[shape] = self._timed(shape, weights)
+
+    @torch.inference_mode()
+    def wake(self, layers: Iterable[nn.Module]) -> None:
+        """Multiplies once with a layer of each shape for many numbers of rows. cuBLAS takes another kernel for other
+        numbers, and the device loads it when it first runs: better here than where somebody waits."""
+        by_shape = {layer.weight.shape: layer for layer in layers if isinstance(layer, nn.Linear)}
+        for (out_features, in_features), layer in by_shape.items():
+            most = MOST_WOKEN_VALUES // out_features
+            x = layer.weight.new_zeros(min(most, WOKEN_ROWS[-1]), in_features)
+            for rows in WOKEN_ROWS:
+                if rows <= most:
+                    layer.forward(x[:rows])
 
     def _is_ours(self, use: Use, layer: nn.Module, x: Tensor) -> bool:
         timed = next((rows for rows in TIMED_ROWS if rows >= len(x)), None)

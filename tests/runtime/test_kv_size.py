@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.batch import PackedBatch
 from runtime.decoder_model import DecoderModel
 from runtime.errors import ModelError
 from runtime.executor import Executor
@@ -72,6 +73,22 @@ def test_the_largest_step_fills_rows_and_tokens_at_once(knobs: dict[str, int]) -
     assert batch is not None and bool(batch.sampled.all())
     assert len(batch.requests) == min(config.max_num_seqs, config.max_batched_tokens)
     assert config.max_batched_tokens - len(batch.requests) < batch.num_tokens <= config.max_batched_tokens
+
+
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_first_steps_are_computed_over_blocks_of_the_size_that_will_serve(
+    folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are compiled for a size of blocks: one that is new would be compiled while somebody waits."""
+    forward, seen = DecoderModel.forward, []
+
+    def noted(self: DecoderModel, packed: PackedBatch, *given: Any) -> torch.Tensor:
+        seen.append(packed.block_tokens)
+        return forward(self, packed, *given)
+
+    monkeypatch.setattr(DecoderModel, "forward", noted)
+    executor(folder, 4096, kv_block=str(size))
+    assert set(seen[-5:]) == {size}
 
 
 def test_a_pool_whose_memory_is_refused_becomes_a_smaller_one(

@@ -91,6 +91,33 @@ def test_a_backlog_is_served_in_large_steps_until_it_is_gone() -> None:
     assert all(is_overloaded == is_large for is_overloaded, is_large in sizes) and len(set(sizes)) == 2
 
 
+def test_prompts_that_wait_count_by_what_is_likely_not_cached() -> None:
+    """64 requests of one beginning of 2,000 tokens hold 64 times that, but most of it is known."""
+    s = scheduler(mixed_step_tokens=1536, prefix_cache="on")
+    begin = list(range(2000))
+
+    def asked(id: str) -> Request:
+        return Request.of_tokens(id, [*begin, *[int(id)] * 200], 4, 0.0)
+
+    def served(ids: range) -> list[int]:
+        for id in ids:
+            s.add(asked(str(id)))
+        sizes = []
+        while s.waiting or s.running:
+            batch = s.schedule(0.0)
+            assert batch is not None
+            s.finish_step(batch, [0] * int(batch.sampled.sum()), 0.0)
+            sizes.append(batch.num_tokens if batch.num_decode else 0)
+        return sizes
+
+    assert max(served(range(40))) > 4000, "nothing was known yet"
+    served(range(100, 116))
+    assert 1024 < max(served(range(200, 264))) <= 1536
+    s.forget_prefixes()
+    s.config = s.config.patched({"prefix_cache": "off"})
+    assert max(served(range(300, 340))) > 4000
+
+
 def test_prompts_go_on_however_many_rows_decode() -> None:
     s = with_decodes(200, mixed_step_tokens=128)
     s.add(request("long", 1000))
