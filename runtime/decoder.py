@@ -98,7 +98,7 @@ class Attention(nn.Module):
         return RoundedCache.of(pool, self.kv_shape.dtype)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: StepTensors) -> Tensor:
-        """x: [T, hidden]. Returns the same shape."""
+        """x: [T, hidden]. Returns [T, heads * D], which `out` takes."""
         kv_heads, dim = self.kv_heads, self.dim
         qkv = self.qkv.forward(x)
         turned = qkv.unflatten(1, (-1, dim)).narrow(1, 0, self.num_heads + kv_heads)  # [T, heads, D]
@@ -107,9 +107,7 @@ class Attention(nn.Module):
         torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin, out=turned)
         query, new = qkv.split(self._sizes, 1)
         cache.write(step.slots, new)
-        found = attend(query.unflatten(1, (kv_heads, -1, dim)), cache, step, self.scaling, self.window)
-        out: Tensor = self.out.forward(found)
-        return out
+        return attend(query.unflatten(1, (kv_heads, -1, dim)), cache, step, self.scaling, self.window)
 
 
 class Layer(nn.Module):
@@ -126,10 +124,17 @@ class Layer(nn.Module):
         self.before = norm_of(layer.input_layernorm)
         self.between = norm_of(layer.post_attention_layernorm)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, step: StepTensors) -> Tensor:
-        """Adds the layer to x, [T, hidden], in place. `cache`: as the attention's `cache_of` gives it."""
-        x += self.attention.forward(self.before(x), cos, sin, cache, step)
-        x += self.mlp.forward(self.between(x))
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, step: StepTensors, kept: Tensor | None = None
+    ) -> Tensor:
+        """Adds the layer to x, [T, hidden], in place. `cache`: as the attention's `cache_of` gives it. `kept`: the
+        tokens whose output is wanted, and returned, where these are not all."""
+        found = self.attention.forward(self.before(x), cos, sin, cache, step)
+        if kept is not None:
+            x, found = x.index_select(0, kept), found.index_select(0, kept)
+        if len(x):
+            x += self.attention.out.forward(found)
+            x += self.mlp.forward(self.between(x))
         return x
 
 
@@ -149,12 +154,14 @@ class Decoder(nn.Module):
         self.rope = Rope(inner.rotary_emb, self.embedding, is_interleaved(model.config))
 
     def forward(self, step: StepTensors, caches: Sequence[LayerCache]) -> Tensor:
-        """Returns logits [last_tokens, vocab]."""
+        """Returns logits [last_tokens, vocab]. Of the last layer, what no logits need is left out behind attention."""
         x = embedding(step.token_ids[0], self.embedding)
         cos, sin = self.rope.at(step.positions[0], step.longest)
-        for layer, cache in zip(self.layers, caches, strict=True):
+        *layers, last = self.layers
+        for layer, cache in zip(layers, caches, strict=False):
             x = layer.forward(x, cos, sin, cache, step)
-        logits: Tensor = self.head.forward(self.norm(x.index_select(0, step.last_tokens)))
+        x = last.forward(x, cos, sin, caches[-1], step, step.last_tokens)
+        logits: Tensor = self.head.forward(self.norm(x))
         return logits
 
 

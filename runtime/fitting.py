@@ -86,7 +86,9 @@ class Fitting:
         prompt_tokens = min(config.max_batched_tokens, self._max_model_len - 2)
         most_rows = int(self._model.fixed_knobs.get("max_num_seqs", max(WARM_UP_ROWS)))
         tried_rows = [rows for rows in WARM_UP_ROWS if rows <= most_rows]
-        num_blocks = -(-(prompt_tokens + 2 * max(WARM_UP_ROWS)) // config.block_tokens) + 3 * max(WARM_UP_ROWS)
+        num_blocks = -(-(prompt_tokens + 2 * max(WARM_UP_ROWS)) // config.block_tokens) + 3 * max(
+            WARM_UP_ROWS
+        )
         num_blocks = -(-num_blocks * config.block_tokens // BLOCK_TOKENS)
         if self._device.type == "cuda":
             config = config.patched(self._model.fixed_knobs)

@@ -87,7 +87,9 @@ class FusedPass:
     def forward(self, step: StepTensors, caches: Sequence[Any]) -> Tensor:
         """Any rows. Returns logits [last_tokens, vocab]."""
         num_single = step.num_apart
-        tables = step.tables.int()  # as graphs have them: with others, kernels would be compiled while serving
+        tables = (
+            step.tables.int()
+        )  # as graphs have them: with others, kernels would be compiled while serving
         inputs = DecodeInputs(
             step.token_ids[0],
             step.positions[0],
@@ -116,7 +118,7 @@ class FusedPass:
                 found.append(out.flatten(1))
             return found[0] if len(found) == 1 else torch.cat(found)
 
-        return self._logits(self._hidden(inputs, caches, attend, step).index_select(0, step.last_tokens))
+        return self._logits(self._hidden(inputs, caches, attend, step))
 
     def decode(self, inputs: DecodeInputs, caches: Sequence[Any]) -> Tensor:
         """Rows of one token. Depends on nothing but the inputs' shapes, so that it can be captured.
@@ -180,7 +182,8 @@ class FusedPass:
     def _hidden(
         self, inputs: DecodeInputs, caches: Sequence[Any], attend: Attend, step: StepTensors | None
     ) -> Tensor:
-        """`step`: None where all rows are of one token. Returns the normed output of the last layer, [T, hidden]."""
+        """`step`: None where all rows are of one token. Returns the normed output of the last layer, [T, hidden], or
+        that of the step's `last_tokens`: what no logits need is left out of it behind attention."""
         kernels, decoder = self._kernels, self._decoder
         x = kernels.embed(inputs.token_ids, inputs.drawn, decoder.embedding)
         delta: Tensor | None = None
@@ -201,6 +204,10 @@ class FusedPass:
                 else:
                     kernels.rope_and_cache(*written, inputs.slots, attention.kv_heads, *turn)
                 found = attend(qkv, cache, attention)
+            if step is not None and layer is decoder.layers[-1]:
+                x, found = x.index_select(0, step.last_tokens), found.index_select(0, step.last_tokens)
+                if not len(x):
+                    return x
             delta = self.linears.added(attention.out, found)
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
             if isinstance(mlp, Experts):

@@ -80,7 +80,7 @@ class LatentAttention(nn.Module):
         return LatentCache(pool)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache, step: StepTensors) -> Tensor:
-        """x: [T, hidden]. Returns the same shape."""
+        """x: [T, hidden]. Returns [T, heads * value], which `out` takes."""
         query, latent, key_turn = self.down.forward(x).split(self.sizes, 1)
         if self.query is not None:
             assert self.query_norm is not None
@@ -102,8 +102,7 @@ class LatentAttention(nn.Module):
             own = slice(row.first, row.last)
             attend_piece = self.attend_absorbed if self.is_absorbed(row) else self.attend_expanded
             outputs.append(attend_piece(plain[own], turn[own], cache, row))
-        out: Tensor = self.out.forward(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
-        return out
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def is_absorbed(self, row: Row) -> bool:
         """Whether the absorbed form takes fewer multiplications for a piece of a prompt: a short one behind a long

@@ -79,7 +79,9 @@ class Scheduler:
         self.num_hit_tokens = 0
         self.num_drafted_tokens = 0
         self.num_right_tokens = 0  # of the drafted ones, those that the model drew itself
-        self._known_share = 0.0  # of the prompts admitted lately, what was cached: those that wait have as much, likely
+        self._known_share = (
+            0.0  # of the prompts admitted lately, what was cached: those that wait have as much, likely
+        )
         self._namespace, self._epoch = "", 0
         self._copies: list[tuple[BlockIds, BlockIds]] = []
         self._requests: dict[str, Request] = {}

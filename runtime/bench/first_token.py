@@ -38,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def stage_ended(name: str) -> None:
         ended[name] = time.monotonic() - options.began
+        logging.getLogger(__name__).info("%s: after %.2f s", name, ended[name])
 
-    stage_ended("python")
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(name)s: %(message)s")
+    stage_ended("python")
     profile = cProfile.Profile()
     if options.profile:
         profile.enable()

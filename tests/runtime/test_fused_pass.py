@@ -1,5 +1,7 @@
 """The pass that a GPU takes, beside the decoder's own: with plain kernels here, with Triton's and graphs on a GPU."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -329,6 +331,41 @@ def test_no_kernel_is_compiled_once_steps_are_prepared(family: str, monkeypatch:
         logits = model.forward(scheduler.pack(batch))
         scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
     assert not compiled
+
+
+SERVE = """
+import torch
+from triton import knobs
+from runtime.bench.shapes import random_model
+from runtime.engine import engine_parts
+from runtime.request import Request
+from runtime.scheduler import Scheduler
+
+executor, runner, _ = engine_parts(random_model("qwen3-0.6b", torch.device("cuda"), torch.bfloat16, 1024), None, {})
+compiled = []
+knobs.runtime.jit_post_compile_hook = lambda **told: compiled.append(told["repr"])
+for num_rows in (1, 2, 3, 5, 9, 17, 33, 70):
+    scheduler = Scheduler(executor.pool, runner.champion, executor.max_model_len)
+    executor.warm.install(runner.champion, scheduler)
+    for row in range(num_rows):
+        scheduler.add(Request.of_tokens(str(row), [7] * (1 + 37 * row % 300), 20, 0.0))
+    for turn in range(8):  # and pieces beside rows that decode
+        if turn in (3, 5):
+            scheduler.add(Request.of_tokens(f"late {turn}", [5] * 333, 3, 0.0))
+        batch = scheduler.schedule(0.0)
+        tokens = executor.execute(batch, scheduler.pack(batch), runner.champion).tokens
+        scheduler.finish_step(batch, tokens, 0.0)
+    for request in list(scheduler.running):
+        scheduler.cancel(request.id)
+assert not compiled, compiled
+"""
+
+
+@pytest.mark.gpu
+def test_an_engine_compiles_nothing_once_it_serves() -> None:
+    """In a process of its own, where nobody has compiled anything before."""
+    done = subprocess.run([sys.executable, "-c", SERVE], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.gpu
