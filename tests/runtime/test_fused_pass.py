@@ -364,7 +364,9 @@ assert not compiled, compiled
 @pytest.mark.gpu
 def test_an_engine_compiles_nothing_once_it_serves() -> None:
     """In a process of its own, where nobody has compiled anything before."""
-    done = subprocess.run([sys.executable, "-c", SERVE], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
