@@ -21,7 +21,7 @@ from runtime.kernels import TRITON, Kernels, Shape, checked
 from runtime.kernels.expert_trials import ExpertShape
 from runtime.kernels.launch import has_early_start
 from runtime.kernels.linear_table import LinearTable
-from runtime.kernels.splits import choose_splits, tiles_of
+from runtime.kernels.splits import choose_splits, choose_tile_splits, tiles_of
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.latent_attention import LatentAttention
 from runtime.layer_parts import Mlp
@@ -46,21 +46,25 @@ class DecodeInputs(NamedTuple):
 
 
 class PiecesInputs(NamedTuple):
-    """Pieces of prompts for attention over the pool. `tables`, `contexts`: of all rows of the step; `tiles`: as
-    `splits.tiles_of` gives them."""
+    """Pieces of prompts for attention over the pool. `tables`, `contexts`: of all rows of the step; `tiles`,
+    `num_splits`: as `kernels.splits` says."""
 
     pieces: Pieces
     tables: Tensor
     contexts: Tensor
     tiles: Tensor
+    num_splits: int
 
     @classmethod
-    def of_step(cls, step: StepTensors, tables: Tensor) -> "PiecesInputs | None":
+    def of_step(
+        cls, step: StepTensors, tables: Tensor, num_heads: int, num_sms: int
+    ) -> "PiecesInputs | None":
         pieces = step.pieces
         if pieces is None:
             return None
         tiles = sent(tiles_of(pieces.new_tokens, pieces.contexts), step.contexts.device)
-        return cls(pieces, tables, step.contexts, tiles)
+        splits = choose_tile_splits(len(tiles), num_heads, pieces.max_context, num_sms)
+        return cls(pieces, tables, step.contexts, tiles, splits)
 
 
 class FusedPass:
@@ -99,7 +103,9 @@ class FusedPass:
             drawn=step.token_ids[0],  # all are known
         )
         splits = self._splits(num_single)
-        pieces = PiecesInputs.of_step(step, tables)
+        pieces = PiecesInputs.of_step(
+            step, tables, self._decoder.layers[0].attention.num_heads, self._num_sms
+        )
 
         def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             found = []
@@ -148,7 +154,7 @@ class FusedPass:
         pieces = inputs.pieces
         return self._kernels.paged_prefill(
             queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, pieces.first_row, pieces.new_edges,
-            inputs.tiles, self._block_tokens, layer.scaling, layer.window,
+            inputs.tiles, inputs.num_splits, self._block_tokens, layer.scaling, layer.window,
         )  # fmt: skip
 
     def _gather_pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, pieces: Pieces) -> Tensor:

@@ -45,7 +45,7 @@ def paged_decode(
     head_block = min(MAX_HEAD_BLOCK, max(MIN_DOT, triton.next_power_of_2(group)))
     dim_block = max(MIN_DOT, triton.next_power_of_2(dim))
     out = torch.empty(num_rows, heads * dim, dtype=query.dtype, device=query.device)
-    parts, sums = _parts(out, num_rows, heads, num_splits, dim)
+    parts, sums = parts_of(out, num_rows, heads, num_splits, dim)
     grid = (num_rows, kv_heads * triton.cdiv(group, head_block), num_splits)
     launch(
         _decode, grid, out.device,
@@ -56,7 +56,7 @@ def paged_decode(
         IS_ROUNDED=scales is not None, HEAD_BLOCK=head_block, DIM_BLOCK=dim_block, TILE=_tile(dim_block, rows),
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    _merge_into(out, parts, sums, num_splits, dim)
+    merge_into(out, parts, sums, num_splits, dim)
     return out
 
 
@@ -88,11 +88,11 @@ def paged_latent_decode(
 ) -> Tensor:
     num_rows, heads, _ = query.shape
     out = torch.empty(num_rows, heads, value_dim, dtype=query.dtype, device=query.device)
-    parts, sums = _parts(out, num_rows, heads, num_splits, value_dim)
+    parts, sums = parts_of(out, num_rows, heads, num_splits, value_dim)
     latent_parts(
         query, rows, block_tables, contexts, block_tokens, scaling, value_dim, num_splits, parts, sums
     )
-    _merge_into(out, parts, sums, num_splits, value_dim)
+    merge_into(out, parts, sums, num_splits, value_dim)
     return out
 
 
@@ -133,7 +133,7 @@ def _tile(dim: int, rows: Tensor) -> int:
     return int(max(MIN_DOT, min(128, TILE_VALUES // (dim * wide))))
 
 
-def _parts(out: Tensor, num_rows: int, heads: int, num_splits: int, dim: int) -> tuple[Tensor, Tensor]:
+def parts_of(out: Tensor, num_rows: int, heads: int, num_splits: int, dim: int) -> tuple[Tensor, Tensor]:
     """Where the splits write: parts [B, heads, splits, D] and their log-sum-exp [B, heads, splits], both float32. A
     single split writes the output itself."""
     if num_splits == 1:
@@ -145,7 +145,7 @@ def _parts(out: Tensor, num_rows: int, heads: int, num_splits: int, dim: int) ->
     )
 
 
-def _merge_into(out: Tensor, parts: Tensor, sums: Tensor, num_splits: int, dim: int) -> None:
+def merge_into(out: Tensor, parts: Tensor, sums: Tensor, num_splits: int, dim: int) -> None:
     if num_splits == 1:
         return
     num_outputs = sums.numel() // num_splits

@@ -1,6 +1,6 @@
 """Attention of pieces of prompts over the paged cache in Triton: new tokens in tiles, each over all that is before it.
 
-    grid (head, tile of new tokens), longest context first ▶ their outputs
+    grid (head, tile of new tokens, split), longest context first ▶ their outputs, or parts that are merged
 
 The cache holds the new tokens too, so keys and values are read from one place, block by block, and never gathered.
 Of what a tile sees, all but the end is seen by all of its tokens: only the end is masked, unless there is a window.
@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from runtime.kernels.launch import launch
+from runtime.kernels.paged_decode import merge_into, parts_of
 from runtime.kernels.splits import QUERY_TILE
 
 MIN_DOT = 16
@@ -38,6 +39,7 @@ def paged_prefill(
     first_row: int,
     edges: Tensor,
     tiles: Tensor,
+    num_splits: int,
     block_tokens: int,
     scaling: float,
     window: int | None = None,
@@ -50,15 +52,18 @@ def paged_prefill(
     tile = max(MIN_DOT, min(64, KEY_VALUES // (dim_block * wide)))
     in_block = block_tokens % tile == 0 and dim == dim_block
     blocks = TensorDescriptor.from_tensor(rows, [tile, dim]) if in_block else rows
+    new = out[first_row:]
+    parts, sums = parts_of(new, len(new), heads, num_splits, dim)
     launch(
-        _prefill, (heads, len(tiles)), out.device,
-        query, rows, blocks, block_tables, contexts, edges, tiles, out,
+        _prefill, (heads, len(tiles), num_splits), out.device,
+        query, rows, blocks, block_tables, contexts, edges, tiles, parts, sums,
         query.stride(0), query.stride(2), rows.stride(0), block_tables.stride(0), first_row, scaling,
         UNBOUNDED if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_TOKENS=block_tokens, DIM_BLOCK=dim_block,
-        BLOCK_M=QUERY_TILE, BLOCK_N=tile, IN_BLOCK=in_block, HAS_WINDOW=window is not None,
+        BLOCK_M=QUERY_TILE, BLOCK_N=tile, NUM_SPLITS=num_splits, IN_BLOCK=in_block, HAS_WINDOW=window is not None,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
+    merge_into(new, parts, sums, num_splits, dim)
     return out
 
 
@@ -71,7 +76,8 @@ def _prefill(
     contexts: tl.tensor,
     edges: tl.tensor,
     tiles: tl.tensor,
-    out: tl.tensor,
+    parts: tl.tensor,
+    sums: tl.tensor,
     query_row: int,
     query_head: int,
     row_stride: int,
@@ -86,11 +92,12 @@ def _prefill(
     DIM_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
     IN_BLOCK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    head, number = tl.program_id(0), tl.program_id(1)
+    head, number, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     piece, tile = tl.load(tiles + 2 * number), tl.load(tiles + 2 * number + 1)
     first_new = tl.load(edges + piece)
     num_new = tl.load(edges + piece + 1) - first_new
@@ -104,8 +111,10 @@ def _prefill(
         gdc_launch_dependents()
         gdc_wait()
 
-    token = (first_row + first_new + member).to(tl.int64)  # rows before the first have a token each
-    asked = query + token[:, None] * query_row + head * query_head + columns[None]
+    token = (first_new + member).to(tl.int64)
+    asked = (
+        query + (first_row + token)[:, None] * query_row + head * query_head + columns[None]
+    )  # a token a row before
     q = tl.load(asked, mask=is_new[:, None] & in_dim[None], other=0.0)
     table = block_tables + row * table_stride
     kv_column = (head // GROUP) * DIM
@@ -113,22 +122,30 @@ def _prefill(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32)
     to_log2 = scaling * 1.4426950408889634
-    end = tl.minimum(start + BLOCK_M, context)
+    begin, end = 0, tl.minimum(start + BLOCK_M, context)
     if HAS_WINDOW:
-        seen_by_all = tl.maximum(start - window + 1, 0) // BLOCK_N * BLOCK_N  # none: all of it is masked
-    else:
-        seen_by_all = (start + 1) // BLOCK_N * BLOCK_N
+        begin = tl.maximum(start - window + 1, 0) // BLOCK_N * BLOCK_N
+    share = tl.cdiv(end - begin, NUM_SPLITS * BLOCK_N) * BLOCK_N
+    begin += split * share
+    end = tl.minimum(begin + share, end)
+    seen_by_all = begin  # with a window none: all of it is masked
+    if not HAS_WINDOW:
+        seen_by_all = tl.maximum(begin, tl.minimum((start + 1) // BLOCK_N * BLOCK_N, end))
         acc, top, total = _attend(
-            acc, top, total, q, rows, blocks, table, kv_column, position, columns, in_dim, 0, seen_by_all, context,
-            window, row_stride, to_log2, KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_N, IN_BLOCK, False, False,
+            acc, top, total, q, rows, blocks, table, kv_column, position, columns, in_dim, begin, seen_by_all, context,
+            window, row_stride, to_log2, KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_N, IN_BLOCK, False, False, False,
         )  # fmt: skip
     acc, top, total = _attend(
         acc, top, total, q, rows, blocks, table, kv_column, position, columns, in_dim, seen_by_all, end, context,
         window, row_stride, to_log2, KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_N, IN_BLOCK, True, HAS_WINDOW,
+        HAS_WINDOW or NUM_SPLITS > 1,
     )  # fmt: skip
-    value = acc / tl.where(total > 0, total, 1.0)[:, None]
-    at = out + token[:, None] * (KV_HEADS * GROUP * DIM) + head * DIM + columns[None]
-    tl.store(at, value.to(out.dtype.element_ty), mask=is_new[:, None] & in_dim[None])
+    divisor = tl.where(total > 0, total, 1.0)
+    output = token * (KV_HEADS * GROUP) + head
+    at = parts + (output * NUM_SPLITS + split)[:, None] * DIM + columns[None]
+    tl.store(at, (acc / divisor[:, None]).to(parts.dtype.element_ty), mask=is_new[:, None] & in_dim[None])
+    if NUM_SPLITS > 1:
+        tl.store(sums + output * NUM_SPLITS + split, top + tl.log2(divisor), mask=is_new)
 
 
 @triton.jit
@@ -157,6 +174,7 @@ def _attend(
     IN_BLOCK: tl.constexpr,
     IS_MASKED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    MAY_SEE_NOTHING: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Adds what the tile finds among tokens [first, last). The largest score so far is `top`, in powers of two."""
     number = tl.load(table + first // BLOCK_TOKENS, mask=first < last, other=0).to(tl.int32)
@@ -182,7 +200,7 @@ def _attend(
             scores = tl.where(is_seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1) * to_log2)
         level = higher
-        if HAS_WINDOW:  # a token may have seen nothing yet
+        if MAY_SEE_NOTHING:  # some token, so far
             level = tl.where(higher > float("-inf"), higher, 0.0)
         weights = tl.exp2(scores * to_log2 - level[:, None])
         shrink = tl.exp2(top - level)

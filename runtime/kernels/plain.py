@@ -49,6 +49,7 @@ def paged_prefill(
     first_row: int,
     edges: Tensor,
     tiles: Tensor,
+    num_splits: int,
     block_tokens: int,
     scaling: float,
     window: int | None = None,
@@ -57,9 +58,9 @@ def paged_prefill(
 
     query: [first_row + tokens, kv_heads, group, D], a token of each row before `first_row`, then piece behind piece;
     edges: int32 [pieces + 1], where each begins behind those; rows, block_tables, contexts: as in `paged_decode`, of
-    all rows. `tiles`: what `splits.tiles_of` says; the result does not depend on it. Reads `edges` and `contexts` on
-    the host, so it cannot be captured. Returns [first_row + tokens, kv_heads * group * D], of which the first are for
-    someone else to fill.
+    all rows. `tiles`, `num_splits`: what `splits` says; the result does not depend on them. Reads `edges` and
+    `contexts` on the host, so it cannot be captured. Returns [first_row + tokens, kv_heads * group * D], of which the
+    first are for someone else to fill.
     """
     kv_heads, dim = query.shape[1], query.shape[3]
     found = [torch.zeros(first_row, query[0].numel(), dtype=_wide(query), device=query.device)]

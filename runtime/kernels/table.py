@@ -14,7 +14,7 @@ from runtime.kernels import plain, plain_experts
 from runtime.kernels.expert_trials import ExpertShape, Trial, expert_trials, latent_trials
 from runtime.kernels.launch import compiled_ahead
 from runtime.kernels.plain_experts import Layout
-from runtime.kernels.splits import QUERY_TILE, tiles_of
+from runtime.kernels.splits import MAX_TILE_SPLITS, QUERY_TILE, tiles_of
 from runtime.rounded_cache import rounded
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ class Kernels(NamedTuple):
 
     # (query, rows, block_tables, contexts, block_tokens, scaling, window, num_splits)
     paged_decode: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None, int], Tensor]
-    # (query, rows, block_tables, contexts, first_row, edges, tiles, block_tokens, scaling, window)
+    # (query, rows, block_tables, contexts, first_row, edges, tiles, num_splits, block_tokens, scaling, window)
     paged_prefill: Callable[
-        [Tensor, Tensor, Tensor, Tensor, int, Tensor, Tensor, int, float, int | None], Tensor
+        [Tensor, Tensor, Tensor, Tensor, int, Tensor, Tensor, int, int, float, int | None], Tensor
     ]
     # (query, rows, block_tables, contexts, block_tokens, scaling, value_dim, num_splits)
     paged_latent_decode: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int, int], Tensor]
@@ -232,8 +232,9 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
             "paged_decode",
             _returned(query, rows, tables, contexts, size, dim**-0.5, shape.window, splits),
         )
-    for block_tokens in (size, QUERY_TILE):  # a tile of keys lies in one or not
-        yield "paged_prefill", _pieces_trial(normal, device, block_tokens, shape)
+    # A tile of keys lies in one block or not; and all numbers of splits are compiled here.
+    for splits, block_tokens in ((1, size), *((splits, QUERY_TILE) for splits in (1, 2, 4, MAX_TILE_SPLITS))):
+        yield "paged_prefill", _pieces_trial(normal, device, block_tokens, splits, shape)
     if shape.latent_dim is not None:
         latents, asked = normal(len(rows), shape.latent_dim), normal(4, num_heads, shape.latent_dim)
         scaling = shape.latent_dim**-0.5
@@ -313,7 +314,9 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         yield from expert_trials(normal, device, hidden, shape.experts)
 
 
-def _pieces_trial(normal: Callable[..., Tensor], device: torch.device, size: int, shape: Shape) -> Trial:
+def _pieces_trial(
+    normal: Callable[..., Tensor], device: torch.device, size: int, splits: int, shape: Shape
+) -> Trial:
     """Three pieces in the rows behind the first: new altogether, a token behind others, and the end of a long one."""
     new, contexts = np.array([65, 1, 130]), np.array([65, 2 * size, 300])
     blocks = -(-int(contexts.max()) // size)
@@ -326,7 +329,7 @@ def _pieces_trial(normal: Callable[..., Tensor], device: torch.device, size: int
         1, (shape.kv_heads, -1, shape.head_dim)
     )
     run = _returned(
-        query, rows, tables, torch.tensor([1, *contexts], device=device), 1, edges, tiles, size,
+        query, rows, tables, torch.tensor([1, *contexts], device=device), 1, edges, tiles, splits, size,
         shape.head_dim**-0.5, shape.window,
     )  # fmt: skip
     return lambda kernel: [found[1:] for found in run(kernel)]

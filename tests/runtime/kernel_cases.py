@@ -223,7 +223,7 @@ add("latent_several_thousand", latent_decode, contexts=[3001, 17], size=64, spli
 
 def prefill(
     device: torch.device, dtype: torch.dtype, pieces: list[tuple[int, int]], kv_heads: int = 2, group: int = 2,
-    dim: int = 32, size: int = 4, window: int | None = None, table_dtype: torch.dtype = torch.int32,
+    dim: int = 32, size: int = 4, window: int | None = None, table_dtype: torch.dtype = torch.int32, splits: int = 1,
 ) -> None:  # fmt: skip
     """`pieces`: new tokens and context of each; they stand behind two rows that decode."""
     torch.manual_seed(0)
@@ -234,7 +234,7 @@ def prefill(
     edges = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=device)
     tiles = torch.from_numpy(tiles_of(new, contexts)).to(device)
     tables = pool.tables.to(table_dtype)
-    given = (query, pool.rows, tables, pool.contexts, 2, edges, tiles, size, dim**-0.5, window)
+    given = (query, pool.rows, tables, pool.contexts, 2, edges, tiles, splits, size, dim**-0.5, window)
     close(kernels().paged_prefill(*given)[2:], PLAIN.paged_prefill(*given)[2:])
 
 
@@ -245,6 +245,13 @@ add("prefill_of_a_long_context", prefill, pieces=[(40, 3001)], kv_heads=1, size=
 add("prefill_int64_tables", prefill, pieces=[(5, 80)], table_dtype=torch.int64)
 for window in (1, 5, 64, 100):
     add(f"prefill_window_{window}", prefill, pieces=[(70, 300), (130, 130), (1, 65)], window=window)
+for splits in (2, 4, 8):
+    for name, window in (("", None), ("_window", 70)):
+        add(
+            f"prefill_splits{name}_{splits}", prefill, pieces=[(70, 300), (130, 130), (1, 65)], size=64, window=window,
+            splits=splits,
+        )  # fmt: skip
+add("prefill_splits_of_small_blocks", prefill, pieces=[(65, 1000)], kv_heads=1, splits=4)
 for group in (1, 4, 7):
     add(f"prefill_group_{group}", prefill, pieces=[(20, 70)], group=group, kv_heads=1)
 for dim in (16, 64, 80, 128, 256):
@@ -701,13 +708,13 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
         )
 
     def pieces(
-        kv_heads: int, group: int, dim: int, window: int | None, size: int = 64
+        kv_heads: int, group: int, dim: int, window: int | None, size: int = 64, splits: int = 1
     ) -> Callable[[], object]:
         new, contexts = np.array([70]), np.array([100])
         tables, edges = empty(1, -(-100 // size), dtype=torch.int64), torch.tensor([0, 70], dtype=torch.int32)
         return lambda: kernels().paged_prefill(
             empty(70, kv_heads, group, dim), empty(128, 2 * kv_heads * dim), tables, empty(1, dtype=torch.int64), 0,
-            edges, torch.from_numpy(tiles_of(new, contexts)), size, 0.1, window,
+            edges, torch.from_numpy(tiles_of(new, contexts)), splits, size, 0.1, window,
         )  # fmt: skip
 
     def latent(heads: int) -> Callable[[], object]:
@@ -756,6 +763,7 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {
         "prefill_llama": pieces(8, 4, 128, None),
         "prefill_small_blocks": pieces(8, 4, 128, None, 16),
+        "prefill_split": pieces(8, 4, 128, None, splits=4),
         "prefill_window": pieces(8, 4, 128, 4096),
         "prefill_head_of_64": pieces(8, 2, 64, None),
         "prefill_head_of_96": pieces(32, 1, 96, None),

@@ -10,6 +10,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,7 +21,14 @@ from runtime.expert_choice import Rule
 from runtime.kernels import PLAIN, WHY_NO_TRITON, Kernels, Shape, checked, self_check
 from runtime.kernels.expert_trials import ExpertShape
 from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape, LinearTable
-from runtime.kernels.splits import MAX_SPLITS, choose_splits
+from runtime.kernels.splits import (
+    MAX_SPLITS,
+    MAX_TILE_SPLITS,
+    QUERY_TILE,
+    choose_splits,
+    choose_tile_splits,
+    tiles_of,
+)
 from tests.runtime.kernel_cases import CASES, kernels
 
 CPU = torch.device("cpu")
@@ -293,3 +301,22 @@ def test_splits_keep_all_sms_busy_and_no_more(num_rows: int, kv_heads: int) -> N
     assert 1 <= splits <= MAX_SPLITS
     assert splits == MAX_SPLITS or 2 * splits * num_rows * kv_heads > 132
     assert splits == 1 or splits * num_rows * kv_heads <= 132
+
+
+def test_tiles_hold_each_new_token_once_and_what_sees_most_comes_first() -> None:
+    new, contexts = np.array([65, 1, 128, 200]), np.array([65, 900, 3000, 200])
+    tiles = tiles_of(new, contexts)
+    covered = [[] for _ in new]
+    for piece, tile in tiles.tolist():
+        covered[piece] += range(tile * QUERY_TILE, min((tile + 1) * QUERY_TILE, new[piece]))
+    assert [sorted(one) for one in covered] == [list(range(num)) for num in new]
+    seen = [contexts[piece] - max(0, new[piece] - (tile + 1) * QUERY_TILE) for piece, tile in tiles.tolist()]
+    assert seen == sorted(seen, reverse=True) and tiles.dtype == np.int32
+
+
+def test_tiles_are_split_where_the_last_of_them_would_leave_the_device_idle() -> None:
+    assert choose_tile_splits(9, 32, 32_000, 132) == 4, "1.1 turns become 4.4 quarters"
+    assert choose_tile_splits(8, 32, 32_000, 132) == 1, "nearly all of one turn"
+    assert choose_tile_splits(1, 32, 32_000, 132) == MAX_TILE_SPLITS, "an eighth of a turn"
+    assert choose_tile_splits(1, 32, 2000, 132) == 1, "too short to be worth it"
+    assert choose_tile_splits(128, 32, 9000, 132) == 1, "many turns"
