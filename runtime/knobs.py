@@ -278,7 +278,8 @@ class EngineConfig:
         apply=ApplyMode.WARM,
         searched=False,  # on a CPU rows are read as runs of blocks; on a GPU 64 was never slower (CHANGELOG)
         is_later=True,
-        help="Tokens of one block of the KV pool, the unit in which it is handed out and prefixes are cached.",
+        help="Tokens of one block of the KV pool, the unit in which it is handed out and prefixes are cached; on a GPU "
+        "64 by default.",
     )
 
     kv_dtype: str = knob(

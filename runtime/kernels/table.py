@@ -232,9 +232,10 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
             "paged_decode",
             _returned(query, rows, tables, contexts, size, dim**-0.5, shape.window, splits),
         )
-    # A tile of keys lies in one block or not; and all numbers of splits are compiled here.
-    for splits, block_tokens in ((1, size), *((splits, QUERY_TILE) for splits in (1, 2, 4, MAX_TILE_SPLITS))):
-        yield "paged_prefill", _pieces_trial(normal, device, block_tokens, splits, shape)
+    # A tile of keys lies in one block or not. On a GPU all numbers of splits are compiled here.
+    yield "paged_prefill", _pieces_trial(normal, device, size, 1, 0, shape)
+    for splits in (1, 2, 4, MAX_TILE_SPLITS) if device.type == "cuda" else (4,):
+        yield "paged_prefill", _pieces_trial(normal, device, QUERY_TILE, splits, 1, shape)
     if shape.latent_dim is not None:
         latents, asked = normal(len(rows), shape.latent_dim), normal(4, num_heads, shape.latent_dim)
         scaling = shape.latent_dim**-0.5
@@ -315,9 +316,9 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
 
 
 def _pieces_trial(
-    normal: Callable[..., Tensor], device: torch.device, size: int, splits: int, shape: Shape
+    normal: Callable[..., Tensor], device: torch.device, size: int, splits: int, first_row: int, shape: Shape
 ) -> Trial:
-    """Three pieces in the rows behind the first: new altogether, a token behind others, and the end of a long one."""
+    """Three pieces in the rows from `first_row` on: new altogether, a token behind others, the end of a long one."""
     new, contexts = np.array([65, 1, 130]), np.array([65, 2 * size, 300])
     blocks = -(-int(contexts.max()) // size)
     tables = torch.arange(4 * blocks, device=device).flip(0).view(4, blocks).int()
@@ -325,14 +326,13 @@ def _pieces_trial(
     edges = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=device)
     tiles = torch.from_numpy(tiles_of(new, contexts)).to(device)
     width = shape.num_heads * shape.head_dim
-    query = normal(1 + int(new.sum()), 2 * width)[:, :width].unflatten(
-        1, (shape.kv_heads, -1, shape.head_dim)
-    )
+    query = normal(first_row + int(new.sum()), 2 * width)[:, :width]
     run = _returned(
-        query, rows, tables, torch.tensor([1, *contexts], device=device), 1, edges, tiles, splits, size,
+        query.unflatten(1, (shape.kv_heads, -1, shape.head_dim)), rows, tables,
+        torch.tensor([*[1] * first_row, *contexts], device=device), first_row, edges, tiles, splits, size,
         shape.head_dim**-0.5, shape.window,
     )  # fmt: skip
-    return lambda kernel: [found[1:] for found in run(kernel)]
+    return lambda kernel: [found[first_row:] for found in run(kernel)]
 
 
 def _returned(*given: object) -> Trial:

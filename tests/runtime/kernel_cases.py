@@ -246,8 +246,9 @@ add("prefill_int64_tables", prefill, pieces=[(5, 80)], table_dtype=torch.int64)
 for window in (1, 64, 100):
     add(f"prefill_window_{window}", prefill, pieces=[(70, 300), (130, 130), (1, 65)], window=window)
 for splits, window in ((2, None), (8, None), (4, 70)):
-    add(f"prefill_splits_{splits}", prefill, pieces=[(70, 300), (1, 65)], size=64, window=window, splits=splits)
-add("prefill_splits_of_small_blocks", prefill, pieces=[(65, 1000)], kv_heads=1, splits=4)
+    pieces = [(66, 200), (1, 65)]
+    add(f"prefill_splits_{splits}", prefill, pieces=pieces, kv_heads=1, size=64, window=window, splits=splits)
+add("prefill_splits_of_small_blocks", prefill, pieces=[(5, 600)], kv_heads=1, splits=4)
 for group in (1, 7):
     add(f"prefill_group_{group}", prefill, pieces=[(20, 70)], group=group, kv_heads=1)
 for dim in (16, 80, 128, 256):
