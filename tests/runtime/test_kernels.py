@@ -29,7 +29,7 @@ from runtime.kernels.splits import (
     choose_tile_splits,
     tiles_of,
 )
-from tests.runtime.kernel_cases import CASES, kernels
+from tests.runtime.kernel_cases import CASES, interpreted_cases, kernels
 
 CPU = torch.device("cpu")
 SMALL = Shape(
@@ -62,10 +62,9 @@ def interpreted() -> dict[str, str | None]:
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("name", CASES)
-def test_interpreted_kernel_agrees_with_its_twin(name: str, dtype: str) -> None:
-    error = interpreted()[f"{name}-{dtype}"]
+@pytest.mark.parametrize("name", interpreted_cases())
+def test_interpreted_kernel_agrees_with_its_twin(name: str) -> None:
+    error = interpreted()[name]
     assert error is None, error
 
 
