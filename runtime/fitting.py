@@ -66,8 +66,8 @@ class Fitting:
         """
         self._step_bytes = self._warm_up(config)
         room = self._room(config)
-        default = self._pool_blocks(room, kv_tokens)
-        asked = default if asked_kv_tokens is None else self._pool_blocks(room, asked_kv_tokens)
+        default = self._pool_blocks(room, kv_tokens, config)
+        asked = default if asked_kv_tokens is None else self._pool_blocks(room, asked_kv_tokens, config)
         pool = self._settle(asked, config)
         taken = self._model.num_slots // BLOCK_TOKENS
         if asked_kv_tokens is None:
@@ -149,10 +149,11 @@ class Fitting:
         )  # fmt: skip
         return Room.on_cuda(free_bytes - self._step_bytes - graph_bytes)
 
-    def _pool_blocks(self, room: Room, asked_tokens: int | None) -> int:
+    def _pool_blocks(self, room: Room, asked_tokens: int | None, config: EngineConfig) -> int:
+        size = max(BLOCK_TOKENS, config.block_tokens)  # the longest request needs its last block whole
         num_seqs = CUDA_KV_SEQUENCES if self._device.type == "cuda" else CPU_KV_SEQUENCES
         num_seqs = min(num_seqs, int(self._model.fixed_knobs.get("max_num_seqs", num_seqs)))
-        most = num_seqs * -(-self._max_model_len // BLOCK_TOKENS) * BLOCK_TOKENS
+        most = num_seqs * -(-self._max_model_len // size) * size
         num_blocks = room.blocks(asked_tokens, most, BLOCK_TOKENS, self._model.kv_bytes_per_token)
         if asked_tokens is not None and num_blocks < asked_tokens // BLOCK_TOKENS:
             fitting = num_blocks * BLOCK_TOKENS

@@ -21,7 +21,7 @@ from runtime.kernels import TRITON, Kernels, Shape, checked
 from runtime.kernels.expert_trials import ExpertShape
 from runtime.kernels.launch import has_early_start
 from runtime.kernels.linear_table import LinearTable
-from runtime.kernels.splits import choose_splits, choose_tile_splits, tiles_of
+from runtime.kernels.splits import QUERY_TILE, choose_splits, choose_tile_splits, tiles_of
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.latent_attention import LatentAttention
 from runtime.layer_parts import Mlp
@@ -152,9 +152,11 @@ class FusedPass:
     def _read_pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: "PiecesInputs") -> Tensor:
         """qkv: of all tokens. Returns [tokens, heads * D], without those before the pieces."""
         pieces = inputs.pieces
+        # Only for these are more than one compiled at the start.
+        is_split = self._block_tokens == QUERY_TILE and layer.window is None
         return self._kernels.paged_prefill(
             queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, pieces.first_row, pieces.new_edges,
-            inputs.tiles, inputs.num_splits, self._block_tokens, layer.scaling, layer.window,
+            inputs.tiles, inputs.num_splits if is_split else 1, self._block_tokens, layer.scaling, layer.window,
         )  # fmt: skip
 
     def _gather_pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, pieces: Pieces) -> Tensor:

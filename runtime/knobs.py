@@ -431,7 +431,7 @@ def knob_reports(
     if max_kv_tokens is not None:
         ceilings["kv_tokens"] = max_kv_tokens
     if max_batched_tokens is not None:
-        ceilings["max_batched_tokens"] = ceilings["mixed_step_tokens"] = max_batched_tokens
+        ceilings["max_batched_tokens"] = max_batched_tokens
     if max_model_len is not None:  # no prompt is longer
         ceilings["long_prompt_threshold"] = max_model_len
     reports = []

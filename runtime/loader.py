@@ -106,7 +106,10 @@ def refuse_foreign(folder: Path, config: PretrainedConfig) -> None:
     """
     if not is_straight_type(raw_config(folder)):
         return
-    stored = {one.name: one.shape for file in weight_files(folder) for one in stored_tensors(file)}
+    found = [one for file in weight_files(folder) for one in stored_tensors(file)]
+    stored = {one.name: one.shape for one in found}
+    if len(stored) < len(found):  # another model's weights lie beside: which are meant, transformers knows
+        return
     try:
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(config)

@@ -557,8 +557,9 @@ class Scheduler:
         hits = self._find_prefix(request)
         if self.config.prefix_cache == "on" and request.token_ids is not None:
             self.num_looked_up_tokens += request.num_reusable_tokens
-            found = len(hits) * pool.block_tokens / request.num_tokens
-            self._known_share += (found - self._known_share) / KNOWN_OVER
+            if not request.num_preemptions:  # one that comes back finds its own
+                found = len(hits) * pool.block_tokens / request.num_tokens
+                self._known_share += (found - self._known_share) / KNOWN_OVER
         # A copy needs blocks of its own beside those it is made from.
         while pool.wants_runs and hits and num_blocks > pool.num_free - sum(map(pool.index.is_idle, hits)):
             hits.pop()

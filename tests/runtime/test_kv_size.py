@@ -18,6 +18,7 @@ from runtime.scheduler import Scheduler
 from runtime.warm_up import largest_blocks, largest_requests
 from tests.runtime.tiny_models import save_tiny_model
 
+CPU = torch.device("cpu")
 GPU = 139 * 2**30
 
 
@@ -89,6 +90,13 @@ def test_first_steps_are_computed_over_blocks_of_the_size_that_will_serve(
     monkeypatch.setattr(DecoderModel, "forward", noted)
     executor(folder, 4096, kv_block=str(size))
     assert set(seen[-5:]) == {size}
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_request_of_the_full_length_fits_whatever_blocks_are(folder: Path, size: int) -> None:
+    loaded = load_model(folder, CPU, torch.float32, 200)  # no multiple of a block
+    here = Executor(loaded, None, EngineConfig.of({"max_num_seqs": 1, "kv_block": str(size)}))
+    assert here.max_model_len == 200
 
 
 def test_a_pool_whose_memory_is_refused_becomes_a_smaller_one(

@@ -135,6 +135,13 @@ def test_what_is_read_ahead_of_weights_that_are_refused_is_let_go(folder: Path) 
     assert all(piece.cancelled() or piece.result(10.0) for piece in reading.digest._pieces)
 
 
+def test_another_models_weights_beside_the_right_ones_are_transformers_affair(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({name: weights[name][:3].clone()}, folder / "mtp.safetensors", {"format": "pt"})
+    assert torch.equal(load(folder).model.state_dict()[name], weights[name])
+
+
 def test_weights_of_the_bare_model_are_loaded_as_transformers_does(folder: Path) -> None:
     weights = {
         name.removeprefix("model."): part for name, part in load_file(folder / "model.safetensors").items()
