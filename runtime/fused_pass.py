@@ -103,21 +103,19 @@ class FusedPass:
             drawn=step.token_ids[0],  # all are known
         )
         splits = self._splits(num_single)
-        pieces = PiecesInputs.of_step(
-            step, tables, self._decoder.layers[0].attention.num_heads, self._num_sms
-        )
+        pieces = self._pieces_in_place(step, tables, caches[0])
 
         def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             found = []
             if num_single:
                 found.append(self._decode(qkv[:num_single], cache, layer, inputs, splits))
-            if pieces is not None and cache.scales is None and self.reads_pieces_in_place:
-                whole = self._read_pieces(qkv, cache, layer, pieces)
-                for of_singles in found:
-                    whole[:num_single] = of_singles
-                return whole
             if pieces is not None:
-                found.append(self._gather_pieces(qkv[num_single:], cache, layer, pieces.pieces))
+                whole = self._read_pieces(qkv, cache, layer, pieces)
+                if num_single:
+                    whole[:num_single] = found[0]
+                return whole
+            if step.pieces is not None:
+                found.append(self._gather_pieces(qkv[num_single:], cache, layer, step.pieces))
             for row in step.rows:
                 q = queries_of(qkv[row.first : row.last], layer).permute(1, 2, 0, 3)
                 out = attend_chunk(q, *cache.of_row(row), row, layer.scaling, layer.window)
@@ -148,6 +146,12 @@ class FusedPass:
         for use, layers in (("whole", whole), ("gated", gated), ("parts", parts)):
             self.linears.measure(use, layers)
         self.linears.wake([*whole, *gated, *parts])
+
+    def _pieces_in_place(self, step: StepTensors, tables: Tensor, cache: Any) -> "PiecesInputs | None":
+        """None where there are none, or latents or a rounded cache, which are gathered."""
+        attention = self._decoder.layers[0].attention
+        is_read = self.reads_pieces_in_place and isinstance(attention, Attention) and cache.scales is None
+        return PiecesInputs.of_step(step, tables, attention.num_heads, self._num_sms) if is_read else None
 
     def _read_pieces(self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: "PiecesInputs") -> Tensor:
         """qkv: of all tokens. Returns [tokens, heads * D], without those before the pieces."""

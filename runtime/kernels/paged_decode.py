@@ -24,7 +24,6 @@ TILE_VALUES = (
 # the shared memory that two take with 5 stages, so more programs share an SM. On an H200, llama-8b, us with 3 and 5:
 # 256 rows of 256 tokens 77 and 90, 32 of 2,048 in two splits 72 and 91, one 11.2 and 11.7.
 STAGES = 3
-WARPS = 4
 LATENT_STAGES = 5
 UNBOUNDED = 2**30  # a window wider than any context
 
@@ -54,7 +53,7 @@ def paged_decode(
         0 if scales is None else scales.stride(0), scaling, UNBOUNDED if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_TOKENS=block_tokens, NUM_SPLITS=num_splits,
         IS_ROUNDED=scales is not None, HEAD_BLOCK=head_block, DIM_BLOCK=dim_block, TILE=_tile(dim_block, rows),
-        num_warps=WARPS, num_stages=STAGES,
+        num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     merge_into(out, parts, sums, num_splits, dim)
     return out

@@ -1,4 +1,4 @@
-"""What each kernel of the decode path computes, written with torch: specification and stand-in at once.
+"""What each kernel of our decoder computes, written with torch: specification and stand-in at once.
 
 None of them but `paged_prefill` waits for the device, so that a CUDA graph can capture them too. Arithmetic is in
 float32 at least, and rounded once, where the result is written.
