@@ -31,9 +31,9 @@ def cost_of(num_tokens: int, context: int, attention_cost: float) -> float:
 
 def most_tokens(cost: float, context: int, attention_cost: float) -> int:
     """The most tokens of a prompt that cost no more, with `context` tokens before the first of them."""
-    if cost <= 0:
+    if cost < 1:
         return 0
-    # The larger root of attention_cost / 2 * n^2 + slope * n = cost, in the form that a cost of 0 does not divide by.
+    # The larger root of attention_cost / 2 * n^2 + slope * n = cost, in the form whose divisor is 2 at least.
     slope = 1 + attention_cost * (context - 0.5)
     most = int(2 * cost / (slope + math.sqrt(slope * slope + 2 * attention_cost * cost)))
     while cost_of(most + 1, context, attention_cost) <= cost:  # what rounding took, or gave

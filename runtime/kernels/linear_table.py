@@ -14,7 +14,11 @@ from torch.nn.functional import linear
 from runtime.kernels.launch import compiled_ahead
 from runtime.kernels.table import Kernels
 
-TIMED_ROWS = (1, 16, 32, 64)  # a batch goes by the next of them
+TIMED_ROWS = (1, 16, 32, 64, 128, 256)  # a batch goes by the next of them
+# With more than FEW_ROWS only products of smaller weights are timed: others take so long that launching them, which is
+# what our kernels save, does not count.
+FEW_ROWS = 64
+VALUES_OF_MANY_ROWS = 2**24
 WOKEN_ROWS = (
     *range(8, 64, 8),
     *range(64, 512, 32),
@@ -89,7 +93,7 @@ class LinearTable:
         wanted = {
             shape: weights
             for weights in by_shape.values()
-            for rows in TIMED_ROWS
+            for rows in timed_rows(weights[0])
             if (shape := _shape(use, weights[0], rows)) not in self.choices
         }
         with compiled_ahead():
@@ -138,6 +142,11 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether the layer multiplies with its weight as it is: no bias, no format that replaced its forward."""
     forward = getattr(layer.forward, "__func__", None)
     return isinstance(layer, nn.Linear) and layer.bias is None and forward is nn.Linear.forward
+
+
+def timed_rows(weight: Tensor) -> tuple[int, ...]:
+    is_small = weight.numel() < VALUES_OF_MANY_ROWS
+    return tuple(rows for rows in TIMED_ROWS if rows <= FEW_ROWS or is_small)
 
 
 def _shape(use: Use, weight: Tensor, num_rows: int) -> LinearShape:

@@ -288,7 +288,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x: [M, K], M at most 64; weight: [N, K]. Returns [M, N]."""
+    """x: [M, K], M at most 256; weight: [N, K]. Returns [M, N]."""
     return torch.nn.functional.linear(x, weight)
 
 

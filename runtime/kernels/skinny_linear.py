@@ -6,10 +6,10 @@
 
 Contract: `runtime.kernels.plain`.
 
-A program streams some rows of the weight past all rows of x. Whoever adds a product to something (`add_norm`) adds its
-parts in fixed order on the way, so the same input gives the same output always, which atomic additions would not, and
-no kernel is launched for it. The weight is the left factor of the products: it fills the 64 rows of a tensor core's
-tile, of which a few rows of x would leave most empty.
+A program streams some rows of the weight past all rows of x, or past 128 of them. Whoever adds a product to something
+(`add_norm`) adds its parts in fixed order on the way, so the same input gives the same output always, which atomic
+additions would not, and no kernel is launched for it. The weight is the left factor of the products: it fills the 64
+rows of a tensor core's tile, of which a few rows of x would leave most empty.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.kernels.launch import launch
 
-MAX_ROWS = 64
+MAX_ROWS = 256
+FEW_ROWS = 64  # all of them in one program
+MAX_ROW_BLOCK = 128  # beyond, a program's sums would not fit in its registers
 MIN_DOT = 16
 COLUMN_BYTES = 256  # of a tile's row: 128 values of two bytes
 MAX_SPLIT = 8
@@ -30,13 +32,15 @@ MIN_STEPS = 2  # tiles of a part, so that one is loaded while another is multipl
 WANTED_PROGRAMS = (
     192  # of 132 SMs; llama-8b's 4096 x 4096 took 10.5 to 10.8 us with 128 to 256, 14 in cuBLAS (H200)
 )
-ENOUGH_PROGRAMS = 90  # below, smaller tiles that more programs share are worth their overhead
+# Below, smaller tiles that more programs share, and parts of products of many rows, are worth their overhead.
+ENOUGH_PROGRAMS = 90
 STAGED_BYTES = 2**17  # of shared memory
 
 
 class Tiles(NamedTuple):
-    """How the work is shared out: rows of the weight a program, columns a step of it, parts of the columns."""
+    """How the work is shared out: rows of x and of the weight a program, columns a step of it, parts of the columns."""
 
+    block_m: int = MIN_DOT
     block_n: int = 64
     block_k: int = 128
     split_k: int = 1
@@ -44,32 +48,49 @@ class Tiles(NamedTuple):
     num_stages: int = 4
 
 
-def split_tiles(out_features: int, in_features: int, element_bytes: int = 2) -> Tiles:
-    """Split so often that there are programs for all SMs."""
-    block_k = COLUMN_BYTES // element_bytes
-    programs = triton.cdiv(out_features, Tiles().block_n)
+def split_tiles(out_features: int, in_features: int, element_bytes: int = 2, num_rows: int = 1) -> Tiles:
+    """Split so often that there are programs for all SMs. Parts of many rows are read and written back, so there are
+    fewer."""
+    block_m, block_k = row_block(num_rows), COLUMN_BYTES // element_bytes
+    programs = triton.cdiv(out_features, Tiles().block_n) * triton.cdiv(padded(num_rows), block_m)
+    wanted = WANTED_PROGRAMS if num_rows <= FEW_ROWS else ENOUGH_PROGRAMS
     split_k = 1
     while (
-        programs * split_k < WANTED_PROGRAMS
+        programs * split_k < wanted
         and split_k < MAX_SPLIT
         and in_features >= 2 * split_k * MIN_STEPS * block_k
     ):
         split_k *= 2
-    return Tiles(block_k=block_k, split_k=split_k)
+    return Tiles(block_m, block_k=block_k, split_k=split_k)
 
 
 def whole_tiles(out_features: int, num_rows: int, element_bytes: int = 2, num_weights: int = 1) -> Tiles:
-    """As many rows of the weight a program as leave work for all SMs. `num_weights`: 2 for gate and up."""
-    block_n = Tiles().block_n
-    while block_n > MIN_DOT and triton.cdiv(out_features, block_n) < ENOUGH_PROGRAMS:
+    """As large as leaves work for all SMs. `num_weights`: 2 for gate and up."""
+    block_m, block_n = row_block(num_rows), Tiles().block_n
+
+    def are_enough() -> bool:
+        return triton.cdiv(out_features, block_n) * triton.cdiv(padded(num_rows), block_m) >= ENOUGH_PROGRAMS
+
+    while block_m > FEW_ROWS and not are_enough():
+        block_m //= 2
+    while block_n > MIN_DOT and not are_enough():
         block_n //= 2
-    staged = COLUMN_BYTES * (num_weights * block_n + _row_block(num_rows))
+    staged = COLUMN_BYTES * (num_weights * block_n + block_m)
     stages = max(3, min(6, STAGED_BYTES // staged))
-    return Tiles(block_n, COLUMN_BYTES // element_bytes, num_stages=stages)
+    return Tiles(block_m, block_n, COLUMN_BYTES // element_bytes, num_stages=stages)
+
+
+def row_block(num_rows: int) -> int:
+    return min(MAX_ROW_BLOCK, padded(num_rows))
+
+
+def padded(num_rows: int) -> int:
+    """The number of rows that tiles go by: few forms are compiled for all numbers."""
+    return max(MIN_DOT, triton.next_power_of_2(num_rows))
 
 
 def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Raises ValueError where x has more than 64 rows; so do the others."""
+    """Raises ValueError where x has more than 256 rows; so do the others."""
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     _multiply(x, weight, out[None], whole_tiles(len(weight), len(x), x.element_size()))
     return out
@@ -84,7 +105,7 @@ def skinny_gated(x: Tensor, weight: Tensor) -> Tensor:
 
 def skinny_parts(x: Tensor, weight: Tensor, tiles: Tiles | None = None) -> Tensor:
     """`tiles`: a guess from the shape where none are given."""
-    tiles = tiles or split_tiles(len(weight), weight.shape[1], x.element_size())
+    tiles = tiles or split_tiles(len(weight), weight.shape[1], x.element_size(), len(x))
     out = torch.empty(tiles.split_k, len(x), len(weight), dtype=torch.float32, device=x.device)
     _multiply(x, weight, out, tiles)
     return out
@@ -100,16 +121,12 @@ def _multiply(x: Tensor, weight: Tensor, out: Tensor, tiles: Tiles, is_gated: bo
     split, _, out_features = out.shape
     columns = triton.cdiv(triton.cdiv(in_features, split), tiles.block_k) * tiles.block_k
     launch(
-        _skinny, (triton.cdiv(out_features, tiles.block_n), split), x.device,
+        _skinny, (triton.cdiv(num_rows, tiles.block_m), triton.cdiv(out_features, tiles.block_n), split), x.device,
         x, weight, out, num_rows, out_features, in_features, columns, x.stride(0), weight.stride(0),
         IS_GATED=is_gated, IS_EVEN=columns * split == in_features,
-        BLOCK_M=_row_block(num_rows), BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-
-
-def _row_block(num_rows: int) -> int:
-    return max(MIN_DOT, triton.next_power_of_2(num_rows))
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # or each number of rows is compiled anew
@@ -130,8 +147,10 @@ def _skinny(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    part = tl.program_id(1)
-    m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Those that read the same weights are neighbours, so that only the first one waits for memory.
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(2)
     k = part * columns + tl.arange(0, BLOCK_K)
     # Rows beyond the edge read the last one again: that is cheaper than a mask in the loop.
     x_at = x + tl.minimum(m, num_rows - 1)[:, None] * x_stride + k[None]

@@ -39,7 +39,7 @@ class Kernels(NamedTuple):
     rope_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None, float], None]
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]  # (x, delta, weight, eps)
     silu_mul: Callable[[Tensor], Tensor]
-    skinny_linear: Callable[[Tensor, Tensor], Tensor]  # (x of at most 64 rows, weight)
+    skinny_linear: Callable[[Tensor, Tensor], Tensor]  # (x of at most 256 rows, weight)
     skinny_gated: Callable[[Tensor, Tensor], Tensor]
     skinny_parts: Callable[[Tensor, Tensor], Tensor]
     greedy: Callable[[Tensor], Tensor]
@@ -221,16 +221,26 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
 
     num_heads, kv_heads, dim, hidden = shape[:4]
     size, longest = shape.block_tokens, max(300, 2 * shape.block_tokens)  # several tiles
-    contexts = torch.tensor([0, 1, 2 * size, longest], device=device)
-    blocks = -(-longest // size)
-    tables = torch.randperm(4 * blocks, generator=random, device=device).view(4, blocks).int()
-    rows = normal(4 * blocks * size, 2 * kv_heads * dim)
     qkv = normal(4, (num_heads + 2 * kv_heads) * dim)
     query = qkv[:, : num_heads * dim].unflatten(1, (kv_heads, -1, dim))
+
+    def cached(size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows in blocks of so many tokens, which blocks four sequences have, and how long these are."""
+        num = -(-longest // size)
+        tables = torch.randperm(4 * num, generator=random, device=device).view(4, num).int()
+        contexts = torch.tensor([0, 1, 2 * size, longest], device=device)
+        return normal(4 * num * size, 2 * kv_heads * dim), tables, contexts
+
+    rows, tables, contexts = cached(size)
     for splits in (1, 3):
         yield (
             "paged_decode",
             _returned(query, rows, tables, contexts, size, dim**-0.5, shape.window, splits),
+        )
+    if device.type == "cuda" and size != QUERY_TILE:  # the size of blocks by default there
+        yield (
+            "paged_decode",
+            _returned(query, *cached(QUERY_TILE), QUERY_TILE, dim**-0.5, shape.window, 3),
         )
     # A tile of keys lies in one block or not. On a GPU all numbers of splits are compiled here.
     yield "paged_prefill", _pieces_trial(normal, device, size, 1, 0, shape)
@@ -305,7 +315,7 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         _returned(*(torch.tensor(one, device=device) for one in ([3, -1, 0, -3], [1, 0, 2])), matrix),
     )
     gates = torch.cat((matrix, matrix.flip(0)))
-    for some in (x, normal(64, hidden)):
+    for some in (x, normal(64, hidden), normal(160, hidden)):
         yield "skinny_linear", _returned(some, matrix)
         yield "skinny_gated", _returned(some, gates)
         yield "skinny_parts", _added_up(some, matrix)

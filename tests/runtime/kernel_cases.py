@@ -364,12 +364,12 @@ add("silu_of_large_values", silu, size=200, scale=40.0)
 def skinny(
     device: torch.device, dtype: torch.dtype, m: int, n: int = 100, k: int = 512, **tiles: int
 ) -> None:
-    from runtime.kernels.skinny_linear import Tiles, skinny_parts
+    from runtime.kernels.skinny_linear import Tiles, row_block, skinny_parts
 
     torch.manual_seed(0)
     x = torch.randn(m, k + 16).to(device, dtype)[:, :k]  # rows lie apart
     weight = (torch.randn(n, k) * k**-0.5).to(device, dtype)
-    parts = skinny_parts(x, weight, Tiles(**tiles) if tiles else None)
+    parts = skinny_parts(x, weight, Tiles(row_block(m), **tiles) if tiles else None)
     assert parts.dtype == torch.float32
     close(parts.sum(0).to(dtype), PLAIN.skinny_parts(x, weight)[0].to(dtype))
     if not tiles:
@@ -378,7 +378,7 @@ def skinny(
         close(kernels().skinny_gated(x, both), PLAIN.skinny_gated(x, both))
 
 
-for m in (1, 3, 16, 17, 33, 64):
+for m in (1, 3, 16, 17, 33, 64, 65, 128, 200, 256):
     add(f"linear_rows_{m}", skinny, m=m)
 for k in (16, 100, 1000, 4096):
     add(f"linear_inputs_{k}", skinny, m=2, k=k)
@@ -835,7 +835,7 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
         ),
         "silu": lambda: kernels().silu_mul(empty(2, 2 * 14336)),
     }
-    for rows in (1, 32, 64):
+    for rows in (1, 32, 64, 256):
         found[f"linear_{rows}"] = lambda m=rows: kernels().skinny_linear(empty(m, 4096), empty(4096, 4096))
         found[f"gated_{rows}"] = lambda m=rows: kernels().skinny_gated(empty(m, 4096), empty(28672, 4096))
         found[f"parts_{rows}"] = lambda m=rows: kernels().skinny_parts(empty(m, 4096), empty(4096, 4096))

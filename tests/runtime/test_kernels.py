@@ -219,7 +219,7 @@ def test_table_goes_by_the_next_number_of_rows_that_was_timed_and_leaves_the_res
     table = LinearTable(
         PLAIN,
         {
-            LinearShape("parts", 8, 4, rows, torch.float32): ours if rows in (16, 64) else cublas
+            LinearShape("parts", 8, 4, rows, torch.float32): ours if rows in (16, 64, 256) else cublas
             for rows in TIMED_ROWS
         },
     )
@@ -231,8 +231,9 @@ def test_table_goes_by_the_next_number_of_rows_that_was_timed_and_leaves_the_res
         torch.testing.assert_close(whole, layer(x))
         return found.ndim == 3
 
-    chosen = {rows: is_in_parts(layer, rows) for rows in (1, 2, 16, 17, 32, 33, 64, 65)}
-    assert chosen == {1: False, 2: True, 16: True, 17: False, 32: False, 33: True, 64: True, 65: False}
+    chosen = {rows: is_in_parts(layer, rows) for rows in (1, 2, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257)}
+    ours = {2, 16, 33, 64, 129, 256}
+    assert chosen == {rows: rows in ours for rows in chosen}
     assert not is_in_parts(other, 16)
     assert table.whole(layer, torch.ones(16, 4)).ndim == 2, "measured for another use"
     assert table.added(layer, torch.ones(0, 4)).shape == (0, 8), "a step may have no logits"
@@ -251,21 +252,35 @@ def test_every_layer_of_a_real_model_is_shared_out_among_all_sms(size: tuple[int
     assert size[1] / tiles.split_k / tiles.block_k >= 2, "one tile must be loaded while another is multiplied"
     assert split_tiles(64, 128).split_k == 1
     assert size[0] / whole_tiles(size[0], 1).block_n >= 64
+    used = [(1, split_tiles(*size, num_rows=rows)) for rows in TIMED_ROWS]
+    used += [(num, whole_tiles(size[0], rows, num_weights=num)) for rows in TIMED_ROWS for num in (1, 2)]
     staged = [
-        (num * tiles.block_n + rows) * tiles.block_k * 2 * tiles.num_stages
-        for rows in (16, 64)
-        for num in (1, 2)
-        for tiles in [whole_tiles(size[0], rows, num_weights=num)]
+        (num * tiles.block_n + tiles.block_m) * tiles.block_k * 2 * tiles.num_stages for num, tiles in used
     ]
     assert max(staged) <= 200_000, "shared memory of an SM"
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [(1024, 2048), (4096, 1024), (3072, 1024), (576, 2048)])
+def test_tiles_of_layers_are_those_of_the_next_number_of_rows_that_was_timed(size: tuple[int, int]) -> None:
+    """Or a step of another number would be compiled for while it is waited for."""
+    from runtime.kernels.skinny_linear import MAX_ROWS, split_tiles, whole_tiles
+
+    assert TIMED_ROWS[-1] == MAX_ROWS
+    for rows in range(1, MAX_ROWS + 1):
+        timed = next(timed for timed in TIMED_ROWS if timed >= rows)
+        for num_weights in (1, 2):
+            tiles = [whole_tiles(size[0], num, num_weights=num_weights) for num in (rows, timed)]
+            assert tiles[0] == tiles[1], rows
+        assert split_tiles(*size, num_rows=rows) == split_tiles(*size, num_rows=timed), rows
 
 
 @needs_triton
 def test_skinny_linear_refuses_more_rows_than_it_is_for() -> None:
     from runtime.kernels.skinny_linear import skinny_linear
 
-    with pytest.raises(ValueError, match="at most 64 rows, but got 65"):
-        skinny_linear(torch.empty(65, 16), torch.empty(8, 16))
+    with pytest.raises(ValueError, match="at most 256 rows, but got 257"):
+        skinny_linear(torch.empty(257, 16), torch.empty(8, 16))
 
 
 @pytest.mark.gpu
@@ -277,12 +292,12 @@ def test_measured_table_multiplies_as_torch_does() -> None:
         table.measure(use, layers)
     assert len(table.choices) == 3 * len(TIMED_ROWS)
     assert all(0 < choice.cublas_us < 1000 and choice.ours_us < 1000 for choice in table.choices.values())
-    for rows in (1, 20, 64, 100):
+    for rows in (1, 20, 64, 100, 256):
         x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
         for choice in (Choice(1.0, 9.0), Choice(9.0, 1.0)):
             table.choices = dict.fromkeys(table.choices, choice)
             found = table.added(layers[0], x)
-            assert found.ndim == (3 if choice.is_ours("parts") and rows <= 64 else 2)
+            assert found.ndim == (3 if choice.is_ours("parts") else 2)
             whole = found if found.ndim == 2 else found.sum(0).bfloat16()
             torch.testing.assert_close(whole, layers[0](x), rtol=2e-2, atol=2e-2)
             torch.testing.assert_close(table.whole(layers[0], x), layers[0](x), rtol=2e-2, atol=2e-2)

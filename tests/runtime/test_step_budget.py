@@ -35,6 +35,7 @@ def test_a_piece_costs_what_its_tokens_cost_one_by_one(num: int, context: int, a
 
 @given(st.floats(0, 2000), st.integers(0, 100_000), COSTS)
 @example(1.0, 0, 3.0)
+@example(1e-148, 0, 3.0)
 def test_the_most_tokens_for_a_cost_are_those_that_counting_finds(
     cost: float, context: int, attention_cost: float
 ) -> None:
