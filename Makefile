@@ -21,10 +21,10 @@ run: $(STAMP)
 	$(BIN)/tuner run --config configs/demo.yaml
 
 test: $(TESTED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile ci
 
 soak: $(TESTED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow or hypothesis"
 
 prove: $(STAMP)
 	$(BIN)/python -m tuner.prove

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.batch import PackedBatch
@@ -401,17 +400,9 @@ def attend_chunk(
     num_new, context = row.num_new, row.context
     plain = window is None or context <= window
     if plain and _has_fused_gqa(query, value):
+        mask = {"is_causal": True} if num_new == context else {"attn_mask": _lower_right(num_new, context)}
         out = scaled_dot_product_attention(
-            query.flatten(0, 1)[None],
-            key,
-            value,
-            scale=scaling,
-            enable_gqa=True,
-            **(
-                {"is_causal": True}
-                if num_new == context
-                else {"attn_mask": causal_lower_right(num_new, context)}
-            ),
+            query.flatten(0, 1)[None], key, value, scale=scaling, enable_gqa=True, **mask
         )[0].unflatten(0, query.shape[:2])
     else:  # KV heads as the batch, so that the group shares keys and values without a copy
         shape = (*query.shape[:2], -1, -1)
@@ -425,6 +416,13 @@ def attend_chunk(
             attn_mask=None if causal else row.allowed(window if not plain else None, query.device),
         )
     return out.permute(2, 0, 1, 3)
+
+
+def _lower_right(num_new: int, context: int) -> Any:
+    # Here, since it brings torch's compiler along, which takes a second to load.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(num_new, context)
 
 
 def _has_fused_gqa(query: Tensor, value: Tensor) -> bool:

@@ -11,21 +11,24 @@ rows. All linear layers are `nn.Linear`, so that whatever prepares weights finds
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
-from transformers import PreTrainedModel
 
 from runtime.attention import LayerCache, PaddedRows, Row, StepTensors, attend
 from runtime.errors import ModelError
 from runtime.experts import Experts
-from runtime.hf_model import AttentionCall
 from runtime.latent_attention import LatentAttention
 from runtime.layer_parts import Mlp, Norm, Rope, fused, norm_of
-from runtime.paged_model import KVShape
+from runtime.paged_model import AttentionCall, KVShape
 from runtime.rounded_cache import STORED, RoundedCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from runtime.bare_model import BareModel
 
 LATENT_TYPES = ("deepseek_v2", "deepseek_v3")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", *LATENT_TYPES)
@@ -141,7 +144,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """The layers between token ids and logits."""
 
-    def __init__(self, model: PreTrainedModel, calls: dict[int, AttentionCall]) -> None:
+    def __init__(self, model: "PreTrainedModel | BareModel", calls: dict[int, AttentionCall]) -> None:
         """Raises ModelError where the model is not one of those that are computed here."""
         super().__init__()
         check(model, calls)
@@ -168,9 +171,9 @@ class Decoder(nn.Module):
 # -- taking over a model's weights -----------------------------------------------------------------------------
 
 
-def check(model: PreTrainedModel, calls: dict[int, AttentionCall]) -> None:
+def check(model: "PreTrainedModel | BareModel", calls: dict[int, AttentionCall]) -> None:
     """Raises ModelError with what is not computed here."""
-    config = model.config
+    config: Any = model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in MODEL_TYPES:
         raise ModelError(f"{config.model_type} is not one of {', '.join(MODEL_TYPES)}")

@@ -1,22 +1,27 @@
 """Our decoder over the paged pool: tier A. On a GPU with Triton by kernels, and steps of one token a row as graphs."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from runtime.attention import StepTensors
+from runtime.bare_model import BareModel
 from runtime.batch import PackedBatch
 from runtime.decode_graph import Decoded, DecodeGraphs
 from runtime.decoder import Attention, Decoder
 from runtime.fused_pass import DecodeInputs, fused_pass
-from runtime.hf_model import HFModel
-from runtime.kv_cache import BLOCK_TOKENS
-from runtime.paged_model import KVPools, KVShape, PagedModel, probe_tokens, slots_in
+from runtime.knobs import EngineConfig
+from runtime.kv_cache import BLOCK_TOKENS, BlockPool
+from runtime.paged_model import PROBE_TOKENS, KVPools, KVShape, PagedModel, probe_tokens, slots_in
+from runtime.request import Request, SamplingParams
 from runtime.retable import Retabled
 from runtime.rounded_cache import STORED
+from runtime.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from runtime.hf_model import HFModel
 
 CONVERTED_TOKENS = 65_536  # of a pool that is rounded or restored, at a time
 
@@ -26,16 +31,16 @@ class DecoderModel(PagedModel):
 
     tier = "A"
 
-    def __init__(self, plain: HFModel, max_model_len: int | None = None) -> None:
-        """`plain`: the same model, found to work in tier B. `max_model_len`: tokens of the longest request; what the
-        model was made for if not given.
+    def __init__(self, plain: "HFModel | BareModel", max_model_len: int | None = None) -> None:
+        """`plain`: the same model, found to work in tier B, or without code. `max_model_len`: tokens of the longest
+        request; what the model was made for if not given.
 
         Raises:
             ModelError: another architecture, or logits that differ.
         """
-        assert isinstance(plain.model, PreTrainedModel)
-        max_model_len = max_model_len or int(plain.model.config.max_position_embeddings)
-        self.decoder = Decoder(plain.model, plain.attention_calls)
+        model: Any = plain if isinstance(plain, BareModel) else plain.model
+        max_model_len = max_model_len or int(model.config.max_position_embeddings)
+        self.decoder = Decoder(model, plain.attention_calls)
         shapes = {index: layer.attention.kv_shape for index, layer in enumerate(self.decoder.layers)}
         super().__init__(self.decoder, plain.device, shapes)
         parts = [layer.attention for layer in self.decoder.layers]
@@ -50,7 +55,23 @@ class DecoderModel(PagedModel):
         self._graphs: DecodeGraphs | None = None
         self._max_blocks = -(-max_model_len // BLOCK_TOKENS)
         token_ids = probe_tokens(self.decoder.embedding.shape[0], self.device)[0].tolist()
-        self.check_against(plain.expected, token_ids)
+        expected = self._in_one_piece(token_ids) if isinstance(plain, BareModel) else plain.expected
+        self.check_against(expected, token_ids)
+
+    @torch.inference_mode()
+    def _in_one_piece(self, token_ids: list[int]) -> Tensor:
+        """The logits of each token, by no kernel of ours and nothing cached before: [tokens, vocab]."""
+        pool = BlockPool(PROBE_TOKENS // BLOCK_TOKENS + 2)
+        scheduler = Scheduler(pool, EngineConfig.of(self.fixed_knobs), PROBE_TOKENS + 2)
+        scored = SamplingParams(num_prompt_logprobs=0)
+        scheduler.add(Request.of_tokens("probe", token_ids, 1, 0.0, scored))
+        batch = scheduler.schedule(0.0)
+        assert batch is not None and batch.scored is not None
+        self.allocate(pool.num_blocks)
+        step = StepTensors.of(scheduler.pack(batch), self.device)
+        logits = self.decoder.forward(step, self._caches_of(self.pools))
+        self.release()
+        return torch.cat((logits[1:], logits[:1]))  # what is drawn from comes first
 
     def shapes_of(self, kv_dtype: str) -> Mapping[int, KVShape]:
         return self._rounded_shapes if kv_dtype == "fp8" else self.kv_shapes

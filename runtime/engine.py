@@ -465,20 +465,16 @@ def load(
     from runtime.head_start import begin
 
     reading = begin(Path(options.model), options.device)
-    from transformers.utils import logging as transformers_logging
-
     from runtime.executor import Executor  # noqa: F401 - needed next, and counted as a library
     from runtime.loader import load_model, resolve_device, resolve_dtype
 
     gc.freeze()  # so that no later collection walks over the libraries
     gc.enable()
     stage_ended("imports")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     torch.set_num_interop_threads(1)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    return load_model(options.model, device, dtype, options.max_model_len, reading)
+    return load_model(options.model, device, dtype, options.max_model_len, reading, may_be_bare=True)
 
 
 def set_environment() -> None:

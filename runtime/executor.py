@@ -5,33 +5,35 @@ import math
 import platform
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
-import transformers
-from transformers import PreTrainedModel
 
 import runtime
+from runtime.bare_model import BareModel
 from runtime.batch import Batch, IntArray, PackedBatch, ScoredPiece
 from runtime.decoder_model import DecoderModel
 from runtime.errors import ModelError
 from runtime.fitting import Fitting
 from runtime.gemm_rate import measured_step_tokens
-from runtime.hf_model import HFModel
 from runtime.host import cpu_model, free_memory_bytes, num_cores
 from runtime.knobs import EngineConfig, default_config
 from runtime.linear import lay_out_linears
 from runtime.loader import LoadedModel
 from runtime.logprobs import PromptLogprob, TokenLogprobs, logprobs_of, prompt_logprobs_of
 from runtime.paged_model import KVPools, PagedModel
-from runtime.plain_model import PlainModel
 from runtime.request import Request
 from runtime.sampling import are_greedy, draw, tokens_of
 from runtime.scoring import Scored
 from runtime.step_model import StepModel
 from runtime.step_weights import weights_of
 from runtime.warm import WarmStates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ class Executor:
         """
         self._loaded = loaded
         self._num_active = weights_of(loaded.model).num_active
-        self._model = servable(loaded.model, tiers, loaded.max_model_len)
+        self._model = served(loaded, tiers)
         self._device = self._model.device
         self._threads = 0
         self._landed = 0.0  # when the last step did
@@ -222,7 +224,7 @@ class Executor:
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
-                "transformers": transformers.__version__,
+                "transformers": version("transformers"),
                 "runtime": runtime.__version__,
             },
             "tier": self._model.tier,
@@ -257,13 +259,31 @@ class Executor:
             self._threads = threads
 
 
-def servable(model: PreTrainedModel, tiers: str = "ABC", max_model_len: int | None = None) -> PagedModel:
+def served(loaded: LoadedModel, tiers: str = "ABC") -> PagedModel:
+    """The model in the first of these tiers that can serve it. Raises ModelError where none can."""
+    model = loaded.model
+    if isinstance(model, BareModel):
+        try:
+            if "A" in tiers:
+                return DecoderModel(model, loaded.max_model_len)
+        except ModelError as error:
+            log.warning("transformers' own model is loaded: %s", error)
+        from runtime.pretrained import pretrained_of
+
+        model = pretrained_of(model, Path(loaded.identity["path"]))
+    return servable(model, tiers, loaded.max_model_len)
+
+
+def servable(model: "PreTrainedModel", tiers: str = "ABC", max_model_len: int | None = None) -> PagedModel:
     """The model in the first tier that can serve it: A, our own decoder, B, its own code over our cache, or C,
     one request at a time by `generate`.
 
     Raises:
         ModelError: it cannot be served, with the reason of each tier.
     """
+    from runtime.hf_model import HFModel
+    from runtime.plain_model import PlainModel
+
     try:
         plain = HFModel(model)
     except ModelError as refused:

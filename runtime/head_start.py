@@ -1,6 +1,6 @@
-"""What a start begins before transformers is loaded, which alone takes seconds: weights, their digest, the device.
+"""What a start begins as soon as torch is there, beside the rest: weights, their digest, the device.
 
-    torch ─┬─ import transformers ── model ── engine ── first token
+    torch ─┬─ (transformers, for models that need it) ── model ── engine ── first token
            ├─ weights ▶ device, digest
            └─ context, cuBLAS, kernels compiled and checked        (on a GPU)
 

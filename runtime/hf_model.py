@@ -5,7 +5,6 @@ is built. The cache is ours, so `use_cache` is off. Whether a model can be serve
 """
 
 import inspect
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +18,20 @@ from runtime.attention import (
     registered_attention,
 )
 from runtime.errors import ModelError
-from runtime.paged_model import KVPools, KVShape, PagedModel, architecture, probe_tokens, told
+from runtime.paged_model import (
+    AttentionCall,
+    KVPools,
+    KVShape,
+    PagedModel,
+    architecture,
+    probe_tokens,
+    told,
+)
 
 ATTENTION_NAME = "tuner_paged"
 PAGED_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 AttentionInterface.register(ATTENTION_NAME, registered_attention)
-
-
-class AttentionCall(NamedTuple):
-    """How a layer calls attention. `is_special`: with a soft cap or sinks."""
-
-    shape: KVShape
-    scaling: float
-    sliding_window: int | None
-    is_special: bool
 
 
 class ShapeProbe:

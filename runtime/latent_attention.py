@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from runtime.attention import PaddedRows, Row, StepTensors, attend, attend_chunk
-from runtime.hf_model import AttentionCall
 from runtime.layer_parts import fused, norm_of
-from runtime.paged_model import KVShape
+from runtime.paged_model import AttentionCall, KVShape
 
 # Expanding takes memory by the context: heads are computed in groups of so many values of keys and values.
 EXPANDED_MAX_VALUES = 1 << 26

@@ -5,12 +5,11 @@ heads and values those are is the model's own affair; the pools are made, moved 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from runtime.attention import StepTensors
 from runtime.batch import PackedBatch
@@ -20,6 +19,9 @@ from runtime.kv_cache import BLOCK_TOKENS, BlockIds, BlockPool
 from runtime.request import Request
 from runtime.retable import BlockMove, Retabled
 from runtime.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROBE_TOKENS = 24
 PROBE_DECODED = 2
@@ -38,6 +40,15 @@ class KVShape(NamedTuple):
     @property
     def bytes_per_token(self) -> int:
         return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class AttentionCall(NamedTuple):
+    """How a layer calls attention. `is_special`: with a soft cap or sinks."""
+
+    shape: KVShape
+    scaling: float
+    sliding_window: int | None
+    is_special: bool
 
 
 class PagedModel:
@@ -165,7 +176,7 @@ class PagedModel:
         self.release()
 
 
-def architecture(model: PreTrainedModel) -> str:
+def architecture(model: "PreTrainedModel") -> str:
     return str((model.config.architectures or [type(model).__name__])[0])
 
 

@@ -1,9 +1,12 @@
 """The weights that a step reads and multiplies, of the model as loaded: what a step costs at least."""
 
 from contextlib import suppress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from runtime.bare_model import BareModel
 
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")  # what configurations call them
 
@@ -23,7 +26,7 @@ class Weights(NamedTuple):
         return self.shared_bytes + self.routed_bytes * (1.0 - (1.0 - self.chosen_share) ** num_tokens)
 
 
-def weights_of(model: PreTrainedModel) -> Weights:
+def weights_of(model: "PreTrainedModel | BareModel") -> Weights:
     """Embeddings that are not the head too are left out, since a step reads the rows of its tokens only."""
     config = model.config.get_text_config()
     embedding = None

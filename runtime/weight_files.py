@@ -5,7 +5,7 @@ Needs neither torch nor transformers, so it can begin before these are loaded.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ DIGEST_PIECE_BYTES = 2**26
 _READ_BYTES = 2**22
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library itself
 MAX_THREADS = 8
+OFTEN_TIED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class StoredTensor(NamedTuple):
@@ -91,6 +92,34 @@ def stored_tensors(file: Path) -> Iterator[StoredTensor]:
             yield StoredTensor(
                 name, told["dtype"], tuple(told["shape"]), file, 8 + header_bytes + start, end - start
             )
+
+
+def are_weights_of(folder: Path, own: Mapping[str, tuple[int, ...]], architecture: str) -> bool:
+    """Whether the files hold these tensors and nothing else: names and shapes are compared before anything is read.
+    False where only transformers knows.
+
+    Raises:
+        ModelError: weights of another model, or not all of them.
+    """
+    found = [one for file in weight_files(folder) for one in stored_tensors(file)]
+    stored = {one.name: one.shape for one in found}
+    if len(stored) < len(found):  # another model's weights lie beside: which are meant, transformers knows
+        return False
+    lacking = [name for name in own if name not in stored]
+    if all(name.removeprefix("model.") in stored or name in OFTEN_TIED for name in lacking):
+        lacking = []  # the bare model's, or tied another way: transformers knows
+    if lacking:
+        raise ModelError(
+            f"The weights in {folder} lack {len(lacking)} of the tensors that {architecture} needs "
+            f"({', '.join(lacking[:3])}, ...). Download the model again."
+        )
+    for name, shape in own.items():
+        if stored.get(name, shape) != shape:
+            raise ModelError(
+                f"The weights in {folder} are of another model than its config.json: {name} must be of shape {shape}, "
+                f"but is {stored[name]}. Download the model again."
+            )
+    return stored.keys() == own.keys()
 
 
 class WeightsDigest:

@@ -135,7 +135,7 @@ def measure(
     least_s = bench.floor_s(steps, ceilings)
     generate_s = None
     if with_generate:
-        model = bench.loaded.model
+        model: Any = bench.loaded.model
         ours = model.config._attn_implementation  # of tier B, which computes with these modules
         model.set_attn_implementation("sdpa")
         generate_s = Generate(model).serve(load).seconds

@@ -13,7 +13,8 @@ from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
-from runtime.loader import LoadedModel, description_of, load_model, read_config
+from runtime.loader import LoadedModel, description_of, load_model
+from runtime.pretrained import read_config
 
 # Source: config.json of Qwen/Qwen2-0.5B, Qwen/Qwen3-0.6B, Qwen/Qwen3-30B-A3B, meta-llama/Llama-3.1-8B (without its
 # scaled rope) and deepseek-ai/DeepSeek-V2-Lite (without its yarn).

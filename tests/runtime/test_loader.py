@@ -121,7 +121,7 @@ def test_refuses_weights_of_another_shape(folder: Path) -> None:
 def test_weights_of_another_model_are_refused_before_they_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.loader.Reading", None)
+    monkeypatch.setattr("runtime.pretrained.Reading", None)
     change_config(folder, hidden_size=64)
     with pytest.raises(ModelError, match="of another model than its config"):
         load(folder)

@@ -16,7 +16,8 @@ from runtime.fused_pass import shape_of as shape_of_decoder
 from runtime.head_start import begin, shape_of
 from runtime.hf_model import HFModel
 from runtime.kernels import PLAIN, Kernels, Shape, table
-from runtime.loader import LoadedModel, assembled, load_model, read_config
+from runtime.loader import LoadedModel, load_model
+from runtime.pretrained import assembled, read_config
 from runtime.weight_files import WeightsDigest, weight_files
 from runtime.weight_stream import Reading, WeightStream, is_straight_type, raw_config
 from tests.runtime.tiny_models import save_tiny_model
@@ -67,6 +68,8 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    tensors = load_file(folder / "model.safetensors")
+    assert assembled(folder, read_config(folder), torch.float32, tensors) is not None, "no detour"
     model = straight(folder).model
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert torch.equal(model.get_input_embeddings().weight, weights["model.embed_tokens.weight"])
@@ -128,7 +131,9 @@ def test_windows_and_other_types_get_no_head_start(tmp_path: Path) -> None:
 def test_a_head_start_is_used_and_a_folder_at_fault_is_told_by_the_loading(tmp_path: Path) -> None:
     folder = save_tiny_model("qwen2", tmp_path / "tiny")
     reading = begin(folder, "cpu")
-    assert reading is not None and reading.stream is None, "on a CPU transformers maps the files"
+    assert reading is not None and reading.stream is None, (
+        "on a CPU the names in the files are compared first"
+    )
     loaded = load_model(folder, CPU, torch.float32, reading=reading)
     assert loaded.identity["weights_sha256"] == reading.digest.result()
     assert begin(tmp_path / "nowhere", "cpu") is None and begin(folder, "no such device") is not None
