@@ -19,9 +19,10 @@ from runtime.decoder_model import DecoderModel
 from runtime.errors import ModelError
 from runtime.executor import served
 from runtime.fused_pass import shape_of as shape_of_decoder
-from runtime.head_start import shape_of
+from runtime.head_start import begin, shape_of
+from runtime.hf_model import HFModel
 from runtime.loader import LoadedModel, load_model
-from runtime.paged_model import PROBE_TOKENS
+from runtime.paged_model import PROBE_TOKENS, probe_tokens
 from runtime.step_weights import weights_of
 from tests.runtime.tiny_models import save_tiny_model, tiny_config
 
@@ -127,6 +128,18 @@ def test_a_bare_model_computes_what_the_decoder_makes_of_transformers_modules(
     limit = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.1}[dtype] if "3.1" in name else 0
     torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
     assert shape_of(raw(folder)) == shape_of_decoder(models[0].decoder)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama_of_3.1", "qwen2_tied", "qwen3"])
+def test_on_a_gpu_a_bare_model_goes_on_as_transformers_does(name: str, tmp_path: Path) -> None:
+    folder, device = saved(name, tmp_path / name), torch.device("cuda", 0)
+    loaded = load_model(folder, device, torch.bfloat16, reading=begin(folder, "auto"), may_be_bare=True)
+    assert isinstance(loaded.model, BareModel) and loaded.model.device == device
+    model = served(loaded)
+    assert model.tier == "A" and model.replaced_kernels == ()
+    plain = HFModel(load_model(folder, device, torch.bfloat16).model)  # type: ignore[arg-type]
+    model.check_against(plain.expected, probe_tokens(97, device)[0].tolist())
 
 
 def test_llama_3_scaling_changes_the_angles(tmp_path: Path) -> None:
