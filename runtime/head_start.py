@@ -1,8 +1,9 @@
-"""What a start begins as soon as torch is there, beside the rest: weights, their digest, the device.
+"""What a start begins as soon as torch is there, beside the rest: weights and the device.
 
-    torch ─┬─ (transformers, for models that need it) ── model ── engine ── first token
-           ├─ weights ▶ device, digest
-           └─ context, cuBLAS, kernels compiled and checked        (on a GPU)
+    ┬─ torch ─┬─ (transformers, for models that need it) ── model ── engine ── first token
+    │         ├─ weights ▶ device
+    │         └─ context, cuBLAS, kernels compiled and checked        (on a GPU)
+    └─ digest of the weights
 
 Whatever is missing or fails here is done, or told, by those who need it later.
 """
@@ -18,6 +19,7 @@ import torch
 
 from runtime.errors import ModelError
 from runtime.kv_cache import BLOCK_TOKENS
+from runtime.weight_files import WeightsDigest
 from runtime.weight_stream import Reading, is_straight_type, raw_config
 
 if TYPE_CHECKING:  # Triton is loaded on a GPU only, when the weights are on their way
@@ -26,15 +28,15 @@ if TYPE_CHECKING:  # Triton is loaded on a GPU only, when the weights are on the
 log = logging.getLogger(__name__)
 
 
-def begin(folder: Path, device_name: str) -> Reading | None:
-    """None where the folder is at fault, which loading it will say."""
+def begin(folder: Path, device_name: str, digest: WeightsDigest | None = None) -> Reading | None:
+    """`digest`: of the weights, where it has begun. None where the folder is at fault, which loading it will say."""
     device = torch.device("cpu")
     with contextlib.suppress(RuntimeError):  # no such device
         if torch.cuda.is_available():
             asked = torch.device("cuda" if device_name == "auto" else device_name)
             device = torch.device(asked.type, asked.index or 0)  # as tensors say it
     try:
-        reading = Reading.begin(folder, device)
+        reading = Reading.begin(folder, device, digest)
     except ModelError:
         return None
     if device.type == "cuda":

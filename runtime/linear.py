@@ -19,7 +19,7 @@ the original, so they are made only where memory is plentiful.
 
 oneDNN compiles a product anew for each number of rows: 0.6 ms, and half a megabyte that stays in two caches of 1024
 products each. With steps of all sizes an engine grew by 0.9 GB, and compiled at every other step. So rows are padded
-to one of few numbers, and an engine keeps CACHED_PRODUCTS (runtime/engine.py) at most.
+to one of few numbers, and an engine keeps CACHED_PRODUCTS (runtime/engine_start.py) at most.
 """
 
 import logging

@@ -135,6 +135,14 @@ class WeightsDigest:
         ]
         self._pool.shutdown(wait=False)
 
+    @classmethod
+    def begin(cls, folder: Path) -> "WeightsDigest | None":
+        """None where the folder is at fault, which loading it will say."""
+        try:
+            return cls(weight_files(folder))
+        except ModelError:
+            return None
+
     def abandon(self) -> None:
         """Nobody wants it any more: pieces that were not begun are left."""
         for piece in self._pieces:

@@ -144,11 +144,11 @@ class Reading:
     stream: WeightStream | None
 
     @classmethod
-    def begin(cls, folder: Path, device: torch.device) -> Self:
-        """Raises ModelError where files are missing or damaged."""
+    def begin(cls, folder: Path, device: torch.device, digest: WeightsDigest | None = None) -> Self:
+        """`digest`: of these files, where it has begun. Raises ModelError where files are missing or damaged."""
         files = weight_files(folder)
         is_straight = device.type == "cuda" and is_straight_type(raw_config(folder))
-        return cls(WeightsDigest(files), WeightStream(files, device) if is_straight else None)
+        return cls(digest or WeightsDigest(files), WeightStream(files, device) if is_straight else None)
 
     def abandon(self) -> None:
         """Stops reading soon: nobody wants these weights."""

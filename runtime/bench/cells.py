@@ -18,7 +18,7 @@ from runtime.batch import Batch
 from runtime.bench.ceilings import Ceilings
 from runtime.bench.loads import Load, workload
 from runtime.bench.peers import Generate, steps_of
-from runtime.engine import engine_parts
+from runtime.engine_start import engine_parts
 from runtime.loader import LoadedModel
 from runtime.request import Request
 from runtime.scheduler import Scheduler

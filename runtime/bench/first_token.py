@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.profile:
         profile.enable()
     from runtime.clock import Clock
-    from runtime.engine import Engine, engine_parts, load
+    from runtime.engine import Engine
+    from runtime.engine_start import engine_parts, load
 
     loaded = load(options, stage_ended)
     stage_ended("weights")

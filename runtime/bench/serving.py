@@ -16,7 +16,8 @@ import numpy as np
 
 from runtime.bench.arrivals import Arrival, Draw, Wish
 from runtime.clock import Clock
-from runtime.engine import Engine, engine_parts
+from runtime.engine import Engine
+from runtime.engine_start import engine_parts
 from runtime.errors import RuntimeFault
 from runtime.knobs import EngineConfig, KnobValue
 from runtime.link import Frame, encode

@@ -241,7 +241,8 @@ def test_neither_transformers_nor_torchs_compiler_is_loaded_before_the_first_tok
     script = """
 import sys, torch
 from runtime.clock import Clock
-from runtime.engine import Engine, engine_parts
+from runtime.engine import Engine
+from runtime.engine_start import engine_parts
 from runtime.loader import load_model
 loaded = load_model(sys.argv[1], torch.device("cpu"), torch.float32, may_be_bare=True)
 executor, runner, _ = engine_parts(loaded, 512, {})

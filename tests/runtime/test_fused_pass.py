@@ -337,7 +337,7 @@ SERVE = """
 import torch
 from triton import knobs
 from runtime.bench.shapes import random_model
-from runtime.engine import engine_parts
+from runtime.engine_start import engine_parts
 from runtime.request import Request
 from runtime.scheduler import Scheduler
 

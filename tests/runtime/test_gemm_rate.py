@@ -8,7 +8,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from runtime import gemm_rate
 from runtime.bench.shapes import random_model
-from runtime.engine import engine_parts
+from runtime.engine_start import engine_parts
 from runtime.executor import Executor
 from runtime.gemm_rate import flop_per_s, largest_linear, measured_step_tokens, step_tokens
 from runtime.knobs import EngineConfig, default_config

@@ -331,12 +331,12 @@ def test_tokens_are_those_without_a_prefix_cache_and_most_of_a_shared_prompt_is_
 
 
 def test_a_restarted_engine_starts_on_the_weights_and_the_pool_of_its_champion(folder: Path) -> None:
-    from runtime.engine import _with_weights
+    from runtime.engine_start import with_weights
 
     loaded = load_model(folder, torch.device("cpu"), torch.float32)
     config = EngineConfig.of({"weight_format": "int8", "kv_tokens": 1500})
     executor = Executor(loaded, 4096, config, config.kv_tokens)
-    config = _with_weights(executor, config, "int8")
+    config = with_weights(executor, config, "int8")
     assert config.values() | {"weight_format": "int8", "kv_tokens": 1500} == config.values()
     assert executor.pool.num_tokens == 1488 and executor.identity()["fitted_knobs"]["kv_tokens"] == 4096
     engine = Engine(executor, PlanRunner(config), Clock.started_now(), lambda frame: None)
