@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
 from runtime.bench.loads import Load, equal_load, ragged_load, trace_lengths
 from runtime.bench.peers import ContinuousBatching, Engine, Generate, OpenVino, Ours, Served
@@ -109,8 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (options.openvino_python is None) != (options.openvino_model is None):
         parser.error("--openvino-python and --openvino-model belong together")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     torch.set_num_interop_threads(1)
     torch.set_num_threads(options.threads)
     device = resolve_device(options.device)

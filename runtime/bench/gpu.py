@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from runtime.bench.ceilings import Ceilings, measure_ceilings
 from runtime.bench.cells import MAX_MODEL_LEN, Bench, measure, print_cells
@@ -50,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (knobs,), variants = patches_of([",".join(options.knob)]), patches_of(options.variant) or [{}]
     except ValueError as error:
         parser.error(str(error))
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     options.device_found, options.dtype_found = device, dtype

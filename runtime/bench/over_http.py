@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
-from transformers.utils import logging as transformers_logging
 
 from runtime.bench.gpu import MAX_MODEL_LEN
 from runtime.bench.loads import WORKLOADS, Load, workload
@@ -201,8 +200,6 @@ def _alone_in_a_child(job: Mapping[str, Any]) -> list[Alone]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     with served_folder(options.model, options.shape, options.keep, device, dtype) as folder:

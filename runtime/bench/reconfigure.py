@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
 from runtime.bench.arrivals import ranged_wishes
 from runtime.bench.changes import Row, Visit, Window, other_value, row_of
@@ -186,8 +185,6 @@ def parser_of() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of()
     options = parser.parse_args(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
         (knobs,) = patches_of([",".join(options.knob)])
         for name in options.only:

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers.utils import logging as transformers_logging
 
 from runtime.batch import Batch
 from runtime.bench.engine import DEMO_MODEL
@@ -204,8 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     torch.set_num_interop_threads(1)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)

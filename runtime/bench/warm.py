@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
 from runtime.errors import InvalidKnob, PrepareFailed
 from runtime.executor import Executor, cpu_model, num_cores
@@ -278,8 +277,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0)
     add("--json", action="store_true", help="print one JSON object instead of tables")
     options = parser.parse_args(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     torch.set_num_interop_threads(1)
     device = resolve_device(options.device)
     is_cuda = device.type == "cuda"
