@@ -91,6 +91,17 @@ class BareConfig:
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> "BareConfig | None":
         """None where anything is missing, or is not understood here. raw: as read from config.json."""
+        try:
+            return cls._of(raw)
+        except (
+            TypeError,
+            ValueError,
+            ArithmeticError,
+        ):  # a value of another kind, which transformers will tell
+            return None
+
+    @classmethod
+    def _of(cls, raw: Mapping[str, Any]) -> "BareConfig | None":
         kind = raw.get("model_type")
         if kind not in ARCHITECTURES or raw.get("architectures") != [ARCHITECTURES[kind]]:
             return None
@@ -106,8 +117,15 @@ class BareConfig:
         numbers = (*sizes.values(), head_dim)
         if not all(type(number) is int and number > 0 for number in numbers) or head_dim % 2:
             return None
+        heads, num_layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
+        if sizes["hidden_size"] % heads or heads % sizes["num_key_value_heads"]:
+            return None
+        if len(raw.get("layer_types") or [None] * num_layers) != num_layers:
+            return None
         rope = rope_of(raw)
         if not isinstance(eps, float) or not isinstance(is_tied, bool) or rope is None:
+            return None
+        if not has_plain_ends(raw):
             return None
         theta, scaling = rope
         return cls(
@@ -117,10 +135,19 @@ class BareConfig:
 
 
 def has_windows(raw: Mapping[str, Any]) -> bool:
-    """Whether any layer attends to the last tokens only."""
+    """Whether any layer attends to the last tokens only. Mistral's do unless it is said that they do not."""
     if any(layer != "full_attention" for layer in raw.get("layer_types") or ()):
         return True
-    return raw["model_type"] in ("mistral", "llama") and raw.get("sliding_window") is not None
+    unless_told = 4096 if raw["model_type"] == "mistral" else None
+    return raw["model_type"] in ("mistral", "llama") and raw.get("sliding_window", unless_told) is not None
+
+
+def has_plain_ends(raw: Mapping[str, Any]) -> bool:
+    """Whether it says which tokens end a text: transformers knows of one where Llama and Mistral say nothing."""
+    if "eos_token_id" not in raw:
+        return raw["model_type"] not in ("mistral", "llama")
+    ends = raw["eos_token_id"]
+    return ends is None or all(type(end) is int for end in (ends if isinstance(ends, list) else [ends]))
 
 
 def dim_of(raw: Mapping[str, Any]) -> int | None:

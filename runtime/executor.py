@@ -266,11 +266,14 @@ def served(loaded: LoadedModel, tiers: str = "ABC") -> PagedModel:
         try:
             if "A" in tiers:
                 return DecoderModel(model, loaded.max_model_len)
+        except torch.OutOfMemoryError as error:
+            name = loaded.identity["name"]
+            raise ModelError(f"{name} does not fit in the memory of {model.device}: {error}") from error
         except ModelError as error:
             log.warning("transformers' own model is loaded: %s", error)
         from runtime.pretrained import pretrained_of
 
-        model = pretrained_of(model, Path(loaded.identity["path"]))
+        model, tiers = pretrained_of(model, Path(loaded.identity["path"])), tiers.replace("A", "")
     return servable(model, tiers, loaded.max_model_len)
 
 

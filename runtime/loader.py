@@ -81,13 +81,13 @@ def load_model(
 
             model, reading = load_pretrained(folder, device, dtype, reading)
         model = model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"{folder.name} does not fit in the memory of {device}: {error}") from error
-    except RuntimeFault:
+    except Exception as error:  # a foreign folder: whatever transformers' many checks raise
         if reading is not None:
             reading.abandon()
-        raise
-    except Exception as error:  # a foreign folder: whatever transformers' many checks raise
+        if isinstance(error, RuntimeFault):
+            raise
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ModelError(f"{folder.name} does not fit in the memory of {device}: {error}") from error
         raise ModelError(f"The model in {folder} cannot be loaded: {error}") from error
     assert reading is not None
     length = _max_model_len(model.config, max_model_len)

@@ -49,7 +49,7 @@ class WeightStream:
         self._chunks: deque[Chunk] = deque()
         self._made: Future[dict[str, Tensor]] = Future()
         self._is_wanted = True
-        threading.Thread(target=self._run, name="weights", daemon=True).start()
+        threading.Thread(target=self._run, args=(self._made,), name="weights", daemon=True).start()
 
     def take(self) -> dict[str, Tensor] | None:
         """Tensors by name, in the files' own types, which are not kept here; None where a type is not known.
@@ -69,11 +69,12 @@ class WeightStream:
     def abandon(self) -> None:
         self._is_wanted = False
 
-    def _run(self) -> None:
+    def _run(self, made: Future[dict[str, Tensor]]) -> None:
+        """`made`: the one that `take` waits for, and does not keep."""
         try:
-            self._made.set_result(self._read())
+            made.set_result(self._read())
         except BaseException as error:
-            self._made.set_exception(error)
+            made.set_exception(error)
 
     def _read(self) -> dict[str, Tensor]:
         stored = [tensor for file in self._files for tensor in stored_tensors(file)]
@@ -119,6 +120,12 @@ class WeightStream:
 
 
 def chunks_of(stored: StoredTensor, tensor: Tensor) -> list[Chunk]:
+    """Raises ModelError where the file has room for more or less than the tensor."""
+    if stored.num_bytes != tensor.nbytes:
+        raise ModelError(
+            f"{stored.file} is damaged: {stored.name} of shape {stored.shape} takes {tensor.nbytes} bytes, but "
+            f"{stored.num_bytes} are announced. Download the model again."
+        )
     if not stored.num_bytes:
         return []
     parts = tensor.flatten().view(torch.uint8).split(CHUNK_BYTES)

@@ -20,6 +20,7 @@ from runtime.host import num_cores
 
 MIN_CAPABILITY = (9, 0)
 MAX_THREADS = 16
+LARGE_TILE_BYTES = 200_000
 
 log = logging.getLogger(__name__)
 _is_ahead = ContextVar("kernels are compiled and not run", default=False)
@@ -42,6 +43,15 @@ def has_early_start(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+
+
+@functools.cache
+def has_large_tiles(device: torch.device) -> bool:
+    """Whether a program may share as much memory as tiles of more than 64 rows take: 232 kB on data centre GPUs since
+    Hopper, 101 kB on others."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE_TILE_BYTES
 
 
 @contextlib.contextmanager

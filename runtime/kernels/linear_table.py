@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from runtime.kernels.launch import compiled_ahead
+from runtime.kernels.launch import compiled_ahead, has_large_tiles
 from runtime.kernels.table import Kernels
 
 TIMED_ROWS = (1, 16, 32, 64, 128, 256)  # a batch goes by the next of them
@@ -145,8 +145,8 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def timed_rows(weight: Tensor) -> tuple[int, ...]:
-    is_small = weight.numel() < VALUES_OF_MANY_ROWS
-    return tuple(rows for rows in TIMED_ROWS if rows <= FEW_ROWS or is_small)
+    are_many = weight.numel() < VALUES_OF_MANY_ROWS and has_large_tiles(weight.device)
+    return tuple(rows for rows in TIMED_ROWS if rows <= FEW_ROWS or are_many)
 
 
 def _shape(use: Use, weight: Tensor, num_rows: int) -> LinearShape:

@@ -12,7 +12,7 @@ from torch import Tensor
 from runtime.expert_choice import Chosen, Rule
 from runtime.kernels import plain, plain_experts
 from runtime.kernels.expert_trials import ExpertShape, Trial, expert_trials, latent_trials
-from runtime.kernels.launch import compiled_ahead
+from runtime.kernels.launch import compiled_ahead, has_large_tiles
 from runtime.kernels.plain_experts import Layout
 from runtime.kernels.splits import MAX_TILE_SPLITS, QUERY_TILE, tiles_of
 from runtime.rounded_cache import rounded
@@ -315,7 +315,8 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         _returned(*(torch.tensor(one, device=device) for one in ([3, -1, 0, -3], [1, 0, 2])), matrix),
     )
     gates = torch.cat((matrix, matrix.flip(0)))
-    for some in (x, normal(64, hidden), normal(160, hidden)):
+    for num_rows in (4, 64, 160) if has_large_tiles(device) else (4, 64):
+        some = normal(num_rows, hidden)
         yield "skinny_linear", _returned(some, matrix)
         yield "skinny_gated", _returned(some, gates)
         yield "skinny_parts", _added_up(some, matrix)

@@ -181,6 +181,14 @@ def test_published_configurations_are_understood(name: str) -> None:
         ("Llama-3.1-8B", {"tie_word_embeddings": None}),
         ("Llama-3.1-8B", {"quantization_config": {"quant_method": "awq"}}),
         ("Llama-3.1-8B", {"a_key_of_next_year": 1}),
+        ("Llama-3.1-8B", {"rope_scaling": "linear"}),
+        ("Llama-3.1-8B", {"layer_types": 5}),
+        ("Llama-3.1-8B", {"layer_types": ["full_attention"]}),
+        ("Llama-3.1-8B", {"model_type": ["llama"]}),
+        ("Llama-3.1-8B", {"rope_theta": 10**400}),
+        ("Llama-3.1-8B", {"num_key_value_heads": 3}),
+        ("Llama-3.1-8B", {"hidden_size": 4095, "head_dim": 128}),
+        ("Llama-3.1-8B", {"eos_token_id": "</s>"}),
         ("Mistral-7B-v0.3", {"sliding_window": 4096}),
         ("Qwen2.5-7B", {"use_sliding_window": True}),
         ("Qwen2.5-7B", {"layer_types": ["full_attention", "sliding_attention"] * 14}),
@@ -190,6 +198,18 @@ def test_published_configurations_are_understood(name: str) -> None:
 )  # fmt: skip
 def test_what_is_not_understood_is_left_to_transformers(name: str, change: dict[str, Any]) -> None:
     assert BareConfig.of(PUBLISHED[name] | change) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("Mistral-7B-v0.3", "sliding_window"),
+        ("Mistral-7B-v0.3", "eos_token_id"),
+        ("Llama-3.1-8B", "eos_token_id"),
+    ],
+)
+def test_what_transformers_fills_in_otherwise_is_left_to_it(name: str, key: str) -> None:
+    assert BareConfig.of({other: value for other, value in PUBLISHED[name].items() if other != key}) is None
 
 
 def test_files_that_hold_other_tensors_are_left_to_transformers(tmp_path: Path) -> None:

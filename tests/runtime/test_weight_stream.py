@@ -1,6 +1,8 @@
 """Weights that are read straight to where they shall lie, and what a start begins before transformers is loaded."""
 
 import hashlib
+import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,42 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path: Path) -> None:
     chunk = stream_module.Chunk(file, last.offset, torch.empty(last.num_bytes, dtype=torch.uint8))
     with pytest.raises(ModelError, match="ended while it was read"):
         stream_module.read_into(chunk, chunk.target)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), ModelError("it ended"), RuntimeError("odd")]
+)
+def test_reading_that_fails_is_told_to_whoever_waits(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, has_waited = save_tiny_model("llama", tmp_path / "tiny"), threading.Event()
+
+    def fail(chunk: object, target: object) -> None:
+        has_waited.wait(10.0)
+        raise error
+
+    monkeypatch.setattr(stream_module, "read_into", fail)
+    stream = WeightStream(weight_files(folder), CPU)
+    threading.Timer(0.1, has_waited.set).start()
+    with pytest.raises(RuntimeError if type(error) is RuntimeError else ModelError):
+        stream.take()
+    with pytest.raises(ModelError):
+        load_model(folder, CPU, torch.float32, may_be_bare=True)
+
+
+def test_a_tensor_with_another_number_of_bytes_than_its_shape_is_told(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "tiny")
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["model.norm.weight"]["dtype"] = "F64"
+    changed = json.dumps(header).encode()
+    file.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + size :])
+    with pytest.raises(
+        ModelError, match=r"damaged: model\.norm\.weight .* takes 256 bytes, but 128 are announced"
+    ):
+        load_model(folder, CPU, torch.float32, may_be_bare=True)
 
 
 def test_the_digest_is_that_of_the_pieces_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
