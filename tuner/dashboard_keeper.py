@@ -67,6 +67,12 @@ class DashboardKeeper:
             return f"The dashboard runs again at {self.url}." if self.url is not None else None
         return None
 
+    def left_running(self) -> str:
+        """For a person who ends the daemon without ceremony."""
+        if self._process is None or not self._process.is_running:
+            return ""
+        return f"The dashboard (pid {self._process.pid}) goes on at {self._process.url}."
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.stop(self._data_dir)

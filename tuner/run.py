@@ -69,7 +69,8 @@ def run(
         tell_recovered(store, recovered)
         stop = threading.Event()
         supervisor = RuntimeSupervisor(settings)
-        stack.enter_context(signals_set(stop, supervisor.left_running))
+        left_running = [supervisor.left_running]
+        stack.enter_context(signals_set(stop, lambda: " ".join(told() for told in left_running)))
         # A runtime that served before we came goes on serving when we fail to start.
         is_ours = read_runtime_file(supervisor.run_dir) is None
         owned = [is_ours and not keep_runtime]
@@ -77,7 +78,7 @@ def run(
         stack.callback(lambda: supervisor.stop() if owned[0] else None)
         supervisor.attach_or_start(start_values(settings, store), stop.is_set)
         if not stop.is_set():
-            serve(settings, store, supervisor, stop, watch, stack)
+            serve(settings, store, supervisor, stop, watch, stack, left_running)
             owned[0] = not keep_runtime  # it was ours to run, so it is ours to stop
 
 
@@ -88,7 +89,9 @@ def serve(
     stop: threading.Event,
     watch: Callable[[Daemon, threading.Event], None] | None,
     stack: contextlib.ExitStack,
+    left_running: list[Callable[[], str]],
 ) -> None:
+    """`left_running`: what to say of what outlives this process, should a person insist."""
     control = supervisor.client()
     identity = control.identity()
     # The runtime's clock, which never steps: a plan's instants mean the same on both sides.
@@ -126,6 +129,7 @@ def serve(
     if keeper is not None:
         keeper.start()
         stack.callback(keeper.stop)
+        left_running.append(keeper.left_running)
     if settings.traffic is not None:
         stack.enter_context(traffic(settings, settings.traffic, supervisor, initial))
 

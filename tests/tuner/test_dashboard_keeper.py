@@ -51,6 +51,15 @@ def test_dashboard_that_dies_too_often_is_left_alone_and_said_so_once(tmp_path):
     assert len(world.started) == 6 and world.keeper.url is None and world.keeper.check() is None
 
 
+def test_person_who_insists_is_told_of_a_dashboard_that_runs(tmp_path):
+    world = World(tmp_path)
+    assert world.keeper.left_running() == ""
+    world.keeper.start()
+    assert world.keeper.left_running() == "The dashboard (pid 100) goes on at http://127.0.0.1:8501."
+    world.started[-1].is_running = False
+    assert world.keeper.left_running() == ""
+
+
 def test_taken_port_is_answered_with_another_one(tmp_path):
     world = World(tmp_path, PortInUse("taken"))
     world.keeper.start()
