@@ -1,6 +1,6 @@
 # make run     serve the demo model, send it traffic, tune it live      make test   all tests
 # make prove   the whole loop, unattended, with the evidence at the end make check  ruff and mypy
-# make soak    minutes of processes that are killed, stopped and starved
+# make soak    minutes of processes that are killed, stopped and starved, and properties on new random examples
 # Each of them sets up .venv first; nothing to do when it is up to date. PYTHON=/path/to/python3.12 chooses another.
 
 ifeq ($(origin PYTHON),undefined)
