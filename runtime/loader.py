@@ -3,7 +3,6 @@
 Weights are read from safetensors only and code that comes with a model is never run.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 from runtime.bare_model import BareConfig, BareModel
 from runtime.errors import ModelError, RuntimeFault
 from runtime.weight_files import are_weights_of, weight_files
-from runtime.weight_stream import Reading, WeightStream, raw_config
+from runtime.weight_stream import Reading, WeightStream, json_object, raw_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,17 +152,9 @@ def _max_model_len(config: Any, asked: int | None) -> int:
 
 
 def _eos_token_ids(folder: Path, model: "PreTrainedModel | BareModel") -> frozenset[int]:
-    eos = _generation_config(folder).get("eos_token_id")
+    eos = json_object(folder / "generation_config.json").get("eos_token_id")
     if eos is None:
         eos = model.config.get_text_config().eos_token_id
     if eos is None:
         return frozenset()
     return frozenset([eos] if isinstance(eos, int) else eos)
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -166,11 +166,16 @@ class Reading:
 
 def raw_config(folder: Path) -> dict[str, Any]:
     """What config.json says; empty where it cannot be read, which whoever needs it will say."""
+    return json_object(folder / "config.json")
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """Empty where there is none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_straight_type(config: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """The life of an engine until its first token, timed: python -m runtime.bench.first_token --model FOLDER --began S.
 
 It does what the engine's process does, in that order, and prints one JSON object: seconds since `--began`, on the
-monotonic clock, at the end of each stage. Started by runtime/bench/start.py.
+monotonic clock, at the end of each stage, and the memory held then. Started by runtime/bench/start.py.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gaps_s = [later - earlier for earlier, later in pairwise(told_at)]
     print(json.dumps({
         "ended_s": {**ended, "first_token": told_at[0]}, "longest_gap_s": max(gaps_s), "last_gap_s": gaps_s[-1],
-        "tier": executor.identity()["tier"], "num_tokens": len(told_at),
+        "tier": executor.identity()["tier"], "num_tokens": len(told_at), **executor.memory(),
     }))  # fmt: skip
     return 0
 

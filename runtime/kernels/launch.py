@@ -20,7 +20,8 @@ from runtime.host import num_cores
 
 MIN_CAPABILITY = (9, 0)
 MAX_THREADS = 16
-LARGE_TILE_BYTES = 200_000
+FEW_ROWS = 64  # of x, in products: every GPU has room for a tile of so many
+LARGE_TILE_BYTES = 200_000  # what those of more take
 
 log = logging.getLogger(__name__)
 _is_ahead = ContextVar("kernels are compiled and not run", default=False)
@@ -47,7 +48,7 @@ def has_early_start(device: torch.device) -> bool:
 
 @functools.cache
 def has_large_tiles(device: torch.device) -> bool:
-    """Whether a program may share as much memory as tiles of more than 64 rows take: 232 kB on data centre GPUs since
+    """Whether a program may share as much memory as tiles of more than FEW_ROWS take: 232 kB on data centre GPUs since
     Hopper, 101 kB on others."""
     if device.type != "cuda":
         return True

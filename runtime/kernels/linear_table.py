@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from runtime.kernels.launch import compiled_ahead, has_large_tiles
+from runtime.kernels.launch import FEW_ROWS, compiled_ahead, has_large_tiles
 from runtime.kernels.table import Kernels
 
 TIMED_ROWS = (1, 16, 32, 64, 128, 256)  # a batch goes by the next of them
 # With more than FEW_ROWS only products of smaller weights are timed: others take so long that launching them, which is
 # what our kernels save, does not count.
-FEW_ROWS = 64
 VALUES_OF_MANY_ROWS = 2**24
 WOKEN_ROWS = (
     *range(8, 64, 8),

@@ -20,10 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.launch import launch
+from runtime.kernels.launch import FEW_ROWS, launch
 
 MAX_ROWS = 256
-FEW_ROWS = 64  # all of them in one program
 MAX_ROW_BLOCK = 128  # beyond, a program's sums would not fit in its registers
 MIN_DOT = 16
 COLUMN_BYTES = 256  # of a tile's row: 128 values of two bytes
