@@ -31,8 +31,11 @@ SOFT_SCALE = 0.1  # relative residuals beyond this count linearly, not squared: 
 NUM_STRETCHES = 10
 FLOP_QUANTILES = (0.0, 0.5, 0.8, 0.95, 1.0)  # where the two regimes might part: starting points
 NUM_ROUNDS = 12
-# How much longer a FLOP of attention takes than one of a matrix product: on an H200 some 530 against 700 TFLOP/s.
-ATTENTION_SLOWNESS = 1.35
+# How much longer a FLOP of attention takes than one of a matrix product, as far as steps are cut by it. On an H200 it
+# is 1.35 (some 530 against 700 TFLOP/s), and with that all steps of a long prompt take as long. With less its last
+# steps take longer, but are fewer: 32k tokens beside 64 that decode took 1,561 ms with 1.35 and 1,505 with 1, and what
+# lies between two tokens of the others (p99) 56 and 48.
+ATTENTION_SLOWNESS = 1.0
 
 
 @dataclass(frozen=True)

@@ -348,17 +348,19 @@ class OnGPU(Here):
     device, dtype = torch.device("cuda"), torch.bfloat16
 
 
+class ExactOnGPU(Here):
+    device, dtype = torch.device("cuda"), torch.float32
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("knob", ["kv_block", "kv_dtype"])
 def test_32_streams_on_a_gpu_live_through_other_blocks_and_a_rounded_pool(folder: Path, knob: str) -> None:
-    knobs: dict[str, Any] = {
-        "kv_tokens": 4096,
-        "max_num_seqs": 32,
-        "weight_format": "bfloat16",
-        "overlap_depth": 1,
-    }
-    quiet = serve_all(OnGPU(folder, **knobs), lambda step: None)
-    here = OnGPU(folder, **knobs)
+    # In float32, since a step outside its graph is rounded otherwise, which decides between equals in bfloat16; and on
+    # one engine, since each chooses its kernels by timing them.
+    kind = {"kv_block": ExactOnGPU, "kv_dtype": OnGPU}[knob]
+    here = kind(folder, kv_tokens=4096, max_num_seqs=32, overlap_depth=1)
+    quiet = serve_all(here, lambda step: None)
+    here.frames.clear()
     wanted = {"kv_block": ["64", "256", "32", "16"], "kv_dtype": ["fp8", "auto"]}[knob]
 
     def disturb(step: int) -> None:
