@@ -297,7 +297,7 @@ def test_measured_table_multiplies_as_torch_does() -> None:
         for choice in (Choice(1.0, 9.0), Choice(9.0, 1.0)):
             table.choices = dict.fromkeys(table.choices, choice)
             found = table.added(layers[0], x)
-            assert found.ndim == (3 if choice.is_ours("parts") else 2)
+            assert found.ndim == (3 if choice.is_ours else 2)
             whole = found if found.ndim == 2 else found.sum(0).bfloat16()
             torch.testing.assert_close(whole, layers[0](x), rtol=2e-2, atol=2e-2)
             torch.testing.assert_close(table.whole(layers[0], x), layers[0](x), rtol=2e-2, atol=2e-2)
