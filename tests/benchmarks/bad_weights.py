@@ -5,6 +5,7 @@ exit 1 where a load was not refused or took longer than the bar.
 """
 
 import argparse
+import gc
 import json
 import shutil
 import sys
@@ -87,7 +88,9 @@ def main() -> int:
             folder = Path(passing) / name
             shutil.copytree(DEMO_MODEL, folder)
             damage(folder)
-            took = [refused_after(folder) for _ in range(1 + times)][1:]
+            refused_after(folder)
+            gc.collect()  # or some load pays for what the first one imported
+            took = [refused_after(folder) for _ in range(times)]
             known = [seconds for seconds in took if seconds is not None]
             if len(known) < times or max(known) > BAR_S:
                 failed.append(name)
