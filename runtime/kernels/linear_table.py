@@ -1,5 +1,6 @@
 """Which linear layers of a few rows are faster in our kernels than in cuBLAS: measured on the device, by shape."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from torch.nn.functional import linear
 
 from runtime.kernels.launch import FEW_ROWS, compiled_ahead, has_large_tiles
 from runtime.kernels.table import Kernels
+
+log = logging.getLogger(__name__)
 
 TIMED_ROWS = (1, 16, 32, 64, 128, 256)  # a batch goes by the next of them
 # With more than FEW_ROWS only products of smaller weights are timed: others take so long that launching them, which is
@@ -120,11 +123,16 @@ class LinearTable:
         x = _input(shape, weights[0].device)
         num_calls = min(NUM_CALLS, max(4, NUM_CALLS * 2**26 // weights[0].nbytes))
         in_turns = [weights[i % len(weights)] for i in range(num_calls)]
-        ours, cublas = (
-            graphed_us([partial(call, x, one) for one in in_turns])
-            for call in self._forms(shape, weights[0].device)
-        )
-        return Choice(ours, cublas)
+        ours, cublas = self._forms(shape, weights[0].device)
+        try:
+            ours_us = graphed_us([partial(ours, x, one) for one in in_turns])
+        except Exception as error:  # of a compiler or a driver: tiles may not fit in the shared memory
+            log.warning(
+                "layers of %d to %d values are left to cuBLAS at %d rows, since our kernel cannot be run: %s",
+                shape.in_features, shape.out_features, shape.num_rows, error,
+            )  # fmt: skip
+            ours_us = math.inf
+        return Choice(ours_us, graphed_us([partial(cublas, x, one) for one in in_turns]))
 
     def _forms(self, shape: LinearShape, device: torch.device) -> tuple[Multiply, Multiply]:
         """Ours, and that of cuBLAS, each beside the norm that it has in a step: what it gains by starting early, or

@@ -18,6 +18,7 @@ from runtime.kernels.launch import launch
 MIN_DOT = 16
 MAX_HEAD_BLOCK = 64  # heads of one program; beyond that, accumulators spill
 TILE_VALUES = 8_192  # values of one tile of keys: 64 tokens of 128
+OTHER_TILE_VALUES = 16_384  # of latents, and of a rounded cache
 SMALL_SUMS = 2_048  # values of a program's output that two warps hold: 16 heads of 128
 # A load whose address is loaded itself takes two stages of the pipeline: with 3, one tile is under way, in a third of
 # the shared memory that two take with 5 stages, so more programs share an SM. On an H200, llama-8b, us with 3 and 5:
@@ -50,13 +51,14 @@ def paged_decode(
     # block, whose number is then read once, changed nothing.
     grid = (kv_heads * triton.cdiv(group, head_block), num_rows, num_splits)
     num_warps = 2 if head_block * dim_block <= SMALL_SUMS and scales is None else 4
+    tile = _tile(dim_block, rows, TILE_VALUES if scales is None else OTHER_TILE_VALUES)
     launch(
         _decode, grid, out.device,
         query, rows, block_tables, contexts, parts, sums, rows if scales is None else scales,
         query.stride(0), query.stride(1), query.stride(2), rows.stride(0), block_tables.stride(0),
         0 if scales is None else scales.stride(0), scaling, UNBOUNDED if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_TOKENS=block_tokens, NUM_SPLITS=num_splits,
-        IS_ROUNDED=scales is not None, HEAD_BLOCK=head_block, DIM_BLOCK=dim_block, TILE=_tile(dim_block, rows),
+        IS_ROUNDED=scales is not None, HEAD_BLOCK=head_block, DIM_BLOCK=dim_block, TILE=tile,
         num_warps=num_warps, num_stages=STAGES,
     )  # fmt: skip
     merge_into(out, parts, sums, num_splits, dim)
@@ -125,15 +127,15 @@ def latent_parts(
         query.stride(0), query.stride(1), rows.stride(0), block_tables.stride(0),
         scaling,
         HEADS=heads, VALUE_DIM=value_dim, ROPE_DIM=dim - value_dim, BLOCK_TOKENS=block_tokens,
-        NUM_SPLITS=num_splits, HEAD_BLOCK=head_block, TILE=_tile(value_dim, rows),
+        NUM_SPLITS=num_splits, HEAD_BLOCK=head_block, TILE=_tile(value_dim, rows, OTHER_TILE_VALUES),
         num_warps=4 if head_block == MIN_DOT else 8, num_stages=LATENT_STAGES,
     )  # fmt: skip
 
 
-def _tile(dim: int, rows: Tensor) -> int:
+def _tile(dim: int, rows: Tensor, num_values: int) -> int:
     """Tokens of one tile: fewer where a token is larger."""
     wide = rows.element_size() // 2 or 1
-    return int(max(MIN_DOT, min(128, TILE_VALUES // (dim * wide))))
+    return int(max(MIN_DOT, min(128, num_values // (dim * wide))))
 
 
 def parts_of(out: Tensor, num_rows: int, heads: int, num_splits: int, dim: int) -> tuple[Tensor, Tensor]:

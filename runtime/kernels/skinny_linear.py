@@ -6,10 +6,10 @@
 
 Contract: `runtime.kernels.plain`.
 
-A program streams some rows of the weight past all rows of x, or past 128 of them. Whoever adds a product to something
-(`add_norm`) adds its parts in fixed order on the way, so the same input gives the same output always, which atomic
-additions would not, and no kernel is launched for it. The weight is the left factor of the products: it fills the 64
-rows of a tensor core's tile, of which a few rows of x would leave most empty.
+A program streams some rows of the weight past all rows of x, or past 64 or 128 of them. Whoever adds a product to
+something (`add_norm`) adds its parts in fixed order on the way, so the same input gives the same output always, which
+atomic additions would not, and no kernel is launched for it. The weight is the left factor of the products: it fills
+the 64 rows of a tensor core's tile, of which a few rows of x would leave most empty.
 """
 
 from typing import NamedTuple

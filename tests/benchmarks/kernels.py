@@ -244,7 +244,7 @@ def small_calls(
 
 
 def time_linears(device: torch.device, copy_bytes_per_s: float, late: Callable[[], bool]) -> None:
-    print(f"\n{'linear layers':22}{'N x K':>16}{'M':>4}{'cuBLAS µs':>11}{'ours µs':>9}   GB/s  of copy")
+    print(f"\n{'layers with a norm':22}{'N x K':>16}{'M':>4}{'cuBLAS µs':>11}{'ours µs':>9}   GB/s  of copy")
     for model in MODELS:
         for name, (out_features, in_features) in linear_shapes(model).items():
             if late():

@@ -4,9 +4,11 @@ The interpreter and the compiler for an absent GPU each run in a process of thei
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from torch import nn
 from runtime.attention import attend_plain
 from runtime.decoder import Norm
 from runtime.expert_choice import Rule
-from runtime.kernels import PLAIN, WHY_NO_TRITON, Kernels, Shape, checked, self_check
+from runtime.kernels import PLAIN, WHY_NO_TRITON, Kernels, Shape, checked, linear_table, self_check
 from runtime.kernels.expert_trials import ExpertShape
 from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape, LinearTable
 from runtime.kernels.splits import (
@@ -281,6 +283,31 @@ def test_skinny_linear_refuses_more_rows_than_it_is_for() -> None:
 
     with pytest.raises(ValueError, match="at most 256 rows, but got 257"):
         skinny_linear(torch.empty(257, 16), torch.empty(8, 16))
+
+
+def test_a_layer_whose_kernel_cannot_be_run_is_left_to_cublas(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def too_large(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    def first_us(calls: Sequence[Callable[[], object]]) -> float:
+        calls[0]()
+        return 7.0
+
+    monkeypatch.setattr(linear_table, "graphed_us", first_us)
+    table = LinearTable(PLAIN._replace(skinny_linear=too_large))
+    layer = nn.Linear(4, 8, bias=False)
+    for use, is_ours in (("whole", False), ("parts", False), ("gated", False)):
+        shape = LinearShape(use, 8, 4, 16, torch.float32)
+        table.choices[shape] = table._timed(shape, [layer.weight.detach()])
+        assert table.choices[shape] == Choice(math.inf if use == "whole" else 7.0, 7.0)
+        assert table.choices[shape].is_ours is is_ours, "as fast is not faster"
+    assert [record.getMessage() for record in caplog.records] == [
+        "layers of 4 to 8 values are left to cuBLAS at 16 rows, since our kernel cannot be run: "
+        "out of resource: shared memory"
+    ]
+    torch.testing.assert_close(table.whole(layer, torch.ones(3, 4)), layer(torch.ones(3, 4)))
 
 
 @pytest.mark.gpu
