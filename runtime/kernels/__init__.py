@@ -3,12 +3,13 @@
     plain.py, plain_experts.py      what each of them computes: the contract
     paged_decode.py, paged_prefill.py, rope_and_cache.py, add_norm.py, silu_mul.py, skinny_linear.py  the same in Triton
     latent_rope.py, latent_few.py, route.py, lay_out.py, expert_linear.py, weigh.py    of latents, and of experts
+    embed.py, greedy.py the first and the last of a step that draws greedily
     expert_trials.py    what those are tried on
     splits.py           how attention is shared out among programs
+    launch.py           how kernels are started, and compiled before anyone waits for them
     table.py            both as tables of functions, and the check of one against the other
     linear_table.py     which linear layers are faster here than in cuBLAS, measured on the device
 
-There is no kernel for greedy sampling: `torch.argmax` is one call that a graph can capture.
 Without Triton the plain functions are all there is.
 """
 
