@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.launch import FEW_ROWS, LARGE_TILE_BYTES, launch
+from runtime.kernels.launch import FEW_ROWS, LARGE_TILE_BYTES, has_large_tiles, launch
 
 MAX_ROWS = 256
 MAX_ROW_BLOCK = 128  # beyond, a program's sums would not fit in its registers
@@ -34,6 +34,7 @@ WANTED_PROGRAMS = (
 # Below, smaller tiles that more programs share, and parts of products of many rows, are worth their overhead.
 ENOUGH_PROGRAMS = 90
 STAGED_BYTES = 2**17  # of shared memory, for few rows
+SMALL_STAGED_BYTES = 98_304  # where a program may share 99 KiB: consumer GPUs
 MAX_STAGES = 6
 STAGES_OF_MANY_ROWS = (
     4  # with narrower tiles rather than with fewer: gates and ups of qwen3 9.8 and 10.4 us (H200)
@@ -51,7 +52,13 @@ class Tiles(NamedTuple):
     num_stages: int = 4
 
 
-def split_tiles(out_features: int, in_features: int, element_bytes: int = 2, num_rows: int = 1) -> Tiles:
+def split_tiles(
+    out_features: int,
+    in_features: int,
+    element_bytes: int = 2,
+    num_rows: int = 1,
+    staged_bytes: int = STAGED_BYTES,
+) -> Tiles:
     """Split so often that there are programs for all SMs. Parts of many rows are read and written back, so there are
     fewer, and more programs share the rows (H200, 128 rows of 2048 x 1024 with the norm behind it: 7.4 us with all in a
     program, 5.7 with 64)."""
@@ -65,11 +72,18 @@ def split_tiles(out_features: int, in_features: int, element_bytes: int = 2, num
         and in_features >= 2 * split_k * MIN_STEPS * block_k
     ):
         split_k *= 2
-    return Tiles(block_m, block_k=block_k, split_k=split_k)
+    stages = min(Tiles().num_stages, staged_bytes // (COLUMN_BYTES * (Tiles().block_n + block_m)))
+    return Tiles(block_m, block_k=block_k, split_k=split_k, num_stages=stages)
 
 
-def whole_tiles(out_features: int, num_rows: int, element_bytes: int = 2, num_weights: int = 1) -> Tiles:
-    """As large as leaves work for all SMs. `num_weights`: 2 for gate and up."""
+def whole_tiles(
+    out_features: int,
+    num_rows: int,
+    element_bytes: int = 2,
+    num_weights: int = 1,
+    staged_bytes: int = STAGED_BYTES,
+) -> Tiles:
+    """As large as leaves work for all SMs. `num_weights`: 2 for gate and up. `staged_bytes`: of few rows."""
     block_m, block_n = row_block(num_rows), Tiles().block_n
 
     def are_enough() -> bool:
@@ -81,12 +95,17 @@ def whole_tiles(out_features: int, num_rows: int, element_bytes: int = 2, num_we
         block_n //= 2
     column_bytes, staged_rows = COLUMN_BYTES, num_weights * block_n + block_m
     if num_rows <= FEW_ROWS:
-        stages = max(3, min(MAX_STAGES, STAGED_BYTES // (column_bytes * staged_rows)))
+        fewest = 3 if staged_bytes == STAGED_BYTES else 2
+        stages = max(fewest, min(MAX_STAGES, staged_bytes // (column_bytes * staged_rows)))
     else:
         stages = STAGES_OF_MANY_ROWS
         while stages * column_bytes * staged_rows > LARGE_TILE_BYTES:
             column_bytes //= 2
     return Tiles(block_m, block_n, column_bytes // element_bytes, num_stages=stages)
+
+
+def staged_bytes_on(device: torch.device) -> int:
+    return STAGED_BYTES if has_large_tiles(device) else SMALL_STAGED_BYTES
 
 
 def row_block(num_rows: int) -> int:
@@ -101,20 +120,24 @@ def padded(num_rows: int) -> int:
 def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Raises ValueError where x has more than 256 rows; so do the others."""
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    _multiply(x, weight, out[None], whole_tiles(len(weight), len(x), x.element_size()))
+    tiles = whole_tiles(len(weight), len(x), x.element_size(), staged_bytes=staged_bytes_on(x.device))
+    _multiply(x, weight, out[None], tiles)
     return out
 
 
 def skinny_gated(x: Tensor, weight: Tensor) -> Tensor:
     size = len(weight) // 2
     out = torch.empty(len(x), size, dtype=x.dtype, device=x.device)
-    _multiply(x, weight, out[None], whole_tiles(size, len(x), x.element_size(), 2), is_gated=True)
+    tiles = whole_tiles(size, len(x), x.element_size(), 2, staged_bytes_on(x.device))
+    _multiply(x, weight, out[None], tiles, is_gated=True)
     return out
 
 
 def skinny_parts(x: Tensor, weight: Tensor, tiles: Tiles | None = None) -> Tensor:
     """`tiles`: a guess from the shape where none are given."""
-    tiles = tiles or split_tiles(len(weight), weight.shape[1], x.element_size(), len(x))
+    if tiles is None:
+        room = staged_bytes_on(x.device)
+        tiles = split_tiles(len(weight), weight.shape[1], x.element_size(), len(x), room)
     out = torch.empty(tiles.split_k, len(x), len(weight), dtype=torch.float32, device=x.device)
     _multiply(x, weight, out, tiles)
     return out

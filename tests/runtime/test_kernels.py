@@ -22,6 +22,7 @@ from runtime.decoder import Norm
 from runtime.expert_choice import Rule
 from runtime.kernels import PLAIN, WHY_NO_TRITON, Kernels, Shape, checked, linear_table, self_check
 from runtime.kernels.expert_trials import ExpertShape
+from runtime.kernels.launch import FEW_ROWS
 from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape, LinearTable
 from runtime.kernels.splits import (
     MAX_SPLITS,
@@ -247,7 +248,7 @@ def test_table_goes_by_the_next_number_of_rows_that_was_timed_and_leaves_the_res
 @needs_triton
 @pytest.mark.parametrize("size", [(1024, 2048), (1024, 3072), (4096, 4096), (4096, 14336), (151936, 1024)])
 def test_every_layer_of_a_real_model_is_shared_out_among_all_sms(size: tuple[int, int]) -> None:
-    from runtime.kernels.skinny_linear import split_tiles, whole_tiles
+    from runtime.kernels.skinny_linear import SMALL_STAGED_BYTES, split_tiles, whole_tiles
 
     tiles = split_tiles(*size)
     assert size[0] / tiles.block_n * tiles.split_k >= 128
@@ -260,6 +261,18 @@ def test_every_layer_of_a_real_model_is_shared_out_among_all_sms(size: tuple[int
         (num * tiles.block_n + tiles.block_m) * tiles.block_k * 2 * tiles.num_stages for num, tiles in used
     ]
     assert max(staged) <= 200_000, "shared memory of an SM"
+    few = [rows for rows in TIMED_ROWS if rows <= FEW_ROWS]
+    used = [(1, split_tiles(*size, num_rows=rows, staged_bytes=SMALL_STAGED_BYTES)) for rows in few]
+    used += [
+        (num, whole_tiles(size[0], rows, num_weights=num, staged_bytes=SMALL_STAGED_BYTES))
+        for rows in few
+        for num in (1, 2)
+    ]
+    for num, tiles in used:
+        staged_bytes = (num * tiles.block_n + tiles.block_m) * tiles.block_k * 2 * tiles.num_stages
+        assert staged_bytes <= 99 * 1024 - 1024 and tiles.num_stages >= 2, (
+            "a program's share of a consumer GPU"
+        )
 
 
 @needs_triton
