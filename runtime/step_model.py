@@ -31,11 +31,11 @@ SOFT_SCALE = 0.1  # relative residuals beyond this count linearly, not squared: 
 NUM_STRETCHES = 10
 FLOP_QUANTILES = (0.0, 0.5, 0.8, 0.95, 1.0)  # where the two regimes might part: starting points
 NUM_ROUNDS = 12
-# How much longer a FLOP of attention takes than one of a matrix product, as far as steps are cut by it. On an H200 it
-# is 1.35 (some 530 against 700 TFLOP/s), and with that all steps of a long prompt take as long. With less its last
-# steps take longer, but are fewer: 32k tokens beside 64 that decode took 1,561 ms with 1.35 and 1,505 with 1, and what
-# lies between two tokens of the others (p99) 56 and 48.
-ATTENTION_SLOWNESS = 1.0
+# What a FLOP of attention counts where steps are cut, of one of a matrix product. On an H200 it takes 1.35 times as
+# long (some 530 against 700 TFLOP/s), and counted so all steps of a long prompt take as long. Counted for less, its
+# last steps take longer, but are fewer: 32k tokens beside 64 that decode took 1,561 ms with 1.35 and 1,505 with 1, and
+# what lies between two tokens of the others (p99) 56 and 48.
+ATTENTION_WEIGHT = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class StepModel:
         after a fit, so that a replay schedules what the engine does."""
         if not self.flop_per_token:
             return 0.0
-        return ATTENTION_SLOWNESS * self.attention_flop_per_pair / self.flop_per_token
+        return ATTENTION_WEIGHT * self.attention_flop_per_pair / self.flop_per_token
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)

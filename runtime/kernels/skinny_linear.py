@@ -52,13 +52,7 @@ class Tiles(NamedTuple):
     num_stages: int = 4
 
 
-def split_tiles(
-    out_features: int,
-    in_features: int,
-    element_bytes: int = 2,
-    num_rows: int = 1,
-    staged_bytes: int = STAGED_BYTES,
-) -> Tiles:
+def split_tiles(out_features: int, in_features: int, element_bytes: int = 2, num_rows: int = 1) -> Tiles:
     """Split so often that there are programs for all SMs. Parts of many rows are read and written back, so there are
     fewer, and more programs share the rows (H200, 128 rows of 2048 x 1024 with the norm behind it: 7.4 us with all in a
     program, 5.7 with 64)."""
@@ -72,18 +66,11 @@ def split_tiles(
         and in_features >= 2 * split_k * MIN_STEPS * block_k
     ):
         split_k *= 2
-    stages = min(Tiles().num_stages, staged_bytes // (COLUMN_BYTES * (Tiles().block_n + block_m)))
-    return Tiles(block_m, block_k=block_k, split_k=split_k, num_stages=stages)
+    return Tiles(block_m, block_k=block_k, split_k=split_k)
 
 
-def whole_tiles(
-    out_features: int,
-    num_rows: int,
-    element_bytes: int = 2,
-    num_weights: int = 1,
-    staged_bytes: int = STAGED_BYTES,
-) -> Tiles:
-    """As large as leaves work for all SMs. `num_weights`: 2 for gate and up. `staged_bytes`: of few rows."""
+def whole_tiles(out_features: int, num_rows: int, element_bytes: int = 2, num_weights: int = 1) -> Tiles:
+    """As large as leaves work for all SMs. `num_weights`: 2 for gate and up."""
     block_m, block_n = row_block(num_rows), Tiles().block_n
 
     def are_enough() -> bool:
@@ -95,8 +82,7 @@ def whole_tiles(
         block_n //= 2
     column_bytes, staged_rows = COLUMN_BYTES, num_weights * block_n + block_m
     if num_rows <= FEW_ROWS:
-        fewest = 3 if staged_bytes == STAGED_BYTES else 2
-        stages = max(fewest, min(MAX_STAGES, staged_bytes // (column_bytes * staged_rows)))
+        stages = max(3, min(MAX_STAGES, STAGED_BYTES // (column_bytes * staged_rows)))
     else:
         stages = STAGES_OF_MANY_ROWS
         while stages * column_bytes * staged_rows > LARGE_TILE_BYTES:
@@ -104,8 +90,12 @@ def whole_tiles(
     return Tiles(block_m, block_n, column_bytes // element_bytes, num_stages=stages)
 
 
-def staged_bytes_on(device: torch.device) -> int:
-    return STAGED_BYTES if has_large_tiles(device) else SMALL_STAGED_BYTES
+def fitting_stages(tiles: Tiles, num_weights: int, element_bytes: int, device: torch.device) -> int:
+    """Those of the tiles, or fewer where a program may share less memory."""
+    if has_large_tiles(device):
+        return tiles.num_stages
+    staged = element_bytes * tiles.block_k * (num_weights * tiles.block_n + tiles.block_m)
+    return min(tiles.num_stages, SMALL_STAGED_BYTES // staged)
 
 
 def row_block(num_rows: int) -> int:
@@ -120,24 +110,20 @@ def padded(num_rows: int) -> int:
 def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Raises ValueError where x has more than 256 rows; so do the others."""
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    tiles = whole_tiles(len(weight), len(x), x.element_size(), staged_bytes=staged_bytes_on(x.device))
-    _multiply(x, weight, out[None], tiles)
+    _multiply(x, weight, out[None], whole_tiles(len(weight), len(x), x.element_size()))
     return out
 
 
 def skinny_gated(x: Tensor, weight: Tensor) -> Tensor:
     size = len(weight) // 2
     out = torch.empty(len(x), size, dtype=x.dtype, device=x.device)
-    tiles = whole_tiles(size, len(x), x.element_size(), 2, staged_bytes_on(x.device))
-    _multiply(x, weight, out[None], tiles, is_gated=True)
+    _multiply(x, weight, out[None], whole_tiles(size, len(x), x.element_size(), 2), is_gated=True)
     return out
 
 
 def skinny_parts(x: Tensor, weight: Tensor, tiles: Tiles | None = None) -> Tensor:
     """`tiles`: a guess from the shape where none are given."""
-    if tiles is None:
-        room = staged_bytes_on(x.device)
-        tiles = split_tiles(len(weight), weight.shape[1], x.element_size(), len(x), room)
+    tiles = tiles or split_tiles(len(weight), weight.shape[1], x.element_size(), len(x))
     out = torch.empty(tiles.split_k, len(x), len(weight), dtype=torch.float32, device=x.device)
     _multiply(x, weight, out, tiles)
     return out
@@ -157,7 +143,8 @@ def _multiply(x: Tensor, weight: Tensor, out: Tensor, tiles: Tiles, is_gated: bo
         x, weight, out, num_rows, out_features, in_features, columns, x.stride(0), weight.stride(0),
         IS_GATED=is_gated, IS_EVEN=columns * split == in_features,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps,
+        num_stages=fitting_stages(tiles, 1 + is_gated, x.element_size(), x.device),
     )  # fmt: skip
 
 
