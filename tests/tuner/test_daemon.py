@@ -78,6 +78,13 @@ class World:
                 if self.daemon.watchman._watch is not None:
                     self.daemon.watchman.look(self.daemon.watchman._watch, self.clock.at)
             self.daemon.tick(self.clock.at)
+            self._wait_for_search()
+
+    def _wait_for_search(self) -> None:
+        """It is a real process, whose minute is over in a second of this clock's on a busy machine."""
+        search = self.daemon.studies._ask
+        if search is not None:
+            search._child.wait(timeout=120)
 
     def crash(self) -> None:
         """The daemon is gone without a word; its store is opened again by the next one."""

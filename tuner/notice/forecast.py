@@ -171,10 +171,11 @@ def main() -> None:
     importlib.import_module("prophet")
     temporary = os.environ.get("TMPDIR")
     while (request := read_frame(sys.stdin.buffer)) is not None:
-        answers.write(frame(answer(request)))
-        answers.flush()
-        if temporary:
+        found = frame(answer(request))
+        if temporary:  # before anyone can find them
             remove_leftovers(Path(temporary))
+        answers.write(found)
+        answers.flush()
 
 
 if __name__ == "__main__":
