@@ -69,11 +69,13 @@ class Fitting:
         default = self._pool_blocks(room, kv_tokens, config)
         asked = default if asked_kv_tokens is None else self._pool_blocks(room, asked_kv_tokens, config)
         pool = self._settle(asked, config)
+        possible = self._possible_tokens(room)
+        self._keep_step_memory()
         taken = self._model.num_slots // BLOCK_TOKENS
         if asked_kv_tokens is None:
             default = taken
         return Fitted(
-            pool, default * BLOCK_TOKENS, self._possible_tokens(room),
+            pool, default * BLOCK_TOKENS, possible,
             room.limit_bytes // self._model.kv_bytes_per_token // BLOCK_TOKENS, self.max_batched_tokens,
         )  # fmt: skip
 
@@ -198,6 +200,12 @@ class Fitting:
         if self._device.type != "cuda":
             return 0
         return self._step_bytes - driver_free_bytes(self._device)
+
+    def _keep_step_memory(self) -> None:
+        """Has the allocator hold what the largest step takes, which it gave back to be counted: the first steps would
+        ask the driver for it, tensor by tensor, while somebody waits."""
+        if self._device.type == "cuda" and self._short_bytes() <= 0:
+            torch.empty(self._step_bytes, dtype=torch.uint8, device=self._device)
 
     def _possible_tokens(self, room: Room) -> int:
         """What the bytes allow at the default reserve: on a GPU measured anew, with pool and graphs in place."""

@@ -143,8 +143,7 @@ class FusedPass:
         whole = [self._decoder.head, *(part for one in attentions for part in layers_into(one))]
         gated = [one.gate_up for one in mlps]
         parts = [*(one.out for one in attentions), *(one.down for one in mlps)]
-        for use, layers in (("whole", whole), ("gated", gated), ("parts", parts)):
-            self.linears.measure(use, layers)
+        self.linears.measure({"whole": whole, "gated": gated, "parts": parts})
         self.linears.wake([*whole, *gated, *parts])
 
     def _pieces_in_place(self, step: StepTensors, tables: Tensor, cache: Any) -> "PiecesInputs | None":

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ FEW_ROWS = 64  # of x, in products: every GPU has room for a tile of so many
 LARGE_TILE_BYTES = 200_000  # what those of more take
 
 log = logging.getLogger(__name__)
-_is_ahead = ContextVar("kernels are compiled and not run", default=False)
+_ahead: ContextVar[list[Any] | None] = ContextVar("kernels that are compiled and not run", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *given: Any, **constants: Any) -> None:
@@ -33,8 +34,8 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *given: Any
         constants |= {"PDL": True, "launch_pdl": True}
     else:
         constants["PDL"] = False
-    if _is_ahead.get():
-        kernel.warmup(*given, grid=grid, **constants)
+    if (ahead := _ahead.get()) is not None:
+        ahead.append(kernel.warmup(*given, grid=grid, **constants))
     else:
         kernel[grid](*given, **constants)
 
@@ -56,19 +57,32 @@ def has_large_tiles(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def compiled_ahead() -> Iterator[None]:
+def compiled_ahead(device: torch.device) -> Iterator[None]:
     """Within it kernels that are launched are compiled, several at once, and not run: what they would have written is
-    left as it was. On leaving they are there. One that cannot be compiled says so when it is run."""
+    left as it was. On leaving they are there, and loaded on the device. One that cannot be says so when it is run."""
     try:
         from triton.runtime._async_compile import AsyncCompileMode
     except ImportError:  # kernels are then compiled when they are run, one after the other
         yield
         return
-    token = _is_ahead.set(True)
+    promised: list[Any] = []
+    token = _ahead.set(promised)
     try:
-        with ThreadPoolExecutor(min(MAX_THREADS, num_cores())) as threads, AsyncCompileMode(threads):
-            yield
+        with ThreadPoolExecutor(min(MAX_THREADS, num_cores())) as threads:
+            with AsyncCompileMode(threads, ignore_errors=True):
+                yield
+            # Before Triton 3.7 that is a run of a C compiler for each kind of arguments.
+            list(threads.map(partial(_load, device), {id(one): one for one in promised}.values()))
     except Exception:
         log.info("a kernel could not be compiled ahead", exc_info=True)
     finally:
-        _is_ahead.reset(token)
+        _ahead.reset(token)
+
+
+def _load(device: torch.device, promised: Any) -> None:
+    try:
+        compiled = promised.result() if hasattr(promised, "result") else promised
+        with torch.cuda.device(device):
+            _ = compiled.run
+    except Exception:
+        log.info("a kernel could not be loaded ahead", exc_info=True)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -82,21 +82,21 @@ class LinearTable:
         )
 
     @torch.inference_mode()
-    def measure(self, use: Use, layers: Iterable[nn.Module]) -> None:
-        """Times every shape among the layers that is not known yet, here and now."""
-        by_shape: dict[torch.Size, list[Tensor]] = {}
-        for layer in layers:
-            if is_plain(layer):
-                by_shape.setdefault(layer.weight.shape, []).append(layer.weight)
-        wanted = {
-            shape: weights
-            for weights in by_shape.values()
-            for rows in timed_rows(weights[0])
-            if (shape := _shape(use, weights[0], rows)) not in self.choices
-        }
-        with compiled_ahead():
+    def measure(self, layers: Mapping[Use, Iterable[nn.Module]]) -> None:
+        """Times every shape among the layers that is not known yet, here and now. All kernels are compiled first."""
+        wanted = {}
+        for use, some in layers.items():
+            for weights in _by_shape(some):
+                for rows in timed_rows(weights[0]):
+                    shape = _shape(use, weights[0], rows)
+                    if shape not in self.choices:
+                        wanted[shape] = weights
+        if not wanted:
+            return
+        device = next(iter(wanted.values()))[0].device
+        with compiled_ahead(device):
             for shape, weights in wanted.items():
-                self._forms(shape, weights[0].device)[0](_input(shape, weights[0].device), weights[0])
+                self._forms(shape, device)[0](_input(shape, device), weights[0])
         for shape, weights in wanted.items():
             self.choices[shape] = self._timed(shape, weights)
 
@@ -162,6 +162,14 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether the layer multiplies with its weight as it is: no bias, no format that replaced its forward."""
     forward = getattr(layer.forward, "__func__", None)
     return isinstance(layer, nn.Linear) and layer.bias is None and forward is nn.Linear.forward
+
+
+def _by_shape(layers: Iterable[nn.Module]) -> list[list[Tensor]]:
+    found: dict[torch.Size, list[Tensor]] = {}
+    for layer in layers:
+        if is_plain(layer):
+            found.setdefault(layer.weight.shape, []).append(layer.weight)
+    return list(found.values())
 
 
 def timed_rows(weight: Tensor) -> tuple[int, ...]:

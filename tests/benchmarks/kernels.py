@@ -256,7 +256,7 @@ def time_linears(device: torch.device, copy_bytes_per_s: float, late: Callable[[
                 for _ in range(copies)
             ]
             table = LinearTable(kernels())
-            table.measure(USES[name], layers)
+            table.measure({USES[name]: layers})
             for shape, choice in table.choices.items():
                 rate = num_bytes / min(choice.ours_us, choice.cublas_us) / 1e-6
                 print(

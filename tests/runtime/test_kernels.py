@@ -3,6 +3,7 @@
 The interpreter and the compiler for an absent GPU each run in a process of their own, as Triton decides at its import.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -334,8 +335,7 @@ def test_a_layer_whose_kernel_cannot_be_run_is_left_to_cublas(
 def test_measured_table_multiplies_as_torch_does() -> None:
     layers = [nn.Linear(512, 1024, False, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     table = LinearTable(kernels())
-    for use in ("whole", "gated", "parts"):
-        table.measure(use, layers)
+    table.measure({"whole": layers, "gated": layers, "parts": layers})
     assert len(table.choices) == 3 * len(TIMED_ROWS)
     assert all(0 < choice.cublas_us < 1000 and choice.ours_us < 1000 for choice in table.choices.values())
     for rows in (1, 20, 64, 100, 256):
@@ -349,6 +349,52 @@ def test_measured_table_multiplies_as_torch_does() -> None:
             torch.testing.assert_close(table.whole(layers[0], x), layers[0](x), rtol=2e-2, atol=2e-2)
             gated = PLAIN.silu_mul(layers[0](x))
             torch.testing.assert_close(table.gated(layers[0], x), gated, rtol=2e-2, atol=2e-2)
+
+
+@needs_triton
+def test_kernels_that_are_compiled_ahead_are_loaded_too_and_one_that_cannot_be_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from runtime.kernels import launch as launching
+
+    class Promise:
+        num_results = num_loads = 0
+
+        def result(self) -> "Promise":
+            self.num_results += 1
+            return self
+
+        @property
+        def run(self) -> None:
+            self.num_loads += 1
+
+    class Broken(Promise):
+        def result(self) -> Promise:
+            raise RuntimeError("cannot be compiled")
+
+    class Kernel:
+        def __init__(self, promise: Promise) -> None:
+            self.promise, self.num_runs = promise, 0
+
+        def warmup(self, *given: object, grid: object, **constants: object) -> Promise:
+            return self.promise
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            self.num_runs += 1
+            return lambda *given, **constants: None
+
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    cpu, kernels = torch.device("cpu"), [Kernel(Broken()), Kernel(Promise())]
+    with launching.compiled_ahead(cpu):
+        for _ in range(3):
+            for kernel in kernels:
+                launching.launch(kernel, (1,), cpu)
+    assert [(one.promise.num_results, one.promise.num_loads, one.num_runs) for one in kernels] == [
+        (0, 0, 0),
+        (1, 1, 0),
+    ]
+    launching.launch(kernels[1], (1,), cpu)
+    assert kernels[1].num_runs == 1
 
 
 # -- splits ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from runtime.knobs import EngineConfig, default_config
 from runtime.kv_size import CUDA_RESERVE, Room
 from runtime.loader import load_model
 from runtime.scheduler import Scheduler
-from runtime.warm_up import largest_blocks, largest_requests
+from runtime.warm_up import largest_blocks, largest_requests, warm_up_requests
 from tests.runtime.tiny_models import save_tiny_model
 
 CPU = torch.device("cpu")
@@ -179,3 +179,15 @@ def test_a_pool_of_all_memory_and_more_starts_smaller_and_leaves_room_for_the_la
     num_blocks = min(here.pool.num_blocks, largest_blocks(config))
     again._compute_largest(config, num_blocks)
     assert again.max_batched_tokens is None
+
+
+@pytest.mark.gpu
+def test_first_steps_ask_the_driver_for_no_memory(folder: Path) -> None:
+    loaded = load_model(folder, torch.device("cuda"), torch.bfloat16)
+    config = default_config("cuda", 8)
+    here = Executor(loaded, None, config)
+    steps = Fitting(here._model, here.max_model_len, here.execute)
+    asked = torch.cuda.memory_stats()["segment.large_pool.allocated"]
+    steps._compute(config, here.pool.num_blocks, warm_up_requests(1, here.max_model_len - 2))
+    steps._compute(config, here.pool.num_blocks, largest_requests(config, here.max_model_len))
+    assert torch.cuda.memory_stats()["segment.large_pool.allocated"] == asked
