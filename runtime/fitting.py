@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 CPU_KV_SEQUENCES = 64
 CUDA_KV_SEQUENCES = 1024
+BETWEEN_TENSORS = 8  # a piece has room for tensors and for what lies unused between them: an eighth
+ALLOCATOR_SEGMENT = 20 << 20  # PyTorch's, for tensors of less than half of it
 
 
 class Fitted(NamedTuple):
@@ -203,9 +205,16 @@ class Fitting:
 
     def _keep_step_memory(self) -> None:
         """Has the allocator hold what the largest step takes, which it gave back to be counted: the first steps would
-        ask the driver for it, tensor by tensor, while somebody waits."""
-        if self._device.type == "cuda" and self._short_bytes() <= 0:
-            torch.empty(self._step_bytes, dtype=torch.uint8, device=self._device)
+        ask the driver for it, tensor by tensor, while somebody waits. It holds it until the next capture."""
+        if self._device.type != "cuda":
+            return
+        try:
+            kept = self._step_bytes + self._step_bytes // BETWEEN_TENSORS + ALLOCATOR_SEGMENT
+            torch.empty(kept, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:  # there is no such piece; steps ask for smaller ones
+            if not is_out_of_memory(error):
+                raise
+            log.info("the first steps will ask the driver for memory: %s", error)
 
     def _possible_tokens(self, room: Room) -> int:
         """What the bytes allow at the default reserve: on a GPU measured anew, with pool and graphs in place."""

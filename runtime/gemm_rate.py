@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 STEP_S = 0.034
 FEWEST_STEP_TOKENS = 256  # or the products of a prompt would have too few rows, and first tokens come late
 TIMED_ROWS = 2048  # about what a step has, and enough that products reach their rate
-WARM_UP_S = 0.02  # in which the library chooses its kernels and the clock rises
+WARM_UP_S = 0.1  # in which the library chooses its kernels and the clock rises and settles
 NUM_TIMED = 9
 
 

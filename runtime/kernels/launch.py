@@ -2,8 +2,8 @@
 
 From compute capability 9 on a kernel starts while the one before it ends (programmatic dependent launch). It lets its
 successor start as soon as all of its own programs have, and waits for its predecessor before it touches anything but
-weights. Every such kernel waits, so whoever waits for the last one waits for all before it; a kernel launched in the
-common way waits by itself.
+weights and what a step is given: tables, contexts, positions. Every such kernel waits, so whoever waits for the last
+one waits for all before it; a kernel launched in the common way waits by itself.
 """
 
 import contextlib
@@ -57,9 +57,10 @@ def has_large_tiles(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def compiled_ahead(device: torch.device) -> Iterator[None]:
+def compiled_ahead() -> Iterator[None]:
     """Within it kernels that are launched are compiled, several at once, and not run: what they would have written is
-    left as it was. On leaving they are there, and loaded on the device. One that cannot be says so when it is run."""
+    left as it was. On leaving they are there, and loaded on the current device. One that cannot be says so when it is
+    run."""
     try:
         from triton.runtime._async_compile import AsyncCompileMode
     except ImportError:  # kernels are then compiled when they are run, one after the other
@@ -72,14 +73,18 @@ def compiled_ahead(device: torch.device) -> Iterator[None]:
             with AsyncCompileMode(threads, ignore_errors=True):
                 yield
             # Before Triton 3.7 that is a run of a C compiler for each kind of arguments.
-            list(threads.map(partial(_load, device), {id(one): one for one in promised}.values()))
+            list(
+                threads.map(
+                    partial(_load, torch.cuda.current_device()), {id(one): one for one in promised}.values()
+                )
+            )
     except Exception:
         log.info("a kernel could not be compiled ahead", exc_info=True)
     finally:
         _ahead.reset(token)
 
 
-def _load(device: torch.device, promised: Any) -> None:
+def _load(device: int, promised: Any) -> None:
     try:
         compiled = promised.result() if hasattr(promised, "result") else promised
         with torch.cuda.device(device):

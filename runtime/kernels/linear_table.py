@@ -94,7 +94,7 @@ class LinearTable:
         if not wanted:
             return
         device = next(iter(wanted.values()))[0].device
-        with compiled_ahead(device):
+        with compiled_ahead():
             for shape, weights in wanted.items():
                 self._forms(shape, device)[0](_input(shape, device), weights[0])
         for shape, weights in wanted.items():
