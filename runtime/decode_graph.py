@@ -126,7 +126,7 @@ class DecodeGraphs:
     def _compile(self, sizes: Sequence[int], run: Run) -> None:
         """What steps of these sizes launch, several kernels at once. Beside prompts tables are of int64."""
         self._blank()
-        with compiled_ahead(self._device):
+        with compiled_ahead():
             for size in sizes:
                 if size in COMPILED_BUCKETS:
                     inputs = self._inputs(size)

@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 
 CPU_KV_SEQUENCES = 64
 CUDA_KV_SEQUENCES = 1024
-BETWEEN_TENSORS = 8  # a piece has room for tensors and for what lies unused between them: an eighth
-ALLOCATOR_SEGMENT = 20 << 20  # PyTorch's, for tensors of less than half of it
 
 
 class Fitted(NamedTuple):
@@ -209,8 +207,7 @@ class Fitting:
         if self._device.type != "cuda":
             return
         try:
-            kept = self._step_bytes + self._step_bytes // BETWEEN_TENSORS + ALLOCATOR_SEGMENT
-            torch.empty(kept, dtype=torch.uint8, device=self._device)
+            torch.empty(self._step_bytes, dtype=torch.uint8, device=self._device)
         except RuntimeError as error:  # there is no such piece; steps ask for smaller ones
             if not is_out_of_memory(error):
                 raise

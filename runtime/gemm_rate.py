@@ -20,7 +20,7 @@ from runtime.step_budget import TILE_ROWS
 log = logging.getLogger(__name__)
 
 # Of a step that prompts share with decode rows: what lies between two tokens of those who are read as they come.
-STEP_S = 0.034
+STEP_S = 0.039
 FEWEST_STEP_TOKENS = 256  # or the products of a prompt would have too few rows, and first tokens come late
 TIMED_ROWS = 2048  # about what a step has, and enough that products reach their rate
 WARM_UP_S = 0.1  # in which the library chooses its kernels and the clock rises and settles

@@ -19,6 +19,7 @@ from runtime.kv_cache import BLOCK_TOKENS, BlockIds, BlockPool
 from runtime.request import Request
 from runtime.retable import BlockMove, Retabled
 from runtime.scheduler import Scheduler
+from runtime.weights import formats_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,8 @@ class PagedModel:
         # The likeliest tokens of the step just computed, as `draw` returns them, where it has them already.
         self.greedy: Tensor | None = None
         self.replaced_kernels: tuple[str, ...] = ()  # that failed their check; plain twins do their work
-        self.weights_key = ""  # names the weights in force, for what was prepared with them
+        # Names the weights in force, for what was prepared with them.
+        self.weights_key = formats_from(next(model.parameters()).dtype)[0]
 
     @property
     def kv_bytes_per_token(self) -> int:

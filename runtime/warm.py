@@ -72,7 +72,7 @@ class WarmStates:
         self._model, self._free_bytes = model, free_bytes
         self._loaded_dtype: torch.dtype = next(model.model.parameters()).dtype
         self.formats = formats_from(self._loaded_dtype)
-        self.weight_format = model.weights_key = self.loaded_format
+        self.weight_format = model.weights_key
         self.pool = PoolKey(model.num_slots // BLOCK_TOKENS, model.kv_dtype)
         self.block_tokens, self._max_model_len = block_tokens, max_model_len
         self._max_bytes = max(max_blocks, self.pool.num_blocks) * self._block_bytes(model.kv_dtype)

@@ -177,7 +177,7 @@ def self_check(
     if not shape.has_own_heads:
         trials = [one for one in trials if one[0] not in OF_OWN_HEADS]
     if device.type == "cuda":
-        with compiled_ahead(device):
+        with compiled_ahead():
             for name, run in trials:
                 run(_both(getattr(kernels, name), getattr(PLAIN, name)))
     for name, run in trials:

@@ -384,8 +384,9 @@ def test_kernels_that_are_compiled_ahead_are_loaded_too_and_one_that_cannot_be_s
             return lambda *given, **constants: None
 
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     cpu, kernels = torch.device("cpu"), [Kernel(Broken()), Kernel(Promise())]
-    with launching.compiled_ahead(cpu):
+    with launching.compiled_ahead():
         for _ in range(3):
             for kernel in kernels:
                 launching.launch(kernel, (1,), cpu)

@@ -181,6 +181,17 @@ def test_a_pool_of_all_memory_and_more_starts_smaller_and_leaves_room_for_the_la
     assert again.max_batched_tokens is None
 
 
+def test_steps_are_made_ready_for_the_weights_that_serve(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[str] = []
+    monkeypatch.setattr(
+        DecoderModel, "prepare_steps", lambda model, *_, **__: keys.append(model.weights_key) or True
+    )
+    here = executor(folder)
+    assert keys == [here.warm.loaded_format] == [here._model.weights_key]
+
+
 @pytest.mark.gpu
 def test_first_steps_ask_the_driver_for_no_memory(folder: Path) -> None:
     loaded = load_model(folder, torch.device("cuda"), torch.bfloat16)
