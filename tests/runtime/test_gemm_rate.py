@@ -17,8 +17,8 @@ from runtime.step_weights import weights_of
 
 
 def test_a_step_has_as_many_tokens_as_the_time_allows_in_whole_tiles() -> None:
-    assert step_tokens(700e12, 7_500_000_000) == 1536  # 1586 in 34 ms
-    assert step_tokens(790e12, 7_500_000_000) == 1664  # 1790
+    assert step_tokens(700e12, 7_500_000_000) == 1792  # 1820 in 39 ms
+    assert step_tokens(650e12, 7_500_000_000) == 1664  # 1690
     assert step_tokens(1e12, 7_500_000_000) == 256, "fewer are not worth a step"
 
 
