@@ -10,8 +10,8 @@ from runtime import gemm_rate
 from runtime.bench.shapes import random_model
 from runtime.engine_start import engine_parts
 from runtime.executor import Executor
-from runtime.gemm_rate import flop_per_s, largest_linear, measured_step_tokens, step_tokens
-from runtime.knobs import EngineConfig, default_config
+from runtime.gemm_rate import STEP_S, flop_per_s, largest_linear, measured_step_tokens, step_tokens
+from runtime.knobs import EngineConfig, default_config, knob_named
 from runtime.step_model import StepModel
 from runtime.step_weights import weights_of
 
@@ -20,6 +20,7 @@ def test_a_step_has_as_many_tokens_as_the_time_allows_in_whole_tiles() -> None:
     assert step_tokens(700e12, 7_500_000_000) == 1792  # 1820 in 39 ms
     assert step_tokens(650e12, 7_500_000_000) == 1664  # 1690
     assert step_tokens(1e12, 7_500_000_000) == 256, "fewer are not worth a step"
+    assert f"is what takes {1e3 * STEP_S:.0f} ms." in knob_named("mixed_step_tokens").help, "as it is told"
 
 
 def test_the_largest_layer_beside_the_head_is_timed() -> None:
