@@ -7,6 +7,7 @@ A graph belongs to a number of rows (a batch is padded to the next one), to the 
 multiplies; whatever a replay must know lies in tensors that never move. Padding rows write nothing and read nothing.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -27,16 +28,23 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384
 # Each of these has kernels of its own; those of larger ones are the last one's.
 COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96)
 MAX_DRAWN = 2**14  # tokens that a step of any kind draws at most
-WARM_UPS = 2  # runs before a capture: kernels are compiled, libraries take their workspace
+WARM_UPS = 2  # runs before a capture where kernels may not be compiled and loaded yet
+
+
+class Pools(NamedTuple):
+    """What steps read and write. `identity`: that of the dict."""
+
+    identity: int
+    kv_dtype: str
+    block_tokens: int
 
 
 class Key(NamedTuple):
-    """What a graph was captured for: every Python value that reached a kernel. `pools`: the identity of the dict."""
+    """What a graph was captured for: every Python value that reached a kernel."""
 
     num_rows: int
-    pools: int
+    pools: Pools
     weights: str
-    block_tokens: int
 
 
 class Decoded(NamedTuple):
@@ -47,8 +55,11 @@ class Decoded(NamedTuple):
 
 
 class Captured(NamedTuple):
+    """`memory`: the pool in which its tensors lie."""
+
     graph: torch.cuda.CUDAGraph
     out: Decoded
+    memory: tuple[int, int]
 
 
 Run = Callable[[DecodeInputs], Decoded]
@@ -73,7 +84,13 @@ class DecodeGraphs:
         self._graphs: dict[Key, Captured] = {}
         self._refused: set[Key] = set()
         self._memory: tuple[int, int] | None = None  # shared by all graphs: one of them runs at a time
+        self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them about its streams
         self._lacked_memory = False  # the last capture that failed
+        self._woken: set[tuple[str, int]] = set()  # kv_dtype and tokens of a block
+        self._launched: set[int] = set()  # numbers of rows; other weights are woken for all of them
+        # Of captures and of nothing else: others wait for theirs. Streams of a high priority are handed out apart, and
+        # what is captured on one goes before what is prepared beside.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def takes(self, packed: PackedBatch) -> bool:
         """Whether each token of the step gets its logits: rows of one token, and those with a draft."""
@@ -83,12 +100,12 @@ class DecodeGraphs:
         return len(packed.contexts) == num_tokens or bool((packed.last_tokens == np.arange(num_tokens)).all())
 
     def replay(
-        self, packed: PackedBatch, pools: int, weights: str, run: Run, drawn: Tensor
+        self, packed: PackedBatch, pools: Pools, weights: str, run: Run, drawn: Tensor
     ) -> Decoded | None:
         """Returns what the next replay overwrites. `run` is captured where it was not yet; None where that failed.
         `drawn`: tokens of the last step."""
         num_rows = len(packed.token_ids)
-        key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights, packed.block_tokens)
+        key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights)
         captured = self._graphs.get(key) or self._try_to_capture(key, run)
         if captured is None:
             return None
@@ -101,7 +118,7 @@ class DecodeGraphs:
         return Decoded(logits[:num_rows], drawn[:, :num_rows])
 
     def prepare(
-        self, num_rows: int, pools: int, weights: str, block_tokens: int, run: Run, only_largest: bool = False
+        self, num_rows: int, pools: Pools, weights: str, run: Run, only_largest: bool = False
     ) -> bool:
         """Captures the graphs of batches of up to `num_rows`, so that no step has to. The largest comes first, so that
         the others fit into its memory. False where one of them had no memory: the others are not tried then."""
@@ -109,18 +126,35 @@ class DecodeGraphs:
         if not self._graphs and self._device.type == "cuda":
             self._compile(sizes, run)
         for size in sizes[-1:] if only_largest else sizes[::-1]:
-            key = Key(size, pools, weights, block_tokens)
+            key = Key(size, pools, weights)
             if key not in self._graphs and self._try_to_capture(key, run) is None and self._lacked_memory:
                 return False
+        if not only_largest:
+            self.take_as_awake(pools.kv_dtype, pools.block_tokens)
         return True
+
+    @property
+    def launched_rows(self) -> Sequence[int]:
+        """Numbers of rows for which all kernels but those over other pools have been launched."""
+        return sorted(self._launched)
+
+    def is_awake(self, kv_dtype: str, block_tokens: int) -> bool:
+        """Whether steps over such pools have been computed, or what they launch over them has been launched."""
+        return (kv_dtype, block_tokens) in self._woken
+
+    def take_as_awake(self, kv_dtype: str, block_tokens: int) -> None:
+        self._woken.add((kv_dtype, block_tokens))
 
     def forget(self, pools: int | None, weights: str | None) -> None:
         """Drops the graphs that read pools or weights which are about to go."""
-        for key in [key for key in self._graphs if key.pools == pools or key.weights == weights]:
+        for key in [key for key in self._graphs if key.pools.identity == pools or key.weights == weights]:
             del self._graphs[key]
-        self._refused = {key for key in self._refused if key.pools != pools and key.weights != weights}
-        if not self._graphs:
+        self._refused = {
+            key for key in self._refused if key.pools.identity != pools and key.weights != weights
+        }
+        if all(captured.memory != self._memory for captured in self._graphs.values()):
             self._memory = None  # it went with the last of them
+        self._drawn_by = None  # another graph may come to lie there
 
     @torch.inference_mode()
     def _compile(self, sizes: Sequence[int], run: Run) -> None:
@@ -137,38 +171,77 @@ class DecodeGraphs:
         """None where it fails, now or before: such steps are launched kernel by kernel."""
         if key in self._refused:
             return None
+        if self._is_known(key):
+            try:
+                return self._capture(key, run)
+            except RuntimeError as error:
+                log.info(
+                    "decode steps of %d rows are run before they are captured: %s",
+                    key.num_rows,
+                    _reason(error),
+                )
         try:
+            self._warm_up(key, run)
             return self._capture(key, run)
         except (
             RuntimeError
         ) as error:  # torch.OutOfMemoryError among them; a weight format that waits for the host
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._lacked_memory = is_out_of_memory(error)
             log.warning(
-                "decode steps of %d rows are not captured, so they take longer: %s", key.num_rows, reason
+                "decode steps of %d rows are not captured, so they take longer: %s",
+                key.num_rows,
+                _reason(error),
             )
             self._refused.add(key)
             return None
 
-    def _capture(self, key: Key, run: Run) -> Captured:
-        started = time.perf_counter()
-        self._drawn_by = None  # the warm-ups write there too
+    def _is_known(self, key: Key) -> bool:
+        """Whether all that the step launches has been launched before: it is captured without a run."""
+        return self.is_awake(key.pools.kv_dtype, key.pools.block_tokens) and key.num_rows in self._launched
+
+    def _warm_up(self, key: Key, run: Run) -> None:
+        """Kernels are compiled and loaded, libraries take their workspace; then there is as much memory as can be: a
+        capture gives nothing back that the allocator holds."""
+        self._drawn_by = None  # written to here too
         torch.cuda.synchronize(self._device)
         self._blank()
         inputs = self._inputs(key.num_rows)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 self._decoded(run, inputs)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            out = self._decoded(run, inputs)
-        self._memory = graph.pool()
-        self._graphs[key] = Captured(graph, out)
-        log.info("captured decode steps of %d rows in %.2f s", key.num_rows, time.perf_counter() - started)
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        self._launched.add(key.num_rows)
+
+    def _capture(self, key: Key, run: Run) -> Captured:
+        """Beside what the device does: nothing is waited for, and nothing given back that the allocator holds, as
+        `torch.cuda.graph` would have it."""
+        started = time.perf_counter()
+        graph, inputs = torch.cuda.CUDAGraph(), self._inputs(key.num_rows)
+        self._memory = self._memory or torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(self._stream):
+            try:
+                graph.capture_begin(self._memory, capture_error_mode="thread_local")
+                out = self._decoded(run, inputs)
+                graph.capture_end()
+            except BaseException:
+                self._give_up(graph)
+                raise
+        self._graphs[key] = Captured(graph, out, self._memory)
+        log.info("captured decode steps of %d rows in %.3f s", key.num_rows, time.perf_counter() - started)
         return self._graphs[key]
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """A capture that fails leaves the allocator as if it went on (PyTorch 2.11), so the next ones have memory of
+        their own."""
+        self._failed.append(graph)
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._scalars.device.index, self._memory)
+        self._memory = None
 
     def _decoded(self, run: Run, inputs: DecodeInputs) -> Decoded:
         """What a graph does. What it draws, the next step finds without the host."""
@@ -204,3 +277,17 @@ class DecodeGraphs:
             shown = pinned[: tables.size].view(tables.shape)
             self._tables[:count, : tables.shape[1]].copy_(shown, non_blocking=True)
             self._shown = tables.copy()
+
+
+def padding(num_rows: int, max_blocks: int, device: torch.device) -> DecodeInputs:
+    """Rows that write nothing and read nothing, laid out as those of a graph."""
+    token_ids, positions, slots, contexts = torch.zeros(4, BUCKETS[-1], dtype=torch.int64, device=device)[
+        :, :num_rows
+    ]
+    tables = torch.zeros(BUCKETS[-1], max_blocks, dtype=torch.int32, device=device)[:num_rows]
+    drawn = torch.zeros(MAX_DRAWN, dtype=torch.int64, device=device)
+    return DecodeInputs(token_ids, positions, slots.fill_(-1), contexts, tables, drawn)
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,6 +1,6 @@
 """Our decoder over the paged pool: tier A. On a GPU with Triton by kernels, and steps of one token a row as graphs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,16 +9,28 @@ from torch import Tensor
 from runtime.attention import StepTensors
 from runtime.bare_model import BareModel
 from runtime.batch import PackedBatch
-from runtime.decode_graph import Decoded, DecodeGraphs
+from runtime.decode_graph import COMPILED_BUCKETS, Decoded, DecodeGraphs, Pools, padding
 from runtime.decoder import Attention, Decoder
 from runtime.fused_pass import DecodeInputs, fused_pass
+from runtime.kernels import PLAIN
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
-from runtime.paged_model import PROBE_TOKENS, KVPools, KVShape, PagedModel, probe_tokens, slots_in
+from runtime.paged_model import (
+    PROBE_TOKENS,
+    KVPools,
+    KVShape,
+    LayerCopier,
+    LayerPool,
+    PagedModel,
+    probe_tokens,
+    slots_in,
+)  # fmt: skip
 from runtime.request import Request, SamplingParams
 from runtime.retable import Retabled
 from runtime.rounded_cache import STORED
 from runtime.scheduler import Scheduler
+from runtime.transfer import sent
+from runtime.warm_up import woken_steps
 
 if TYPE_CHECKING:
     from runtime.hf_model import HFModel
@@ -53,7 +65,7 @@ class DecoderModel(PagedModel):
         if self._fused is not None:
             self.replaced_kernels = self._fused.replaced_kernels
         self._graphs: DecodeGraphs | None = None
-        self._max_blocks = -(-max_model_len // BLOCK_TOKENS)
+        self._max_model_len, self._max_blocks = max_model_len, -(-max_model_len // BLOCK_TOKENS)
         token_ids = probe_tokens(self.decoder.embedding.shape[0], self.device)[0].tolist()
         expected = self._in_one_piece(token_ids) if isinstance(plain, BareModel) else plain.expected
         self.check_against(expected, token_ids)
@@ -76,17 +88,24 @@ class DecoderModel(PagedModel):
     def shapes_of(self, kv_dtype: str) -> Mapping[int, KVShape]:
         return self._rounded_shapes if kv_dtype == "fp8" else self.kv_shapes
 
-    def copy_pool(
-        self, layer: int, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], move: Retabled
-    ) -> None:
-        if source[0].dtype == target[0].dtype:
-            super().copy_pool(layer, source, target, move)
-            return
-        part = self.decoder.layers[layer].attention
-        taken, given = cache_of(part, source), cache_of(part, target)
-        sources, targets = (slots_in(blocks, move.block_tokens).to(self.device) for blocks in move.move)
-        for old, new in zip(sources.split(CONVERTED_TOKENS), targets.split(CONVERTED_TOKENS), strict=True):
-            given.write(new, taken.read(old))
+    def copier(self, move: Retabled, is_other_kind: bool) -> LayerCopier:
+        if not is_other_kind:
+            return super().copier(move, is_other_kind)
+        kernels = PLAIN if self._fused is None else self._fused.kernels
+        sources, targets = (sent(slots_in(blocks, move.block_tokens), self.device) for blocks in move.move)
+
+        def copy(layer: int, source: LayerPool, target: LayerPool) -> None:
+            part = self.decoder.layers[layer].attention
+            taken, given = cache_of(part, source), cache_of(part, target)
+            for old, new in zip(
+                sources.split(CONVERTED_TOKENS), targets.split(CONVERTED_TOKENS), strict=True
+            ):
+                if given.scales is not None:
+                    kernels.round_rows(given.rows, given.scales, taken.rows, old, new)
+                else:
+                    kernels.restore_rows(given.rows, taken.rows, taken.scales, old, new)
+
+        return copy
 
     @torch.inference_mode()
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
@@ -94,7 +113,8 @@ class DecoderModel(PagedModel):
         if self._fused is not None:
             self._fused.use_blocks(packed.block_tokens)
         if graphs is not None and pools is None and packed.copies is None and graphs.takes(packed):
-            decoded = graphs.replay(packed, id(self.pools), self.weights_key, self._decode, self.drawn)
+            pools_in_force = self._pools_in(packed.block_tokens)
+            decoded = graphs.replay(packed, pools_in_force, self.weights_key, self._decode, self.drawn)
             if decoded is not None:
                 logits, self.greedy = decoded
                 return logits
@@ -122,8 +142,37 @@ class DecoderModel(PagedModel):
         self._fused.use_blocks(block_tokens)
         self._graphs = self._graphs or DecodeGraphs(self.device, self._max_blocks)
         return self._graphs.prepare(
-            max_num_seqs, id(self.pools), self.weights_key, block_tokens, self._decode, only_largest
+            max_num_seqs, self._pools_in(block_tokens), self.weights_key, self._decode, only_largest
         )
+
+    @property
+    def captured_rows(self) -> Sequence[int]:
+        return () if self._graphs is None else self._graphs.launched_rows
+
+    def is_awake(self, kv_dtype: str, block_tokens: int) -> bool:
+        has_own = any(isinstance(layer.attention, Attention) for layer in self.decoder.layers)
+        return self._graphs is None or not has_own or self._graphs.is_awake(kv_dtype, block_tokens)
+
+    @torch.inference_mode()
+    def wake(self, kv_dtype: str, block_tokens: int) -> None:
+        """Not for latents: their kernels multiply weights too."""
+        if self._fused is None or self._graphs is None:
+            return
+        fused, shapes = self._fused.over_blocks(block_tokens), self.shapes_of(kv_dtype)
+        parts = [layer.attention for layer in self.decoder.layers]
+        kinds = {
+            (part.window, shapes[at]): at for at, part in enumerate(parts) if isinstance(part, Attention)
+        }
+        slots = woken_steps(COMPILED_BUCKETS[-1], block_tokens, self._max_model_len)[0] * block_tokens
+        caches = [(parts[at], cache_of(parts[at], self.new_pool(shapes[at], slots))) for at in kinds.values()]
+        for rows in COMPILED_BUCKETS:
+            for part, cache in caches:
+                fused.attend_only(padding(rows, self._max_blocks, self.device), part, cache)
+            for packed in woken_steps(rows, block_tokens, self._max_model_len)[1]:
+                step = self.step_of(packed)
+                for part, cache in caches:
+                    fused.attend_only(step, part, cache)
+        self._graphs.take_as_awake(kv_dtype, block_tokens)
 
     def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
         if pools is not None and self._caches[0] is pools:
@@ -142,6 +191,9 @@ class DecoderModel(PagedModel):
         assert self._fused is not None
         logits = self._fused.decode(inputs, self._caches_of(self.pools))
         return Decoded(logits, self._fused.greedy(logits))
+
+    def _pools_in(self, block_tokens: int) -> Pools:
+        return Pools(id(self.pools), self.kv_dtype, block_tokens)
 
     def _caches_of(self, pools: KVPools) -> list[Any]:
         if self._caches[0] is not pools:

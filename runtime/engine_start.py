@@ -55,6 +55,10 @@ def load(
     stage_ended("imports")
     torch.set_num_interop_threads(1)
     device = resolve_device(options.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(
+            device
+        )  # Triton launches on the thread's current one, whatever its tensors lie on
     dtype = resolve_dtype(options.dtype, device)
     return load_model(options.model, device, dtype, options.max_model_len, reading, may_be_bare=True)
 
@@ -122,7 +126,7 @@ def with_weights(executor: "Executor", config: EngineConfig, asked: str | None) 
     try:
         warm.check(wished)
         wanted = warm.make_room(warm.missing(wished), [config], may_move_in_turn=False)
-        warm.add(wanted, *warm.build(wanted))
+        warm.add(wanted, *warm.build(wanted, beside_steps=False))
     except (InvalidKnob, PrepareFailed) as error:
         log.warning("the weights stay as loaded: %s", error)
         return config

@@ -7,6 +7,7 @@ their own and dense MLPs are computed here, latents in `runtime.fused_latent`, e
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ class FusedPass:
     def __init__(
         self, decoder: Decoder, kernels: Kernels, block_tokens: int, max_model_len: int, num_sms: int
     ) -> None:
-        self._decoder, self._kernels = decoder, kernels
+        self._decoder, self.kernels = decoder, kernels
         self._num_sms = num_sms
         self.replaced_kernels: tuple[str, ...] = ()  # those that failed their check, by their plain twins
         self.reads_pieces_in_place = True
@@ -88,8 +89,46 @@ class FusedPass:
         """From here on the pool's blocks are of so many tokens."""
         self._block_tokens = self._latent.block_tokens = block_tokens
 
+    def over_blocks(self, block_tokens: int) -> "FusedPass":
+        """The same over blocks of so many tokens, for another thread."""
+        other = copy(self)
+        other._latent = copy(self._latent)
+        other.use_blocks(block_tokens)
+        return other
+
     def forward(self, step: StepTensors, caches: Sequence[Any]) -> Tensor:
         """Any rows. Returns logits [last_tokens, vocab]."""
+        inputs, attend = self._mixed(step, caches[0])
+        return self._logits(self._hidden(inputs, caches, attend, step))
+
+    def decode(self, inputs: DecodeInputs, caches: Sequence[Any]) -> Tensor:
+        """Rows of one token. Depends on nothing but the inputs' shapes, so that it can be captured.
+
+        Returns logits [B, vocab].
+        """
+        return self._logits(self._hidden(inputs, caches, self._single(inputs), None))
+
+    def attend_only(self, step: StepTensors | DecodeInputs, layer: Attention, cache: Any) -> None:
+        """Launches what such a step launches over the cache of one layer, and multiplies no weights."""
+        inputs, attend = (
+            self._mixed(step, cache) if isinstance(step, StepTensors) else (step, self._single(step))
+        )
+        width = (layer.num_heads + 2 * layer.kv_heads) * layer.dim
+        dtype, device = self._decoder.embedding.dtype, inputs.slots.device
+        qkv = torch.zeros(len(inputs.slots), width, dtype=dtype, device=device)
+        self._turn(qkv, cache, layer, inputs)
+        attend(qkv, cache, layer)
+
+    def _single(self, inputs: DecodeInputs) -> Attend:
+        splits = self._splits(len(inputs.contexts))
+
+        def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
+            return self._decode(qkv, cache, layer, inputs, splits)
+
+        return attend
+
+    def _mixed(self, step: StepTensors, cache: Any) -> tuple[DecodeInputs, Attend]:
+        """`cache`: of any layer."""
         num_single = step.num_apart
         tables = (
             step.tables.int()
@@ -103,7 +142,7 @@ class FusedPass:
             drawn=step.token_ids[0],  # all are known
         )
         splits = self._splits(num_single)
-        pieces = self._pieces_in_place(step, tables, caches[0])
+        pieces = self._pieces_in_place(step, tables, cache)
 
         def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             found = []
@@ -122,19 +161,7 @@ class FusedPass:
                 found.append(out.flatten(1))
             return found[0] if len(found) == 1 else torch.cat(found)
 
-        return self._logits(self._hidden(inputs, caches, attend, step))
-
-    def decode(self, inputs: DecodeInputs, caches: Sequence[Any]) -> Tensor:
-        """Rows of one token. Depends on nothing but the inputs' shapes, so that it can be captured.
-
-        Returns logits [B, vocab].
-        """
-        splits = self._splits(len(inputs.contexts))
-
-        def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
-            return self._decode(qkv, cache, layer, inputs, splits)
-
-        return self._logits(self._hidden(inputs, caches, attend, None))
+        return inputs, attend
 
     def measure_linears(self) -> None:
         """Finds the faster form of each layer, and has the other one ready for steps of all sizes."""
@@ -157,7 +184,7 @@ class FusedPass:
         pieces = inputs.pieces
         # Only for these are more than one compiled at the start.
         is_split = self._block_tokens == QUERY_TILE and layer.window is None
-        return self._kernels.paged_prefill(
+        return self.kernels.paged_prefill(
             queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, pieces.first_row, pieces.new_edges,
             inputs.tiles, inputs.num_splits if is_split else 1, self._block_tokens, layer.scaling, layer.window,
         )  # fmt: skip
@@ -177,15 +204,25 @@ class FusedPass:
         kv_heads = attention.kv_heads if isinstance(attention, Attention) else 1  # latents choose their own
         return choose_splits(num_rows, kv_heads, self._num_sms)
 
+    def _turn(self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: DecodeInputs) -> None:
+        """Queries and keys where they are, and keys and values to the cache."""
+        norm = layer.qk_norm
+        turn = (None if norm is None else norm.weight, 0.0 if norm is None else norm.eps)
+        written = (qkv, self._angles, inputs.positions, cache.rows)
+        if cache.scales is not None:
+            self.kernels.rope_and_cache_fp8(*written, cache.scales, inputs.slots, layer.kv_heads, *turn)
+        else:
+            self.kernels.rope_and_cache(*written, inputs.slots, layer.kv_heads, *turn)
+
     def _decode(
         self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: DecodeInputs, splits: int
     ) -> Tensor:
         if cache.scales is not None:
-            return self._kernels.paged_decode_fp8(
+            return self.kernels.paged_decode_fp8(
                 queries_of(qkv, layer), cache.rows, cache.scales, inputs.tables, inputs.contexts, self._block_tokens,
                 layer.scaling, layer.window, splits,
             )  # fmt: skip
-        return self._kernels.paged_decode(
+        return self.kernels.paged_decode(
             queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, self._block_tokens, layer.scaling,
             layer.window, splits,
         )  # fmt: skip
@@ -195,7 +232,7 @@ class FusedPass:
     ) -> Tensor:
         """`step`: None where all rows are of one token. Returns the normed output of the last layer, [T, hidden], or
         that of the step's `last_tokens`: what no logits need is left out of it behind attention."""
-        kernels, decoder = self._kernels, self._decoder
+        kernels, decoder = self.kernels, self._decoder
         x = kernels.embed(inputs.token_ids, inputs.drawn, decoder.embedding)
         delta: Tensor | None = None
         for layer, cache in zip(decoder.layers, caches, strict=True):
@@ -205,15 +242,7 @@ class FusedPass:
                 found = self._latent.attend(y, cache, attention, inputs, step)
             else:
                 qkv = self.linears.whole(attention.qkv, y)
-                norm = attention.qk_norm
-                turn = (None if norm is None else norm.weight, 0.0 if norm is None else norm.eps)
-                written = (qkv, self._angles, inputs.positions, cache.rows)
-                if cache.scales is not None:
-                    kernels.rope_and_cache_fp8(
-                        *written, cache.scales, inputs.slots, attention.kv_heads, *turn
-                    )
-                else:
-                    kernels.rope_and_cache(*written, inputs.slots, attention.kv_heads, *turn)
+                self._turn(qkv, cache, attention, inputs)
                 found = attend(qkv, cache, attention)
             if step is not None and layer is decoder.layers[-1]:
                 x, found = x.index_select(0, step.last_tokens), found.index_select(0, step.last_tokens)
@@ -229,7 +258,7 @@ class FusedPass:
 
     def greedy(self, logits: Tensor) -> Tensor:
         """The likeliest tokens, and whether each may be taken: int64 [2, rows]."""
-        return self._kernels.greedy(logits)
+        return self.kernels.greedy(logits)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.linears.whole(self._decoder.head, x)

@@ -84,12 +84,11 @@ class BlockPool:
             return follower
         return int(self.allocate(1)[0])
 
-    def claim(self, block: int) -> bool:
-        """Holds this very block. False where it is not free."""
-        if not self._free[block]:
-            return False
-        self._hold(np.array([block], np.int32))
-        return True
+    def claim(self, blocks: NDArray[np.integer]) -> None:
+        """Holds these very blocks, each named once, which must be free."""
+        if not self._free[blocks].all():
+            raise ValueError(f"Blocks {blocks[~self._free[blocks]].tolist()} are not free.")
+        self._hold(blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
         """One more holder for blocks that are held or idle."""
@@ -143,7 +142,7 @@ class BlockPool:
         )
         assert not (self._free & idle).any(), "a block is both free and idle"
 
-    def _hold(self, blocks: BlockIds) -> None:
+    def _hold(self, blocks: NDArray[np.integer]) -> None:
         self._free[blocks] = False
         self._holders[blocks] = 1
         self.num_free -= len(blocks)

@@ -4,11 +4,12 @@ A layer's pool is a pair of tensors `[heads, slots, values]`, keys and values wh
 heads and values those are is the model's own affair; the pools are made, moved and copied by slots.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from runtime.attention import StepTensors
@@ -19,6 +20,7 @@ from runtime.kv_cache import BLOCK_TOKENS, BlockIds, BlockPool
 from runtime.request import Request
 from runtime.retable import BlockMove, Retabled
 from runtime.scheduler import Scheduler
+from runtime.transfer import sent
 from runtime.weights import formats_from
 
 if TYPE_CHECKING:
@@ -27,7 +29,12 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 24
 PROBE_DECODED = 2
 
-KVPools = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values: [kv_heads, slots, D]
+IntArray = NDArray[np.int64]
+LayerPool = tuple[Tensor, Tensor]  # keys, values: [kv_heads, slots, D]
+KVPools = dict[int, LayerPool]  # by layer
+LayerCopier = Callable[
+    [int, LayerPool, LayerPool], None
+]  # a layer, its pool, and the one that it is copied to
 
 
 class KVShape(NamedTuple):
@@ -105,13 +112,16 @@ class PagedModel:
         slots, shapes = num_blocks * block_tokens, self.shapes_of(kv_dtype or self.kv_dtype)
         return {layer: self.new_pool(shape, slots) for layer, shape in shapes.items()}
 
-    def copy_pool(
-        self, layer: int, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], move: Retabled
-    ) -> None:
-        """Copies one layer's keys and values to a pool beside, of whatever `kv_dtype` both are."""
-        copy_blocks(source, target, move.move, move.block_tokens)
+    def copier(self, move: Retabled, is_other_kind: bool) -> LayerCopier:
+        """How a layer's keys and values come to a pool beside; `is_other_kind`: of another `kv_dtype`."""
+        is_run = (
+            self.device.type != "cpu" and len(runs_of(move.move._replace(sources=move.move.targets))) == 1
+        )
+        way = block_gatherer if is_run else block_copier
+        copy = way(move.move, move.block_tokens, self.device)
+        return lambda layer, source, target: copy(source, target)
 
-    def new_pool(self, shape: KVShape, slots: int) -> tuple[Tensor, Tensor]:
+    def new_pool(self, shape: KVShape, slots: int) -> LayerPool:
         return (
             torch.empty(shape.kv_heads, slots, shape.key_dim, dtype=shape.dtype, device=self.device),
             torch.empty(shape.kv_heads, slots, shape.value_dim, dtype=shape.dtype, device=self.device),
@@ -128,6 +138,19 @@ class PagedModel:
         where memory did not suffice."""
         return True
 
+    @property
+    def captured_rows(self) -> Sequence[int]:
+        """Of steps that are captured, where any are."""
+        return ()
+
+    def is_awake(self, kv_dtype: str, block_tokens: int) -> bool:
+        """Whether a first step over such pools takes no longer than those after it."""
+        return True
+
+    def wake(self, kv_dtype: str, block_tokens: int) -> None:
+        """Sees to that, in another thread than the steps', which go on meanwhile. Raises RuntimeError where there is no
+        memory."""
+
     def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
         """These pools or weights are about to go: what was made ready with them goes too."""
 
@@ -139,8 +162,9 @@ class PagedModel:
         """Computes the step and caches its keys and values, in `pools` where given. Returns logits [last_tokens,
         vocab]."""
         if packed.copies is not None:
+            copy = block_copier(packed.copies, packed.block_tokens, self.device)
             for pool in self.pools.values():
-                copy_blocks(pool, pool, packed.copies, packed.block_tokens)
+                copy(pool, pool)
         step = self.step_of(packed)
         if packed.has_pending:
             step.token_ids = known_tokens(step.token_ids, self.drawn)
@@ -206,36 +230,52 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(((actual - expected).square().mean() / spread).sqrt())
 
 
-def copy_blocks(
-    source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], move: BlockMove, block_tokens: int
-) -> None:
-    """Copies one layer's keys and values, from one pool to another or within one, in the order of the move.
+def block_copier(
+    move: BlockMove, block_tokens: int, device: torch.device
+) -> Callable[[LayerPool, LayerPool], None]:
+    """How keys and values of one layer are copied, from one pool to another or within one, in the order of the move.
 
     On a CPU a run of blocks is one copy: three times faster than gathering and scattering.
     """
-    if source[0].device.type != "cpu":
-        _gather_and_scatter(source, target, move, block_tokens)
-        return
-    for taken, given, count in runs_of(move):
+    if device.type != "cpu":
+        return block_rearranger(move, block_tokens, device)
+    runs = runs_of(move)
+
+    def copy(source: LayerPool, target: LayerPool) -> None:
+        for taken, given, count in runs:
+            for old, new in zip(source, target, strict=True):
+                size = count * block_tokens
+                new.narrow(1, given * block_tokens, size).copy_(old.narrow(1, taken * block_tokens, size))
+
+    return copy
+
+
+def block_rearranger(
+    move: BlockMove, block_tokens: int, device: torch.device
+) -> Callable[[LayerPool, LayerPool], None]:
+    """The same, also within one pool whatever lies where: all is read before any is written."""
+    taken, given = (sent(blocks.astype(np.int64), device) for blocks in move)
+
+    def copy(source: LayerPool, target: LayerPool) -> None:
         for old, new in zip(source, target, strict=True):
-            size = count * block_tokens
-            new.narrow(1, given * block_tokens, size).copy_(old.narrow(1, taken * block_tokens, size))
+            blocks = in_blocks(old, block_tokens).index_select(1, taken)
+            in_blocks(new, block_tokens).index_copy_(1, given, blocks)
+
+    return copy
 
 
-def rearrange_blocks(pool: tuple[Tensor, Tensor], move: BlockMove, block_tokens: int) -> None:
-    """Moves one layer's keys and values within its pool, whatever lies where: all is read before any is written."""
-    if len(move.sources):
-        _gather_and_scatter(pool, pool, move, block_tokens)
+def block_gatherer(
+    move: BlockMove, block_tokens: int, device: torch.device
+) -> Callable[[LayerPool, LayerPool], None]:
+    """The same between two pools, where the targets follow one another: each value is read and written once."""
+    taken, first = sent(move.sources.astype(np.int64), device), int(move.targets[0])
 
+    def copy(source: LayerPool, target: LayerPool) -> None:
+        for old, new in zip(source, target, strict=True):
+            given = in_blocks(new, block_tokens).narrow(1, first, len(taken))
+            torch.index_select(in_blocks(old, block_tokens), 1, taken, out=given)
 
-def _gather_and_scatter(
-    source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], move: BlockMove, block_tokens: int
-) -> None:
-    device = source[0].device
-    taken, given = (torch.from_numpy(blocks.astype(np.int64)).to(device) for blocks in move)
-    for old, new in zip(source, target, strict=True):
-        blocks = in_blocks(old, block_tokens).index_select(1, taken)
-        in_blocks(new, block_tokens).index_copy_(1, given, blocks)
+    return copy
 
 
 def in_blocks(pool: Tensor, block_tokens: int) -> Tensor:
@@ -244,10 +284,9 @@ def in_blocks(pool: Tensor, block_tokens: int) -> Tensor:
     return pool.narrow(1, 0, num_blocks * block_tokens).unflatten(1, (num_blocks, block_tokens))
 
 
-def slots_in(blocks: BlockIds, block_tokens: int) -> Tensor:
-    """int64 [blocks * block_tokens], on the host."""
-    slots = blocks.astype(np.int64)[:, None] * block_tokens + np.arange(block_tokens)
-    return torch.from_numpy(slots.ravel())
+def slots_in(blocks: BlockIds, block_tokens: int) -> IntArray:
+    """[blocks * block_tokens]"""
+    return (blocks.astype(np.int64)[:, None] * block_tokens + np.arange(block_tokens)).ravel()
 
 
 def runs_of(move: BlockMove) -> list[tuple[int, int, int]]:

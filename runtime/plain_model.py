@@ -26,7 +26,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from runtime.batch import IntArray, PackedBatch
 from runtime.errors import ModelError
 from runtime.knobs import KnobValue
-from runtime.paged_model import KVPools, KVShape, PagedModel, architecture, copy_blocks, probe_tokens, told
+from runtime.paged_model import KVPools, KVShape, PagedModel, architecture, block_copier, probe_tokens, told
 
 THREAD_NAME = "generate"
 
@@ -83,7 +83,8 @@ class PlainModel(PagedModel):
         Returns logits [sampled rows, vocab], float32 from `generate`, else of the model's type.
         """
         if packed.copies is not None:
-            copy_blocks(self.pools[0], self.pools[0], packed.copies, packed.block_tokens)
+            pool = self.pools[0]
+            block_copier(packed.copies, packed.block_tokens, pool[0].device)(pool, pool)
         known = (self.pools if pools is None else pools)[0][0].view(-1).numpy()
         known[packed.slots] = packed.token_ids
         logits = []

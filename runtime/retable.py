@@ -4,12 +4,15 @@ Blocks of both pools are whole multiples of one another. Over the same tensors (
 smaller ones where it lies, so nothing is copied; smaller ones that lie as a larger one would stay, the others move.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.kv_cache import BlockIds, BlockPool
+
+IntArray = NDArray[np.int64]
 
 
 class BlockMove(NamedTuple):
@@ -29,67 +32,101 @@ class Retabled(NamedTuple):
     block_tokens: int
 
 
-class Piece(NamedTuple):
-    """One block of the new pool. `key`: equal for those who share it. `units`: the smaller blocks that it is made from.
-    `home`: where it lies already, over the same tensors."""
+class WantedBlocks(NamedTuple):
+    """The blocks of the new pool that requests need, one request behind the other.
 
-    key: Hashable
-    units: tuple[int, ...]
-    home: int | None
+    `edges`: [requests + 1], where those of each begin. Of each: `key`, equal where it is shared; `units`: [pieces,
+    units], the smaller blocks that it is made from, -1 behind the last; `home`: where it lies already, over the same
+    tensors, else -1.
+    """
+
+    edges: IntArray
+    key: IntArray
+    units: IntArray
+    home: IntArray
+
+    @classmethod
+    def of(
+        cls, tables: Sequence[BlockIds], num_tokens: Sequence[int], old: BlockPool, new: BlockPool
+    ) -> "WantedBlocks":
+        """What each table of the old pool becomes; `num_tokens` of each request must have room. A block that is shared
+        but not full would be written to by both, so only whole ones have a key in common."""
+        lengths = np.array([len(table) for table in tables], np.int64)
+        blocks = np.concatenate([np.empty(0, np.int64), *tables]).astype(np.int64)
+        if old.block_tokens >= new.block_tokens:
+            split = old.block_tokens // new.block_tokens
+            units = (blocks[:, None] * split + np.arange(split)).ravel()
+            needed = np.maximum(1, -(-np.asarray(num_tokens, np.int64) // new.block_tokens))
+            is_kept = _place_in_row(split * lengths) < np.repeat(needed, split * lengths)
+            units = units[is_kept]
+            return cls(_edges(np.minimum(split * lengths, needed)), units, units[:, None], units)
+        joined = new.block_tokens // old.block_tokens
+        counts = -(-lengths // joined)
+        edges = _edges(counts)
+        units = np.full((edges[-1], joined), -1)
+        place = _place_in_row(lengths)
+        units[np.repeat(edges[:-1], lengths) + place // joined, place % joined] = blocks
+        first, is_whole = units[:, 0], units[:, -1] >= 0
+        follows = (units == first[:, None] + np.arange(joined)) | (units < 0)
+        lies_so = (first % joined == 0) & follows.all(1) & (first // joined < new.num_blocks)
+        key = np.arange(len(units))
+        if len(np.unique(first[is_whole])) < is_whole.sum():  # some may be shared
+            _, first_of, same = np.unique(units[is_whole], axis=0, return_index=True, return_inverse=True)
+            key[is_whole] = key[is_whole][first_of][same.ravel()]
+        return cls(edges, key, units, np.where(lies_so, first // joined, -1))
+
+    def num_fitting(self, num_blocks: int) -> int:
+        """How many of the first requests fit into so many blocks."""
+        is_new = np.zeros(len(self.key) + 1, np.int64)
+        is_new[1 + np.unique(self.key, return_index=True)[1]] = 1
+        return int((np.cumsum(is_new)[self.edges[1:]] <= num_blocks).sum())
+
+    def of_first(self, num_requests: int) -> "WantedBlocks":
+        end = self.edges[num_requests]
+        return WantedBlocks(self.edges[: num_requests + 1], self.key[:end], self.units[:end], self.home[:end])
 
 
-def pieces_of(
-    owner: int, table: Sequence[int], num_tokens: int, old: BlockPool, new: BlockPool
-) -> list[Piece]:
-    """What the table of request `owner` becomes; `num_tokens` must have room. A block that is shared but not full would
-    be written to by both, so only whole ones have a key in common."""
-    if old.block_tokens >= new.block_tokens:
-        split = old.block_tokens // new.block_tokens
-        units = [block * split + part for block in table for part in range(split)]
-        return [Piece(unit, (unit,), unit) for unit in units[: max(1, new.blocks_for(num_tokens))]]
-    joined, pieces = new.block_tokens // old.block_tokens, []
-    for start in range(0, len(table), joined):
-        units_here = tuple(table[start : start + joined])
-        at = units_here[0]
-        lies_so = at % joined == 0 and units_here == tuple(range(at, at + len(units_here)))
-        home = at // joined if lies_so and at // joined < new.num_blocks else None
-        key = units_here if len(units_here) == joined else (owner, start, None)
-        pieces.append(Piece(key, units_here, home))
-    return pieces
-
-
-def num_fitting(pieces: Sequence[Sequence[Piece]], num_blocks: int) -> int:
-    """How many of the first requests fit into so many blocks."""
-    keys: set[Hashable] = set()
-    for index, of_one in enumerate(pieces):
-        keys.update(piece.key for piece in of_one)
-        if len(keys) > num_blocks:
-            return index
-    return len(pieces)
-
-
-def retabled(pieces: Sequence[Sequence[Piece]], old: BlockPool, new: BlockPool, stays: bool) -> Retabled:
+def retabled(pieces: WantedBlocks, old: BlockPool, new: BlockPool, stays: bool) -> Retabled:
     """Gives all pieces blocks of the new pool, which nobody else holds yet."""
-    target_of: dict[Hashable, int] = {}
-    if stays:
-        for piece in (piece for of_one in pieces for piece in of_one):
-            if piece.home is not None and piece.key not in target_of and new.claim(piece.home):
-                target_of[piece.key] = piece.home
-    tables, is_held = [], set(target_of)  # by their first holder, who does not count again
-    for of_one in pieces:
-        known = [piece.key for piece in of_one if piece.key in target_of]
-        new.share([target_of[key] for key in known if key not in is_held])
-        is_held.difference_update(known)
-        missing = [piece.key for piece in of_one if piece.key not in target_of]
-        target_of |= zip(missing, new.allocate(len(missing)).tolist(), strict=True)
-        tables.append(np.array([target_of[piece.key] for piece in of_one], np.int32))
+    _, first, of_piece = np.unique(pieces.key, return_index=True, return_inverse=True)
+    target = np.full(len(first), -1)
+    if stays:  # the first of those that want a place has it
+        home = pieces.home[first]
+        by_age = np.argsort(first)
+        by_age = by_age[home[by_age] >= 0]
+        taken, at = np.unique(home[by_age], return_index=True)
+        new.claim(taken)
+        target[by_age[at]] = taken
+    is_first = np.zeros(len(pieces.key), np.bool_)
+    is_first[first] = True
+    is_missing = is_first & (target[of_piece] < 0)
+    # Where runs of blocks matter, each request has its own.
+    edges = pieces.edges if new.wants_runs else pieces.edges[[0, -1]]
+    for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        missing = of_piece[start:end][is_missing[start:end]]
+        if len(missing):
+            target[missing] = new.allocate(len(missing))
+    new.share(target[of_piece[~is_first]].tolist())
+    blocks = target[of_piece]
     joined = max(1, new.block_tokens // old.block_tokens)
-    moves = {  # one that is shared may go to several, where what follows it differs
-        (unit, target_of[piece.key] * joined + part): None
-        for of_one in pieces
-        for piece in of_one
-        for part, unit in enumerate(piece.units)
-    }
-    moved = [pair for pair in moves if not stays or pair[0] != pair[1]]
-    sources, targets = np.array(moved, np.int32).reshape(-1, 2).T
-    return Retabled(tables, BlockMove(sources, targets), min(old.block_tokens, new.block_tokens))
+    sources, targets = (
+        pieces.units.ravel(),
+        (blocks[:, None] * joined + np.arange(pieces.units.shape[1])).ravel(),
+    )
+    is_moved = (sources >= 0) & ((sources != targets) | (not stays))
+    sources, targets = sources[is_moved], targets[is_moved]
+    # One that is shared may go to several, where what follows it differs; and what several share goes once.
+    once = np.sort(np.unique(sources << 32 | targets, return_index=True)[1])
+    move = BlockMove(sources[once].astype(np.int32), targets[once].astype(np.int32))
+    ends = zip(pieces.edges[:-1].tolist(), pieces.edges[1:].tolist(), strict=True)
+    tables = [blocks[start:end].astype(np.int32) for start, end in ends]
+    return Retabled(tables, move, min(old.block_tokens, new.block_tokens))
+
+
+def _edges(counts: IntArray) -> IntArray:
+    return np.concatenate(([0], np.cumsum(counts)))
+
+
+def _place_in_row(lengths: IntArray) -> IntArray:
+    """0, 1, .. of rows of these lengths, one behind the other."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -38,7 +38,7 @@ from runtime.kv_cache import BlockIds, BlockPool
 from runtime.policy import held_until, least_urgent, next_waiting
 from runtime.prefix_cache import KnownPrefix, extended
 from runtime.request import Request
-from runtime.retable import BlockMove, Retabled, num_fitting, pieces_of, retabled
+from runtime.retable import BlockMove, Retabled, WantedBlocks, retabled
 from runtime.seats import Seats
 from runtime.speculate import MAX_STEP_DRAFT_TOKENS, foresees_draft, write_draft
 from runtime.step_budget import StepBudget, shared_out
@@ -182,24 +182,24 @@ class Scheduler:
                 f"A pool of {pool.num_tokens} tokens cannot hold {self.max_model_len} of one request."
             )
         old, here = self.pool, self._seats
-        pieces = [
-            pieces_of(seat, here.blocks_of(seat).tolist(), int(here.known[seat]), old, pool)
-            for seat in self._running_seats.tolist()
-        ]
-        del pieces[num_fitting(pieces, pool.num_blocks) :]
-        while len(self.running) > len(pieces):
+        seats = self._running_seats.tolist()
+        before = [here.blocks_of(seat).copy() for seat in seats]
+        pieces = WantedBlocks.of(before, here.known[seats].tolist(), old, pool)
+        num_left = pieces.num_fitting(pool.num_blocks)
+        while len(self.running) > num_left:
             self._preempt(self.running[-1])
-        move = retabled(pieces, old, pool, stays)
+        move = retabled(pieces.of_first(num_left), old, pool, stays)
         here.use_width(pool.blocks_for(self.max_model_len))
         for seat, table in zip(self._running_seats.tolist(), move.tables, strict=True):
             here.blocks[seat, : len(table)] = table
             here.num_blocks[seat] = len(table)
         if old.block_tokens != pool.block_tokens:
             self._forget_keys()
-        elif keeps_prefixes:
-            for of_one, table in zip(pieces, move.tables, strict=True):
-                for piece, block in zip(of_one, table.tolist(), strict=True):
-                    if (key := old.index.key_of(piece.units[0])) is not None:
+        elif keeps_prefixes and len(old.index):
+            for table, source in zip(move.tables, before, strict=False):
+                moved = zip(table.tolist(), source.tolist(), strict=False)  # but for what has no token yet
+                for block, was in moved:
+                    if (key := old.index.key_of(was)) is not None:
                         pool.register(block, key)
         self.pool = pool
         return move

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,7 @@ import torch
 from runtime.errors import InvalidKnob, PrepareFailed
 from runtime.knobs import EngineConfig, KnobValue
 from runtime.kv_cache import BLOCK_TOKENS
-from runtime.paged_model import KVPools, PagedModel, rearrange_blocks
-from runtime.retable import Retabled
+from runtime.paged_model import KVPools, LayerCopier, PagedModel, block_rearranger
 from runtime.scheduler import Scheduler
 from runtime.weights import WeightSet, formats_from, prepared, wanted_bytes
 
@@ -29,6 +28,8 @@ log = logging.getLogger(__name__)
 KEPT_UNUSED = 2
 FREE_SHARE = 0.8  # of free memory that a preparation may take
 PAUSE_S = 0.001  # between two layers, so that the steps beside get the core
+# On a GPU nothing has a lower priority than steps: a layer is waited for, then so many times as long, but not longer.
+GPU_PAUSES, MAX_PAUSE_S = 2.0, 0.02
 
 
 class PoolKey(NamedTuple):
@@ -49,10 +50,12 @@ class PoolKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a configuration needs and nobody prepared yet. `in_turn`: no room for both pools at once."""
+    """What a configuration needs and nobody prepared yet. `steps`: the `kv_dtype` of pools, and tokens of their blocks,
+    over which no step was computed yet. `in_turn`: no room for both pools at once."""
 
     weight_format: str | None
     pool: PoolKey | None
+    steps: tuple[str, int] | None = None
     in_turn: bool = False
 
 
@@ -78,6 +81,7 @@ class WarmStates:
         self._max_bytes = max(max_blocks, self.pool.num_blocks) * self._block_bytes(model.kv_dtype)
         self._weights = {self.loaded_format: WeightSet.of_installed(model.model, self.loaded_format)}
         self._pools: dict[PoolKey, KVPools] = {self.pool: model.pools}
+        self._stream: torch.cuda.Stream | None = None  # of preparations; what the allocator caches is its own
 
     @property
     def fixed_knobs(self) -> Mapping[str, KnobValue]:
@@ -139,7 +143,8 @@ class WarmStates:
         and fro, so it counts only where the caller says that moving layer by layer will do."""
         pools = self._pools.get(PoolKey.of(config))
         has_pools = pools is not None and (bool(pools) or may_move_in_turn)
-        return config.weight_format in self._weights and has_pools
+        is_awake = self._model.is_awake(config.kv_dtype, config.block_tokens)
+        return config.weight_format in self._weights and has_pools and is_awake
 
     def has_weights(self, config: EngineConfig) -> bool:
         return config.weight_format in self._weights
@@ -153,10 +158,11 @@ class WarmStates:
         return num_bytes
 
     def missing(self, config: EngineConfig) -> Wanted:
-        pool = PoolKey.of(config)
+        pool, steps = PoolKey.of(config), (config.kv_dtype, config.block_tokens)
         return Wanted(
             config.weight_format if config.weight_format not in self._weights else None,
             pool if not self._pools.get(pool) else None,
+            steps if not self._model.is_awake(*steps) else None,
         )
 
     # -- preparing -----------------------------------------------------------------------------------------
@@ -168,7 +174,8 @@ class WarmStates:
             PrepareFailed: it does not fit.
         """
         used = list(in_use)
-        self._drop(used, KEPT_UNUSED - 1)
+        if wanted.weight_format or wanted.pool:
+            self._drop(used, KEPT_UNUSED - 1)
         weight_bytes = wanted_bytes(self._model.model, wanted.weight_format) if wanted.weight_format else 0
         pool_bytes = self._pool_bytes(wanted.pool) if wanted.pool else 0
         needed = weight_bytes + pool_bytes
@@ -182,14 +189,15 @@ class WarmStates:
             more = max(0, pool_bytes - self._pool_bytes(self.pool))
             per_layer = pool_bytes // len(self._model.kv_shapes)
             if weight_bytes + more + per_layer <= room:
-                return Wanted(wanted.weight_format, wanted.pool, in_turn=True)
+                return replace(wanted, in_turn=True)
         raise PrepareFailed(
             f"The configuration needs {needed} bytes more ({weight_bytes} of weights, {pool_bytes} of KV pool), but "
             f"{room} may be taken ({FREE_SHARE:.0%} of what is free). Free memory or ask for less."
         )
 
-    def build(self, wanted: Wanted) -> tuple[WeightSet | None, KVPools | None]:
-        """Makes what is wanted, in the calling thread.
+    def build(self, wanted: Wanted, beside_steps: bool = True) -> tuple[WeightSet | None, KVPools | None]:
+        """Makes what is wanted, in the calling thread. `beside_steps`: pausing, so that they get the core and the
+        device.
 
         Raises:
             PrepareFailed: memory ran out, or the format cannot be made.
@@ -197,22 +205,26 @@ class WarmStates:
         device = self._model.device
         try:
             if device.type != "cuda":
-                return self._build(wanted)
-            stream = torch.cuda.Stream(device)
-            with torch.cuda.stream(stream):
-                made = self._build(wanted)
-            stream.synchronize()
+                return self._build(wanted, beside_steps)
+            self._stream = self._stream or torch.cuda.Stream(device)
+            with torch.cuda.stream(self._stream):
+                made = self._build(wanted, beside_steps)
+            self._stream.synchronize()
             return made
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError among them
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise PrepareFailed(f"The configuration could not be prepared: {reason}") from error
 
-    def _build(self, wanted: Wanted) -> tuple[WeightSet | None, KVPools | None]:
+    def _build(self, wanted: Wanted, beside_steps: bool) -> tuple[WeightSet | None, KVPools | None]:
         weights = pools = None
         if wanted.weight_format is not None:
-            weights = prepared(self._model.model, wanted.weight_format, lambda: time.sleep(PAUSE_S))
+            pause = _pause_on(self._model.device) if beside_steps else lambda: None
+            weights = prepared(self._model.model, wanted.weight_format, pause)
+            weights.wake(self._model.captured_rows)
         if wanted.pool is not None and not wanted.in_turn:
             pools = self._model.new_pools(wanted.pool.num_blocks, kv_dtype=wanted.pool.kv_dtype)
+        if wanted.steps is not None:
+            self._model.wake(*wanted.steps)
         return weights, pools
 
     def add(self, wanted: Wanted, weights: WeightSet | None, pools: KVPools | None) -> None:
@@ -269,23 +281,25 @@ class WarmStates:
         pool = scheduler.pool.resized(wanted.num_slots, block_tokens)
         move = scheduler.move_to(pool, stays, keeps_prefixes=not rounds)
         if stays:
-            for layer_pool in self._model.pools.values():
-                rearrange_blocks(layer_pool, move.move, move.block_tokens)
+            if len(move.move.sources):
+                copy = block_rearranger(move.move, move.block_tokens, self._model.device)
+                for layer_pool in self._model.pools.values():
+                    copy(layer_pool, layer_pool)
         else:
-            self._move_tensors(wanted, move)
+            self._move_tensors(wanted, self._model.copier(move, rounds))
         self.pool, self.block_tokens = wanted, block_tokens
 
-    def _move_tensors(self, wanted: PoolKey, move: Retabled) -> None:
+    def _move_tensors(self, wanted: PoolKey, copy: LayerCopier) -> None:
         model = self._model
         before, after = model.pools, self._pools[wanted]
         if after:
             for layer, pool in before.items():
-                model.copy_pool(layer, pool, after[layer], move)
+                copy(layer, pool, after[layer])
         else:  # no room for both: each layer's old pool goes before the next layer's new one comes
             model.forget(self._pools.pop(self.pool))
             for layer, shape in model.shapes_of(wanted.kv_dtype).items():
                 after[layer] = model.new_pool(shape, wanted.num_slots)
-                model.copy_pool(layer, before[layer], after[layer], move)
+                copy(layer, before[layer], after[layer])
                 del before[layer]
         model.pools, model.kv_dtype = after, wanted.kv_dtype
 
@@ -307,3 +321,18 @@ class WarmStates:
             yield
         finally:
             self._weights[self.weight_format].install()
+
+
+def _pause_on(device: torch.device) -> Callable[[], None]:
+    """What to call after each layer."""
+    if device.type != "cuda":
+        return lambda: time.sleep(PAUSE_S)
+    began = time.perf_counter()
+
+    def pause() -> None:
+        nonlocal began
+        torch.cuda.current_stream(device).synchronize()
+        time.sleep(min(MAX_PAUSE_S, GPU_PAUSES * (time.perf_counter() - began)))
+        began = time.perf_counter()
+
+    return pause

@@ -12,7 +12,7 @@ Measured on one Zen 4 core (AVX-512 with BF16 and VNNI), µs a layer at 1, 8, 16
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -128,17 +128,16 @@ class Rounding:
         self._x: Tensor | None = None
         self._shift = 0
         self._last: tuple[Tensor, Tensor] | None = None
-        self._half: dict[int, Tensor] = {}  # by shift, where the model lies
 
     def of(self, x: Tensor, shift: int) -> tuple[Tensor, Tensor]:
         """x: [..., in]. Returns levels [rows, in] and steps [rows, 1]; `shift` 128 makes unsigned levels of them."""
         if x is not self._x or shift != self._shift or self._last is None:
             rows = x.reshape(-1, x.shape[-1]).float()
             step = row_steps(rows)
-            half = torch.tensor(shift + 0.5, device=x.device)
-            levels = torch.addcmul(
-                half, rows, step.reciprocal()
-            )  # truncating what is positive is flooring it
+            # Filled on the device: a constant sent there could not be captured.
+            half = torch.full((), shift + 0.5, device=x.device)
+            levels = torch.addcmul(half, rows, step.reciprocal())
+            # Truncating what is positive is flooring it.
             levels = levels.to(torch.uint8) if shift else levels.floor_().to(torch.int8)
             self._x, self._shift, self._last = x, shift, (levels, step)
         return self._last
@@ -216,6 +215,14 @@ class WeightSet:
     format: str
     forwards: tuple[tuple[nn.Module, Forward], ...]
     nbytes: int
+
+    @torch.inference_mode()
+    def wake(self, row_counts: Sequence[int]) -> None:
+        """Multiplies so many rows in one layer of each shape: a library loads what it chooses by their number."""
+        by_shape = {module.weight.shape: (module, forward) for module, forward in self.forwards}
+        for module, forward in by_shape.values():
+            for num_rows in row_counts:
+                forward(module.weight.new_zeros(num_rows, module.in_features))
 
     @classmethod
     def of_installed(cls, model: nn.Module, format: str) -> "WeightSet":

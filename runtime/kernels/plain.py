@@ -167,6 +167,20 @@ def rope_and_cache_fp8(
     scales.index_copy_(0, target, torch.where(is_any, found[source].to(scales.dtype), scales[target]))
 
 
+def round_rows(into: Tensor, scales: Tensor, rows: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """Writes cached rows to a cache of 8 bits. into: uint8 [slots, heads * D]; scales: [slots, heads]; rows: [slots,
+    heads * D]; sources, targets: int64 [T], slots of either."""
+    bits, steps = rounded(rows.index_select(0, sources).unflatten(1, (scales.shape[1], -1)))
+    into.index_copy_(0, targets, bits.flatten(1))
+    scales.index_copy_(0, targets, steps)
+
+
+def restore_rows(into: Tensor, rows: Tensor, scales: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """The way back. into: [slots, heads * D]; rows: uint8 [slots, heads * D]; scales: [slots, heads]."""
+    bits = rows.index_select(0, sources).unflatten(1, (scales.shape[1], -1))
+    into.index_copy_(0, targets, restored(bits, scales.index_select(0, sources), into.dtype).flatten(1))
+
+
 def _turn(
     qkv: Tensor, table: Tensor, positions: Tensor, kv_heads: int, norm_weight: Tensor | None, eps: float
 ) -> Tensor:

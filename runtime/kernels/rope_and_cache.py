@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from runtime.kernels.e4m3 import e4m3, rounding_step
 from runtime.kernels.launch import launch
 
 VALUES_PER_PROGRAM = 1024
@@ -53,19 +54,6 @@ def rope_and_cache_fp8(
     eps: float = 0.0,
 ) -> None:
     rope_and_cache(qkv, table, positions, rows, slots, kv_heads, norm_weight, eps, scales)
-
-
-@triton.jit
-def _e4m3(x: tl.tensor) -> tl.tensor:
-    """Bits of the nearest e4m3 number, ties to even, of float32 values below 448; 0x7F for what is no number. Written
-    out, since older GPUs have no such conversion, and Triton's interpreter forgets to carry into the exponent."""
-    size = tl.abs(x)
-    bits = size.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # exponents count from -7 instead of -127
-    # In steps of 2^-9, as 2^23 has no fractions.
-    small = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
-    found = tl.minimum(tl.where(size < 0.015625, small, normal), 0x7F)
-    return (found | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
@@ -128,13 +116,11 @@ def _rope_and_cache(
     if IS_ROUNDED:  # as `runtime.rounded_cache` has it
         wide_left, wide_right = cached_left.to(tl.float32), cached_right.to(tl.float32)
         largest = tl.maximum(tl.max(tl.abs(wide_left), 1), tl.max(tl.abs(wide_right), 1))
-        largest = tl.maximum(largest, 7.888609052210118e-31)  # 2^-100
-        exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-        step = exponent.to(tl.float32, bitcast=True) * 0.0078125  # 2^-7
+        step = rounding_step(largest)
         is_head = (head >= HEADS) & (head < HEADS + 2 * KV_HEADS) & (slot >= 0)
         tl.store(scales + slot * scale_stride + head - HEADS, step.to(scales.dtype.element_ty), mask=is_head)
-        tl.store(place, _e4m3(wide_left / step[:, None]), mask=is_cached)
-        tl.store(place + HALF, _e4m3(wide_right / step[:, None]), mask=is_cached)
+        tl.store(place, e4m3(wide_left / step[:, None]), mask=is_cached)
+        tl.store(place + HALF, e4m3(wide_right / step[:, None]), mask=is_cached)
     else:
         tl.store(place, cached_left, mask=is_cached)
         tl.store(place + HALF, cached_right, mask=is_cached)

@@ -66,6 +66,12 @@ class Kernels(NamedTuple):
     rope_and_cache_fp8: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None, float], None
     ]
+    round_rows: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor], None
+    ]  # (into, scales, rows, sources, targets)
+    restore_rows: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor], None
+    ]  # (into, rows, scales, sources, targets)
 
 
 PLAIN = Kernels(
@@ -90,6 +96,8 @@ PLAIN = Kernels(
     plain.latent_values,
     plain.paged_decode_fp8,
     plain.rope_and_cache_fp8,
+    plain.round_rows,
+    plain.restore_rows,
 )
 
 
@@ -102,6 +110,7 @@ def _triton_kernels() -> Kernels:
     from runtime.kernels.latent_few import absorb_and_cache, latent_values
     from runtime.kernels.latent_rope import latent_rope_and_cache
     from runtime.kernels.lay_out import lay_out
+    from runtime.kernels.move_rows import restore_rows, round_rows
     from runtime.kernels.paged_decode import paged_decode, paged_decode_fp8, paged_latent_decode
     from runtime.kernels.paged_prefill import paged_prefill
     from runtime.kernels.rope_and_cache import rope_and_cache, rope_and_cache_fp8
@@ -114,6 +123,7 @@ def _triton_kernels() -> Kernels:
         paged_decode, paged_prefill, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear,
         skinny_gated, skinny_parts, greedy, embed, latent_rope_and_cache, route, lay_out, expert_gate_up, expert_down,
         weigh, absorb_and_cache, latent_values, paged_decode_fp8, rope_and_cache_fp8,
+        round_rows, restore_rows,
     )  # fmt: skip
 
 
@@ -286,6 +296,20 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         return [new, cached, steps]
 
     yield "rope_and_cache_fp8", turned_and_rounded
+    sources, targets = torch.tensor([5, 0, 17], device=device), torch.tensor([1, 16, 2], device=device)
+
+    def rounded_rows(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        cached, steps = bits.clone(), scales.clone()
+        kernel(cached, steps, rows, sources, targets)
+        return [cached, steps]
+
+    def restored_rows(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
+        cache = rows.clone()
+        kernel(cache, bits, scales, sources, targets)
+        return [cache]
+
+    yield "round_rows", rounded_rows
+    yield "restore_rows", restored_rows
     x, delta, scale_of = normal(4, hidden), normal(4, hidden), normal(hidden)
 
     def added(kernel: Callable[..., Tensor | None]) -> list[Tensor]:

@@ -171,6 +171,24 @@ def rope_fp8(
     assert torch.equal(actual[others.to(device)], restored(*before, torch.float32)[others.to(device)])
 
 
+def moved_rows(device: torch.device, dtype: torch.dtype, heads: int, dim: int, scale: float = 1.0) -> None:
+    """There and back: rounded as the twin rounds, to the last bit, and what was not named stays."""
+    torch.manual_seed(0)
+    rows = (torch.randn(24, heads * dim) * scale).to(device, dtype)
+    rows[7, :dim] = 0  # a head of zeros
+    sources, targets = torch.tensor([7, 0, 23, 2], device=device), torch.tensor([1, 15, 0, 8], device=device)
+    bits, scales = rounded(torch.randn(16, heads, dim).to(device))
+    results = []
+    for table in (kernels(), PLAIN):
+        cached, steps, back = bits.flatten(1).clone(), scales.clone(), rows.clone()
+        table.round_rows(cached, steps, rows, sources, targets)
+        table.restore_rows(back, cached, steps, targets, sources)
+        results.append((cached, steps, back))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+    assert torch.equal(results[0][2][1], rows[1]) and not torch.equal(results[0][2][0], rows[0])
+
+
 for splits in (1, 4):
     add(f"decode_fp8_ragged_{splits}", decode_fp8, contexts=[3, 200, 64, 65, 1, 129, 0], splits=splits)
     add(f"decode_fp8_window_{splits}", decode_fp8, contexts=[1, 63, 300], window=5, splits=splits)
@@ -183,6 +201,10 @@ add("rope_fp8_normed", rope_fp8, has_norm=True)
 add("rope_fp8_of_small_values", rope_fp8, scale=1e-3)
 add("rope_fp8_nothing_but_padding", rope_fp8, slots=(-1, -1))
 add("rope_fp8_one_key_head_of_many", rope_fp8, num_heads=71, kv_heads=1, dim=64)
+for heads, dim in ((4, 32), (16, 128), (2, 96), (40, 64)):
+    add(f"round_rows_{heads}_of_{dim}", moved_rows, heads=heads, dim=dim)
+add("round_rows_of_small_values", moved_rows, heads=4, dim=32, scale=1e-3)
+add("round_rows_of_large_values", moved_rows, heads=4, dim=32, scale=1e3)
 for splits in (1, 4):
     add(f"decode_context_of_one_{splits}", decode, contexts=[1], splits=splits)
     add(f"decode_exactly_a_block_{splits}", decode, contexts=[4, 8, 128, 256], splits=splits)
@@ -759,6 +781,7 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
             whole, empty(8, 2, dim), at, rows, scales, at, kv_heads, weight, 1e-6
         )
 
+    at = empty(2, dtype=torch.int64)
     found: dict[str, Callable[[], object]] = {
         "prefill_llama": pieces(8, 4, 128, None),
         "prefill_small_blocks": pieces(8, 4, 128, None, 16),
@@ -770,6 +793,12 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
         "decode_fp8_llama": paged_fp8(8, 4, 128, 1),
         "decode_fp8_llama_split": paged_fp8(8, 4, 128, 8),
         "decode_fp8_head_of_96": paged_fp8(32, 1, 96, 4),
+        "round_rows": lambda: kernels().round_rows(
+            empty(64, 2048, dtype=torch.uint8), empty(64, 16), empty(64, 2048), at, at
+        ),
+        "restore_rows": lambda: kernels().restore_rows(
+            empty(64, 2048), empty(64, 2048, dtype=torch.uint8), empty(64, 16), at, at
+        ),
         "rope_fp8": turned_fp8(32, 8, 128, False),
         "rope_fp8_normed": turned_fp8(16, 8, 128, True),
         "latent_rope": lambda: kernels().latent_rope_and_cache(

@@ -1,12 +1,14 @@
 """The pass that a GPU takes, beside the decoder's own: with plain kernels here, with Triton's and graphs on a GPU."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from itertools import count, pairwise
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import runtime.fused_latent
 import runtime.fused_pass
 from runtime.attention import Pieces, StepTensors, allowed_positions, attend_plain
 from runtime.batch import Batch, PackedBatch
-from runtime.decode_graph import BUCKETS, Captured, Decoded, DecodeGraphs, Key, Run
+from runtime.decode_graph import BUCKETS, WARM_UPS, Captured, Decoded, DecodeGraphs, Key, Run
 from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import DecodeInputs, FusedPass
 from runtime.hf_model import HFModel
@@ -25,8 +27,9 @@ from runtime.kernels import PLAIN
 from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
-from runtime.paged_model import rearrange_blocks, relative_error
+from runtime.paged_model import block_copier, block_gatherer, block_rearranger, relative_error
 from runtime.request import Request
+from runtime.retable import BlockMove
 from runtime.sampling import draw, sample, tokens_of
 from runtime.scheduler import Scheduler
 from runtime.weights import linear_layers
@@ -342,31 +345,51 @@ from runtime.request import Request
 from runtime.scheduler import Scheduler
 
 executor, runner, _ = engine_parts(random_model("qwen3-0.6b", torch.device("cuda"), torch.bfloat16, 1024), None, {})
-compiled = []
+warm, pool, compiled = executor.warm, executor.pool, []
 knobs.runtime.jit_post_compile_hook = lambda **told: compiled.append(told["repr"])
-for num_rows in (1, 2, 3, 5, 9, 17, 33, 70):
-    scheduler = Scheduler(executor.pool, runner.champion, executor.max_model_len)
-    executor.warm.install(runner.champion, scheduler)
-    for row in range(num_rows):
-        scheduler.add(Request.of_tokens(str(row), [7] * (1 + 37 * row % 300), 20, 0.0))
-    for turn in range(8):  # and pieces beside rows that decode
-        if turn in (3, 5):
-            scheduler.add(Request.of_tokens(f"late {turn}", [5] * 333, 3, 0.0))
-        batch = scheduler.schedule(0.0)
-        tokens = executor.execute(batch, scheduler.pack(batch), runner.champion).tokens
-        scheduler.finish_step(batch, tokens, 0.0)
-    for request in list(scheduler.running):
-        scheduler.cancel(request.id)
-assert not compiled, compiled
+
+def serve(config):
+    global pool
+    for num_rows in (1, 2, 3, 5, 9, 17, 33, 70):
+        scheduler = Scheduler(pool, config, executor.max_model_len)
+        warm.install(config, scheduler)
+        for row in range(num_rows):
+            scheduler.add(Request.of_tokens(str(row), [7] * (1 + 37 * row % 300), 20, 0.0))
+        for turn in range(8):  # and pieces beside rows that decode
+            if turn in (3, 5):
+                scheduler.add(Request.of_tokens(f"late {turn}", [5] * 333, 3, 0.0))
+            batch = scheduler.schedule(0.0)
+            tokens = executor.execute(batch, scheduler.pack(batch), config).tokens
+            scheduler.finish_step(batch, tokens, 0.0)
+        for request in list(scheduler.running):
+            scheduler.cancel(request.id)
+        pool = scheduler.pool
+    assert not compiled, compiled
+
+serve(runner.champion)
+for change in CHANGES:
+    config = runner.champion.patched(change)
+    assert not warm.is_ready(config, True)
+    wanted = warm.make_room(warm.missing(config), [runner.champion], True)
+    warm.add(wanted, *warm.build(wanted))
+    assert warm.is_ready(config, True)
+    compiled.clear()
+    serve(config)
+    assert not executor._model._graphs._refused
 """
 
 
 @pytest.mark.gpu
-def test_an_engine_compiles_nothing_once_it_serves() -> None:
-    """In a process of its own, where nobody has compiled anything before."""
+@pytest.mark.parametrize(
+    "changes", [[], [{"kv_block": "16"}, {"kv_dtype": "fp8"}, {"weight_format": "int8"}]]
+)
+def test_an_engine_compiles_nothing_once_it_serves(changes: list[dict[str, str]]) -> None:
+    """In a process of its own, where nobody has compiled anything before: not at first, and not over other pools that
+    were prepared."""
     done = subprocess.run(
-        [sys.executable, "-c", SERVE], capture_output=True, text=True, timeout=300, check=False
-    )
+        [sys.executable, "-c", SERVE.replace("CHANGES", repr(changes))], capture_output=True, text=True, timeout=400,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -384,9 +407,54 @@ def test_other_pools_get_graphs_of_their_own_and_those_that_go_take_theirs_along
         logits = model.forward(scheduler.pack(batch))
         scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
     assert all(request.finish_reason is not None for request in requests)
-    assert {key.pools for key in model._graphs._graphs} == {id(before), id(model.pools)}
+    assert {key.pools.identity for key in model._graphs._graphs} == {id(before), id(model.pools)}
     model.forget(before)
-    assert {key.pools for key in model._graphs._graphs} == {id(model.pools)}
+    assert {key.pools.identity for key in model._graphs._graphs} == {id(model.pools)}
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_capture_that_fails_is_made_again_after_a_run_and_spoils_no_other() -> None:
+    model = decoder("qwen3", torch.bfloat16, "cuda")
+    model.allocate(40)
+    model.prepare_steps(4)
+    assert model._graphs is not None
+    whole, captures = model._decode, []
+
+    def waits_once(inputs: DecodeInputs) -> Decoded:
+        if torch.cuda.is_current_stream_capturing():
+            captures.append(len(inputs.contexts))
+            if len(captures) == 1:
+                torch.cuda.synchronize()  # which ends a capture
+        return whole(inputs)
+
+    model._graphs.forget(id(model.pools), None)
+    assert model._graphs.prepare(2, model._pools_in(BLOCK_TOKENS), model.weights_key, waits_once)
+    assert captures == [2, 2, 1] and not model._graphs._refused
+    scheduler, requests = mixed_steps(40)
+    plain = decoder("qwen3", torch.bfloat16, "cuda")
+    plain._graphs = None
+    plain.allocate(40)
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        logits = model.forward(packed)
+        assert relative_error(logits, plain.forward(packed)) < 0.05
+        scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
+    assert all(request.finish_reason is not None for request in requests)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_blocks_that_follow_one_another_are_gathered_as_they_are_copied(heads: int) -> None:
+    move = BlockMove(np.array([5, 0, 7], np.int32), np.array([2, 3, 4], np.int32))
+    pool = (torch.randn(heads, 128, 8), torch.randn(heads, 128, 4))
+    results = []
+    for way in (block_gatherer, block_copier, block_rearranger):
+        target = (torch.zeros(heads, 96, 8), torch.zeros(heads, 96, 4))
+        way(move, BLOCK_TOKENS, torch.device("cpu"))(pool, target)
+        results.append(target)
+    assert torch.equal(results[0][0][:, 32:48], pool[0][:, 80:96])
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
 # -- graphs, with a stand-in for CUDA's that runs what it was given again ----------------------------------------------
@@ -407,9 +475,10 @@ def repeating(monkeypatch: pytest.MonkeyPatch) -> None:
         self._drawn_by = None
         self._blank()
         graph = Repeated(partial(self._decoded, run, self._inputs(key.num_rows)))
-        self._graphs[key] = Captured(graph, graph.out)  # type: ignore[arg-type]
+        self._graphs[key] = Captured(graph, graph.out, (0, 1))  # type: ignore[arg-type]
         return self._graphs[key]
 
+    monkeypatch.setattr(DecodeGraphs, "_warm_up", lambda *_: None)
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
 
@@ -501,12 +570,114 @@ def test_blocks_of_another_size_get_graphs_of_their_own(repeating: None) -> None
         for step in count():
             if step % 6 == 5 and sizes:
                 move = scheduler.move_to(scheduler.pool.resized(64 * 16, sizes.pop()), stays=True)
+                copy = block_rearranger(move.move, move.block_tokens, model.device)
                 for pool in model.pools.values():
-                    rearrange_blocks(pool, move.move, move.block_tokens)
+                    copy(pool, pool)
             if (batch := scheduler.schedule(0.0)) is None:
                 break
             logits = model.forward(scheduler.pack(batch))
             scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
         outputs.append([request.output_ids.tolist() for request in requests])
     assert not sizes and outputs[0] == outputs[1]
-    assert model._graphs is not None and {key.block_tokens for key in model._graphs._graphs} >= {32, 16, 64}
+    assert model._graphs is not None and {key.pools.block_tokens for key in model._graphs._graphs} >= {
+        32,
+        16,
+        64,
+    }
+
+
+class Recorded:
+    """A stand-in for CUDA's graph that notes what it is asked, and fails as often as it is told to."""
+
+    fails = 0
+    begun: ClassVar[list[object]] = []
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        self.begun.append(pool)
+
+    def capture_end(self) -> None:
+        if Recorded.fails:
+            Recorded.fails -= 1
+            raise RuntimeError("the capture was invalidated")
+
+
+def test_a_step_is_run_before_it_is_captured_only_where_it_may_be_new_or_a_capture_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[object] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", ((0, number) for number in count()).__next__)
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda index, pool: ended.append(pool), raising=False
+    )
+    monkeypatch.setattr(Recorded, "begun", [])
+    model = with_graphs(decoder("qwen3"))
+    graphs = model._graphs
+    assert graphs is not None
+    graphs._stream = SimpleNamespace(wait_stream=lambda other: None)  # type: ignore[assignment]
+    runs: list[int] = []
+
+    def run(inputs: DecodeInputs) -> Decoded:
+        runs.append(len(inputs.contexts))
+        return model._decode(inputs)
+
+    model.allocate(40)
+    assert graphs.prepare(4, model._pools_in(16), "float64", run)
+    assert runs == [size for size in (4, 2, 1) for _ in range(WARM_UPS + 1)]
+    runs.clear()
+    first = model.pools
+    model.pools = model.new_pools(60)
+    assert graphs.prepare(8, model._pools_in(16), "float64", run)
+    assert runs == [8] * (WARM_UPS + 1) + [4, 2, 1], "of eight rows nothing was ever launched"
+    assert set(Recorded.begun) == {(0, 0)} and len(graphs._graphs) == 7
+    runs.clear()
+    model.pools, Recorded.fails = model.new_pools(50), 2  # also when it is ended for good
+    assert graphs.prepare(2, model._pools_in(16), "float64", run)
+    assert runs == [2] * (WARM_UPS + 2) + [1] and not graphs._refused
+    assert ended == [(0, 0)] and Recorded.begun[-3:] == [(0, 0), (0, 1), (0, 1)]
+    graphs.forget(id(model.pools), None)
+    assert graphs._graphs and graphs._memory is None, "none of those left lies in the last pool"
+    graphs.forget(id(first), None)
+    assert {key.pools.identity for key in graphs._graphs} != {id(first)}
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_other_pools_are_woken_by_all_that_steps_launch_over_them_beside_those_that_serve(
+    repeating: None, kv_dtype: str
+) -> None:
+    dtype = (
+        torch.bfloat16 if kv_dtype == "auto" else torch.float32
+    )  # pieces of rounded ones are attended to on a GPU
+    model, launched = with_graphs(decoder("qwen2_window", dtype)), set()
+
+    def noting(name: str) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            constants = given[7:] if name == "paged_prefill" else given  # the row it begins with is none
+            launched.add((name, *(one for one in constants if isinstance(one, int | None))))
+            return getattr(PLAIN, name)(*given)
+
+        return call
+
+    assert model._fused is not None and model._graphs is not None
+    over_cache = [name for name in PLAIN._fields if name.startswith(("paged_", "rope_and_cache"))]
+    model._fused.kernels = PLAIN._replace(**{name: noting(name) for name in over_cache})
+    model.allocate(40)
+    before = model._caches
+    assert not model.is_awake(kv_dtype, 32)
+    model.wake(kv_dtype, 32)
+    assert model.is_awake(kv_dtype, 32) and model._caches is before
+    assert model._fused._block_tokens == BLOCK_TOKENS, "of the steps that go on meanwhile"
+    woken, launched = launched, set()
+    model.kv_dtype = kv_dtype
+    model.allocate(80)
+    scheduler, _ = mixed_steps(40, 32)
+    while (batch := scheduler.schedule(0.0)) is not None:
+        logits = model.forward(scheduler.pack(batch))
+        scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
+    assert {"paged_decode" if kv_dtype == "auto" else "paged_decode_fp8"} < {name for name, *_ in launched}
+    assert launched <= woken

@@ -1,5 +1,6 @@
 """WARM knobs in an engine of this process: prepared beside serving, swapped between two steps, nothing lost."""
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from runtime.clock import Clock
+from runtime.decoder_model import DecoderModel
 from runtime.engine import Engine
 from runtime.executor import Executor
 from runtime.knobs import EngineConfig
@@ -198,6 +200,31 @@ def test_another_block_needs_nothing_prepared_and_starts_an_engine_too(folder: P
     assert here.state() == here.runner.champion
     done = here.call("reconfigure", patch={"kv_block": 128})["value"]
     assert done["config"]["kv_block"] == "128" == here.state().kv_block and done["commit_us"] > 0
+
+
+def test_over_other_blocks_what_steps_launch_is_launched_before_they_count_as_ready(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where it is compiled then."""
+    awake, threads = {("auto", 16)}, set()
+
+    def wake(model: DecoderModel, *steps: Any) -> None:
+        threads.add(threading.current_thread())
+        awake.add(steps)
+
+    here = Here(folder, kv_tokens=1024)
+    monkeypatch.setattr(DecoderModel, "is_awake", lambda model, *steps: steps in awake)
+    monkeypatch.setattr(DecoderModel, "wake", wake)
+    for format in ("bfloat16", "int8"):
+        assert "value" in here.call("prepare", values=values(here, weight_format=format))
+    for size in ("32", "16", "32"):
+        assert here.call("reconfigure", patch={"kv_block": size})["value"]["config"]["kv_block"] == size
+        assert here.state().kv_block == size
+    assert awake == {("auto", 16), ("auto", 32)}
+    assert threads and threading.current_thread() not in threads
+    for format in ("bfloat16", "int8"):
+        spare = EngineConfig.of({"weight_format": format})
+        assert here.executor.warm.has_weights(spare), "nothing was needed for which it had to go"
 
 
 def test_the_longest_request_must_fit_in_whole_blocks(folder: Path) -> None:

@@ -68,7 +68,8 @@ def test_preparing_changes_nothing_until_it_is_installed() -> None:
     m, x = model(), torch.randn(1, 5, 24)
     with torch.inference_mode():
         before = m(x)
-        prepared(m, "int8")
+        made = prepared(m, "int8")
+        made.wake([1, 3, 40])
         assert torch.equal(m(x), before)
 
 
