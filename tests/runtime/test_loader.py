@@ -50,6 +50,20 @@ def test_dtype_and_device_follow_the_machine() -> None:
         assert resolve_device("auto") == CPU
         with pytest.raises(ModelError, match="sees no CUDA device"):
             resolve_device("cuda")
+    with pytest.raises(ModelError, match="--device must be auto, cpu, cuda or cuda:N, but got 'gpu'"):
+        resolve_device("gpu")
+
+
+def test_a_device_that_is_not_there_is_refused_with_the_number_of_those_that_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda:1") and resolve_device("auto") == torch.device(
+        "cuda"
+    )
+    with pytest.raises(ModelError, match="cuda:2 was asked for, but PyTorch sees 2"):
+        resolve_device("cuda:2")
 
 
 def test_refuses_a_missing_folder_and_one_without_config(tmp_path: Path) -> None:
