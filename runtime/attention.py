@@ -117,6 +117,7 @@ class StepTensors:
     positions: Tensor  # [1, T]
     slots: Tensor  # [T]
     last_tokens: Tensor  # [sampled rows + scored tokens]
+    last_rows: Tensor  # the row of each
     padded: list[PaddedRows]
     rows: list[Row]  # those that are not padded, in order
     has_single_rows: bool  # whether `rows` has any of a single token
@@ -136,15 +137,17 @@ class StepTensors:
         among `padded` nor `rows`. `packs_pieces`: the others are `pieces`.
         """
         tables = packed.block_tables.astype(np.int64)
+        last_rows = np.searchsorted(packed.row_starts, packed.last_tokens, side="right") - 1
         parts = (
             packed.token_ids,
             packed.positions,
             packed.slots,
             packed.last_tokens,
+            last_rows,
             packed.contexts,
             tables.ravel(),
         )
-        token_ids, positions, slots, last_tokens, contexts, blocks = _moved(parts, device)
+        token_ids, positions, slots, last_tokens, last_rows, contexts, blocks = _moved(parts, device)
         blocks = blocks.view(tables.shape)
         num_apart = num_single_rows(packed) if has_kernel else _num_padded(packed, device)
         padded = [
@@ -156,7 +159,7 @@ class StepTensors:
         has_single_rows = bool(rows) and rows[0].num_new == 1  # they come first
         longest = int(packed.contexts.max())
         return cls(
-            token_ids[None], positions[None], slots, last_tokens, padded, rows, has_single_rows, longest,
+            token_ids[None], positions[None], slots, last_tokens, last_rows, padded, rows, has_single_rows, longest,
             contexts, blocks, num_apart if has_kernel else 0, pieces,
         )  # fmt: skip
 

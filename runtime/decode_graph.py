@@ -29,6 +29,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384
 COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96)
 MAX_DRAWN = 2**14  # tokens that a step of any kind draws at most
 WARM_UPS = 2  # runs before a capture where kernels may not be compiled and loaded yet
+PUT_OFF = 2  # steps over other pools or by other weights that are run before any is captured
 
 
 class Pools(NamedTuple):
@@ -88,6 +89,8 @@ class DecodeGraphs:
         self._lacked_memory = False  # the last capture that failed
         self._woken: set[tuple[str, int]] = set()  # kv_dtype and tokens of a block
         self._launched: set[int] = set()  # numbers of rows; other weights are woken for all of them
+        self._run_with: tuple[Pools, str] | None = None  # by the last step that had no graph
+        self._num_put_off = 0
         # Of captures and of nothing else: others wait for theirs. Streams of a high priority are handed out apart, and
         # what is captured on one goes before what is prepared beside.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
@@ -106,15 +109,21 @@ class DecodeGraphs:
         `drawn`: tokens of the last step."""
         num_rows = len(packed.token_ids)
         key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights)
-        captured = self._graphs.get(key) or self._try_to_capture(key, run)
-        if captured is None:
-            return None
+        captured = self._graphs.get(key)
+        if captured is None and not self._is_put_off(key):
+            captured = self._try_to_capture(key, run)
+            if captured is None:
+                return None
         self._show(packed, key.num_rows)
         if packed.has_pending and drawn.data_ptr() != self._drawn_by:
             self._drawn[: len(drawn)].copy_(drawn)
-        captured.graph.replay()
-        logits, drawn = captured.out
-        self._drawn_by = drawn.data_ptr()
+        if captured is None:
+            logits, drawn = self._decoded(run, self._inputs(key.num_rows))
+            self._drawn_by = None  # others may come to lie where this is
+        else:
+            captured.graph.replay()
+            logits, drawn = captured.out
+            self._drawn_by = drawn.data_ptr()
         return Decoded(logits[:num_rows], drawn[:, :num_rows])
 
     def prepare(
@@ -155,6 +164,7 @@ class DecodeGraphs:
         if all(captured.memory != self._memory for captured in self._graphs.values()):
             self._memory = None  # it went with the last of them
         self._drawn_by = None  # another graph may come to lie there
+        self._run_with = None  # and others may come to be named so
 
     @torch.inference_mode()
     def _compile(self, sizes: Sequence[int], run: Run) -> None:
@@ -198,6 +208,16 @@ class DecodeGraphs:
     def _is_known(self, key: Key) -> bool:
         """Whether all that the step launches has been launched before: it is captured without a run."""
         return self.is_awake(key.pools.kv_dtype, key.pools.block_tokens) and key.num_rows in self._launched
+
+    def _is_put_off(self, key: Key) -> bool:
+        """Whether the step is run as it would be captured: those who wait for it have just paid for the change of pools
+        or weights too."""
+        if (key.pools, key.weights) != self._run_with:
+            self._run_with, self._num_put_off = (key.pools, key.weights), 0
+        if self._num_put_off == PUT_OFF or key in self._refused or not self._is_known(key):
+            return False
+        self._num_put_off += 1
+        return True
 
     def _warm_up(self, key: Key, run: Run) -> None:
         """Kernels are compiled and loaded, libraries take their workspace; then there is as much memory as can be: a

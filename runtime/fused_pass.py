@@ -98,26 +98,29 @@ class FusedPass:
 
     def forward(self, step: StepTensors, caches: Sequence[Any]) -> Tensor:
         """Any rows. Returns logits [last_tokens, vocab]."""
-        inputs, attend = self._mixed(step, caches[0])
-        return self._logits(self._hidden(inputs, caches, attend, step))
+        inputs, attend, attend_last = self._mixed(step, caches[0])
+        return self._logits(self._hidden(inputs, caches, attend, attend_last, step))
 
     def decode(self, inputs: DecodeInputs, caches: Sequence[Any]) -> Tensor:
         """Rows of one token. Depends on nothing but the inputs' shapes, so that it can be captured.
 
         Returns logits [B, vocab].
         """
-        return self._logits(self._hidden(inputs, caches, self._single(inputs), None))
+        attend = self._single(inputs)
+        return self._logits(self._hidden(inputs, caches, attend, attend, None))
 
     def attend_only(self, step: StepTensors | DecodeInputs, layer: Attention, cache: Any) -> None:
         """Launches what such a step launches over the cache of one layer, and multiplies no weights."""
-        inputs, attend = (
-            self._mixed(step, cache) if isinstance(step, StepTensors) else (step, self._single(step))
-        )
+        if isinstance(step, StepTensors):
+            inputs, *attends = self._mixed(step, cache)
+        else:
+            inputs, attends = step, [self._single(step)]
         width = (layer.num_heads + 2 * layer.kv_heads) * layer.dim
         dtype, device = self._decoder.embedding.dtype, inputs.slots.device
         qkv = torch.zeros(len(inputs.slots), width, dtype=dtype, device=device)
         self._turn(qkv, cache, layer, inputs)
-        attend(qkv, cache, layer)
+        for attend in attends:
+            attend(qkv, cache, layer)
 
     def _single(self, inputs: DecodeInputs) -> Attend:
         splits = self._splits(len(inputs.contexts))
@@ -127,8 +130,9 @@ class FusedPass:
 
         return attend
 
-    def _mixed(self, step: StepTensors, cache: Any) -> tuple[DecodeInputs, Attend]:
-        """`cache`: of any layer."""
+    def _mixed(self, step: StepTensors, cache: Any) -> tuple[DecodeInputs, Attend, Attend]:
+        """`cache`: of any layer. Also how all tokens attend, and how those of the last layer do whose logits are
+        wanted."""
         num_single = step.num_apart
         tables = (
             step.tables.int()
@@ -161,7 +165,29 @@ class FusedPass:
                 found.append(out.flatten(1))
             return found[0] if len(found) == 1 else torch.cat(found)
 
-        return inputs, attend
+        # Scored tokens are too many to read the cache for each of them anew.
+        if pieces is not None and len(step.last_tokens) <= len(step.contexts):
+            return inputs, attend, self._last(step, inputs, tables)
+
+        def attend_last(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
+            return attend(qkv, cache, layer).index_select(0, step.last_tokens)
+
+        return inputs, attend, attend_last
+
+    def _last(self, step: StepTensors, inputs: DecodeInputs, tables: Tensor) -> Attend:
+        """Each of the step's last tokens as a row of its own, behind what is cached before it."""
+        at = step.last_tokens
+        if not len(at):
+            return lambda qkv, cache, layer: qkv[:0]
+        rows = inputs._replace(
+            contexts=inputs.positions.index_select(0, at) + 1, tables=tables.index_select(0, step.last_rows)
+        )
+        single = self._single(rows)
+
+        def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
+            return single(qkv.index_select(0, at), cache, layer)
+
+        return attend
 
     def measure_linears(self) -> None:
         """Finds the faster form of each layer, and has the other one ready for steps of all sizes."""
@@ -228,26 +254,33 @@ class FusedPass:
         )  # fmt: skip
 
     def _hidden(
-        self, inputs: DecodeInputs, caches: Sequence[Any], attend: Attend, step: StepTensors | None
+        self,
+        inputs: DecodeInputs,
+        caches: Sequence[Any],
+        attend: Attend,
+        attend_last: Attend,
+        step: StepTensors | None,
     ) -> Tensor:
         """`step`: None where all rows are of one token. Returns the normed output of the last layer, [T, hidden], or
-        that of the step's `last_tokens`: what no logits need is left out of it behind attention."""
+        that of the step's `last_tokens`: what no logits need is left out of it behind keys and values."""
         kernels, decoder = self.kernels, self._decoder
         x = kernels.embed(inputs.token_ids, inputs.drawn, decoder.embedding)
         delta: Tensor | None = None
         for layer, cache in zip(decoder.layers, caches, strict=True):
             attention, mlp = layer.attention, layer.mlp
+            kept = step.last_tokens if step is not None and layer is decoder.layers[-1] else None
             y = kernels.add_norm(x, delta, layer.before.weight, layer.before.eps)
+            if kept is not None:
+                x = x.index_select(0, kept)
             if isinstance(attention, LatentAttention):
                 found = self._latent.attend(y, cache, attention, inputs, step)
+                found = found if kept is None else found.index_select(0, kept)
             else:
                 qkv = self.linears.whole(attention.qkv, y)
                 self._turn(qkv, cache, attention, inputs)
-                found = attend(qkv, cache, attention)
-            if step is not None and layer is decoder.layers[-1]:
-                x, found = x.index_select(0, step.last_tokens), found.index_select(0, step.last_tokens)
-                if not len(x):
-                    return x
+                found = (attend if kept is None else attend_last)(qkv, cache, attention)
+            if not len(x):
+                return x
             delta = self.linears.added(attention.out, found)
             y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
             if isinstance(mlp, Experts):

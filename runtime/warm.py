@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from runtime.errors import InvalidKnob, PrepareFailed
+from runtime.kernels.aside import compiled_aside
 from runtime.knobs import EngineConfig, KnobValue
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.paged_model import KVPools, LayerCopier, PagedModel, block_rearranger
@@ -207,7 +208,10 @@ class WarmStates:
             if device.type != "cuda":
                 return self._build(wanted, beside_steps)
             self._stream = self._stream or torch.cuda.Stream(device)
-            with torch.cuda.stream(self._stream):
+            with (
+                torch.cuda.stream(self._stream),
+                compiled_aside() if beside_steps else contextlib.nullcontext(),
+            ):
                 made = self._build(wanted, beside_steps)
             self._stream.synchronize()
             return made

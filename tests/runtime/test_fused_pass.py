@@ -19,7 +19,7 @@ import runtime.fused_latent
 import runtime.fused_pass
 from runtime.attention import Pieces, StepTensors, allowed_positions, attend_plain
 from runtime.batch import Batch, PackedBatch
-from runtime.decode_graph import BUCKETS, WARM_UPS, Captured, Decoded, DecodeGraphs, Key, Run
+from runtime.decode_graph import BUCKETS, PUT_OFF, WARM_UPS, Captured, Decoded, DecodeGraphs, Key, Run
 from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import DecodeInputs, FusedPass
 from runtime.hf_model import HFModel
@@ -28,7 +28,7 @@ from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.paged_model import block_copier, block_gatherer, block_rearranger, relative_error
-from runtime.request import Request
+from runtime.request import Request, SamplingParams
 from runtime.retable import BlockMove
 from runtime.sampling import draw, sample, tokens_of
 from runtime.scheduler import Scheduler
@@ -86,7 +86,7 @@ def written_out(
 
 def compare_steps(
     model: DecoderModel, packs_pieces: bool, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch,
-    in_parts: bool = False,
+    in_parts: bool = False, scheduler: Scheduler | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """Both passes on the same steps. Returns how many were mixed, and how many had pieces behind cached tokens."""
     for module in (runtime.fused_pass, runtime.fused_latent):
@@ -99,7 +99,7 @@ def compare_steps(
             for layer in linear_layers(model.decoder)
             for rows in TIMED_ROWS
         }
-    scheduler, _ = mixed_steps(40)
+    scheduler = scheduler or mixed_steps(40)[0]
     model.allocate(40)
     pools = model.new_pools(40)
     caches = [
@@ -115,8 +115,11 @@ def compare_steps(
         expected = model.forward(packed)
         with torch.inference_mode():
             torch.testing.assert_close(fused.forward(step, caches), expected, **limits)
-        tokens = expected.argmax(-1).tolist()
-        scheduler.finish_step(batch, tokens, 0.0)
+        tokens = expected.argmax(
+            -1
+        ).tolist()  # first those that are drawn, then those of a prompt that is scored
+        num_drawn = len(tokens) if batch.num_drafted else int(batch.sampled.sum())
+        scheduler.finish_step(batch, tokens[:num_drawn], 0.0)
     return num_mixed, num_behind
 
 
@@ -129,6 +132,31 @@ def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
     limits = limits_of(family)
     num_mixed, num_behind = compare_steps(decoder(family), packs_pieces, limits, monkeypatch, in_parts)
     assert num_mixed > 0 and (num_behind > 0) == packs_pieces, "the test must reach what it claims"
+
+
+@pytest.mark.parametrize("family", ["qwen2_window", "qwen3", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("asked", "met"), [({}, "none"), ({"num_prompt_logprobs": 0}, "many"), ({"drafts": 4}, "many")], ids=str
+)
+def test_of_the_last_layer_only_tokens_are_computed_whose_logits_somebody_wants(
+    family: str, asked: dict[str, int], met: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = {"prefill_chunk": 16, "speculation_length": asked.get("drafts", 0)}
+    scheduler = Scheduler(BlockPool(40, wants_runs=False), EngineConfig.of(knobs), 200)
+    wanted = SamplingParams(num_prompt_logprobs=asked.get("num_prompt_logprobs"))
+    for at, length in enumerate((70, 21)):
+        scheduler.add(Request.of_tokens(str(at), [3, 4, 5] * (length // 3), 24, 0.0, wanted))
+    seen, of = set(), StepTensors.of
+
+    def noting(*given: Any, **named: Any) -> StepTensors:
+        step = of(*given, **named)
+        num_last = len(step.last_tokens)
+        seen.add("none" if not num_last else "many" if num_last > len(step.contexts) else "some")
+        return step
+
+    monkeypatch.setattr(StepTensors, "of", noting)
+    compare_steps(decoder(family), True, limits_of(family), monkeypatch, scheduler=scheduler)
+    assert {met, "some"} <= seen, "the test must reach what it claims"
 
 
 @pytest.mark.parametrize(
@@ -341,7 +369,7 @@ import torch
 from triton import knobs
 from runtime.bench.shapes import random_model
 from runtime.engine_start import engine_parts
-from runtime.request import Request
+from runtime.request import Request, SamplingParams
 from runtime.scheduler import Scheduler
 
 executor, runner, _ = engine_parts(random_model("qwen3-0.6b", torch.device("cuda"), torch.bfloat16, 1024), None, {})
@@ -558,6 +586,29 @@ def test_steps_that_cannot_be_captured_are_launched_and_tried_once(
     assert tries and len(tries) == len(set(tries)) and "are not captured" in caplog.text
     model.forget(model.pools)
     assert model._graphs is not None and not model._graphs._refused
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_after_a_change_the_first_steps_are_run_before_any_is_captured(
+    repeating: None, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    expected, _ = serve(decoder("qwen3"), 0)
+    model, num_graphs = with_graphs(decoder("qwen3")), []
+    graphs, replay = model._graphs, DecodeGraphs.replay
+    assert graphs is not None
+    graphs.take_as_awake("auto", BLOCK_TOKENS)
+    graphs._launched.update(BUCKETS)
+
+    def counted(self: DecodeGraphs, *given: Any) -> Decoded | None:
+        decoded = replay(self, *given)
+        num_graphs.append(len(self._graphs))
+        return decoded
+
+    monkeypatch.setattr(DecodeGraphs, "replay", counted)
+    for _ in range(2):  # of other pools each time
+        num_graphs.clear()
+        assert serve(model, depth)[0] == expected
+        assert not any(num_graphs[:PUT_OFF]) and num_graphs[PUT_OFF], "put off, and not for longer"
 
 
 @torch.inference_mode()
