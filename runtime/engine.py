@@ -65,10 +65,12 @@ def _itself(pending: Pending) -> Pending:
 
 
 class UnderWay(NamedTuple):
-    """A step that was launched and not read yet. `started`: when its scheduling began, by the performance counter."""
+    """A step that was launched and not read yet. `started`: when its scheduling began, by the performance counter.
+    `tick`: what was in force then."""
 
     launched: "Launched"
     started: float
+    tick: PlanTick
 
 
 class Engine:
@@ -111,7 +113,7 @@ class Engine:
         launched = self._executor.launch(batch, self.scheduler.pack(batch), self.tick.config)
         self.scheduler.advance(batch)
         self._land()
-        self._under_way = UnderWay(launched, started)
+        self._under_way = UnderWay(launched, started, self.tick)
         if not overlaps or batch.num_drafted:
             self._land()
         return True
@@ -120,13 +122,13 @@ class Engine:
         """Takes in what the step under way has drawn. False if there is none."""
         if self._under_way is None:
             return False
-        launched, started = self._under_way
+        launched, started, tick = self._under_way
         self._under_way = None
         executed = self._executor.land(launched)
         right_before = self.scheduler.num_right_tokens
-        self._finish(launched.batch, executed)
+        self._finish(launched.batch, executed, tick)
         ended = time.perf_counter()
-        record = self._record(launched.batch, executed, ended - max(started, self._landed))
+        record = self._record(launched.batch, executed, tick, ended - max(started, self._landed))
         record["num_right"] = self.scheduler.num_right_tokens - right_before
         self._landed = ended
         self._send({"op": "step", "record": record})
@@ -304,8 +306,8 @@ class Engine:
     def _apply_plan(self) -> float:
         """Puts in force what the plan says for now. Returns the microseconds that swapping took."""
         tick = self._runner.tick(self._clock.now())
-        if (tick.config, tick.slice_id) != (self.tick.config, self.tick.slice_id):
-            self._land()  # what is under way belongs to the slice that ends
+        if tick.slice_id != self.tick.slice_id:
+            self._land()  # or tokens of a slice would be told after its end
         self.tick = tick
         started = time.perf_counter()
         self.scheduler.config = self.tick.config
@@ -317,7 +319,7 @@ class Engine:
             self._send({"op": "event", **event})
         return swap_us
 
-    def _finish(self, batch: Batch, executed: "Executed") -> None:
+    def _finish(self, batch: Batch, executed: "Executed", tick: PlanTick) -> None:
         """Records the tokens and sends them in one frame. A row without a token fails its request alone."""
         now, tokens, is_here = self._clock.now(), executed.tokens, self.scheduler.is_here
         owners = [
@@ -348,9 +350,8 @@ class Engine:
                 item[2] = None if item[0] == following[0] else item[2]
         if items:
             self._send({
-                "op": "tokens", "at": now, "config_id": self.tick.config.config_id,
-                "slice_id": self.tick.slice_id, "items": items,
-                "stream_interval": self.tick.config.stream_interval,
+                "op": "tokens", "at": now, "config_id": tick.config.config_id, "slice_id": tick.slice_id,
+                "items": items, "stream_interval": tick.config.stream_interval,
             })  # fmt: skip
 
     def _send_scores(
@@ -367,13 +368,13 @@ class Engine:
             message = "The model's output was not a number (NaN or infinite) for this request."
             self._send({"op": "failed", "id": request.id, "kind": "nan_logits", "message": message})
 
-    def _record(self, batch: Batch, executed: "Executed", step_s: float) -> dict[str, Any]:
+    def _record(self, batch: Batch, executed: "Executed", tick: PlanTick, step_s: float) -> dict[str, Any]:
         return {
             "at": self._clock.now(), "step_s": step_s, "forward_s": executed.forward_s,
             "num_decode": batch.num_decode, "num_prefill_rows": batch.num_prefill_rows,
             "num_prefill_tokens": batch.num_prefill_tokens, "num_drafted": batch.num_drafted,
             "context_tokens": batch.context_tokens, "attention_pairs": batch.attention_pairs, **self._load(),
-            "config_id": self.tick.config.config_id, "slice_id": self.tick.slice_id, "threads": executed.threads,
+            "config_id": tick.config.config_id, "slice_id": tick.slice_id, "threads": executed.threads,
         }  # fmt: skip
 
     def _load(self) -> dict[str, int]:

@@ -4,7 +4,7 @@ A layer's pool is a pair of tensors `[heads, slots, values]`, keys and values wh
 heads and values those are is the model's own affair; the pools are made, moved and copied by slots.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -114,9 +114,8 @@ class PagedModel:
 
     def copier(self, move: Retabled, is_other_kind: bool) -> LayerCopier:
         """How a layer's keys and values come to a pool beside; `is_other_kind`: of another `kv_dtype`."""
-        is_run = (
-            self.device.type != "cpu" and len(runs_of(move.move._replace(sources=move.move.targets))) == 1
-        )
+        targets = move.move.targets
+        is_run = self.device.type != "cpu" and len(targets) > 0 and bool((np.diff(targets) == 1).all())
         way = block_gatherer if is_run else block_copier
         copy = way(move.move, move.block_tokens, self.device)
         return lambda layer, source, target: copy(source, target)
@@ -257,7 +256,7 @@ def block_rearranger(
     taken, given = (sent(blocks.astype(np.int64), device) for blocks in move)
 
     def copy(source: LayerPool, target: LayerPool) -> None:
-        for old, new in zip(source, target, strict=True):
+        for old, new in filled_of(source, target):
             blocks = in_blocks(old, block_tokens).index_select(1, taken)
             in_blocks(new, block_tokens).index_copy_(1, given, blocks)
 
@@ -271,11 +270,16 @@ def block_gatherer(
     taken, first = sent(move.sources.astype(np.int64), device), int(move.targets[0])
 
     def copy(source: LayerPool, target: LayerPool) -> None:
-        for old, new in zip(source, target, strict=True):
+        for old, new in filled_of(source, target):
             given = in_blocks(new, block_tokens).narrow(1, first, len(taken))
             torch.index_select(in_blocks(old, block_tokens), 1, taken, out=given)
 
     return copy
+
+
+def filled_of(source: LayerPool, target: LayerPool) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is copied of one layer: where a token's keys and values lie in one piece, the second tensor has nothing."""
+    return (pair for pair in zip(source, target, strict=True) if pair[0].shape[2])
 
 
 def in_blocks(pool: Tensor, block_tokens: int) -> Tensor:

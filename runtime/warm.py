@@ -262,7 +262,8 @@ class WarmStates:
 
     @torch.inference_mode()
     def install(self, config: EngineConfig, scheduler: Scheduler) -> bool:
-        """Puts a ready configuration's weights and pool in force, between two steps. False if they are already."""
+        """Puts a ready configuration's weights and pool in force, between two steps; the first may still be under way
+        on the device. False if they are already."""
         wanted, size = PoolKey.of(config), config.block_tokens
         is_other_pool = wanted != self.pool or size != self.block_tokens
         if config.weight_format == self.weight_format and not is_other_pool:
@@ -300,6 +301,8 @@ class WarmStates:
             for layer, pool in before.items():
                 copy(layer, pool, after[layer])
         else:  # no room for both: each layer's old pool goes before the next layer's new one comes
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)  # graphs that may be running go too
             model.forget(self._pools.pop(self.pool))
             for layer, shape in model.shapes_of(wanted.kv_dtype).items():
                 after[layer] = model.new_pool(shape, wanted.num_slots)

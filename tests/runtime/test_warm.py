@@ -259,9 +259,19 @@ def serve_all(here: Here, between: Callable[[int], None]) -> dict[str, list[int]
     return texts
 
 
-def test_32_streams_keep_every_token_while_the_pool_grows_shrinks_and_prefixes_come_and_go() -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_32_streams_keep_every_token_while_the_pool_grows_shrinks_and_prefixes_come_and_go(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quiet = serve_all(Here(DEMO, max_model_len=256, max_num_seqs=32), lambda step: None)
-    here = Here(DEMO, max_model_len=256, max_num_seqs=32)
+    here = Here(DEMO, max_model_len=256, max_num_seqs=32, overlap_depth=depth)
+    move, under_way = here.executor.warm._move, list[bool]()
+
+    def noted(*given: Any) -> None:
+        under_way.append(here.engine._under_way is not None)
+        move(*given)
+
+    monkeypatch.setattr(here.executor.warm, "_move", noted)
     patches: list[dict[str, Any]] = [
         {"kv_tokens": 4096}, {"prefix_cache": "on"}, {"kv_tokens": 512}, {"kv_block": "64"}, {"prefix_cache": "off"},
         {"kv_tokens": 2048, "kv_block": "32"}, {"kv_block": "256"}, {"kv_block": "16"},
@@ -284,6 +294,31 @@ def test_32_streams_keep_every_token_while_the_pool_grows_shrinks_and_prefixes_c
     assert serve_all(here, disturb) == quiet
     assert not patches and all(us > 0 for us in swaps)
     assert here.scheduler.num_preemptions > 0, "512 tokens do not hold 32 streams"
+    assert set(under_way) == {bool(depth)}, "a commit does not wait for the step on its way"
+
+
+def test_what_a_step_drew_that_was_under_way_at_a_commit_is_told_with_what_it_was_launched_under(
+    folder: Path,
+) -> None:
+    here = Here(folder, overlap_depth=1)
+    patch = {"kv_tokens": 2048, "stream_interval": 3}
+    here.call("prepare", values=values(here, **patch))
+    here.submit("a", prompts(1)[0], 30)
+    for _ in range(3):
+        here.engine.step()
+    before = here.runner.champion
+    here.call("reconfigure", patch=patch)
+    after = here.runner.champion
+    assert here.state() == after != before and here.engine._under_way is not None
+    here.frames.clear()
+    for _ in range(2):
+        here.engine.step()
+    told = [
+        (frame["config_id"], frame["stream_interval"]) for frame in here.frames if frame["op"] == "tokens"
+    ]
+    records = [frame["record"]["config_id"] for frame in here.frames if frame["op"] == "step"]
+    assert told == [(before.config_id, 1), (after.config_id, 3)]
+    assert records == [before.config_id, after.config_id]
 
 
 def test_32_streams_go_on_through_swaps_of_their_weights(folder: Path) -> None:
