@@ -119,6 +119,7 @@ class Executor:
         self.warm = WarmStates(
             self._model, self.pool.block_tokens, self.free_bytes, self.max_model_len, max_blocks
         )
+        self.warm.wake()
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._process = psutil.Process()

@@ -9,6 +9,7 @@ lacks memory. The loaded weights stay always: every format is made from them.
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from runtime.knobs import EngineConfig, KnobValue
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.paged_model import KVPools, LayerCopier, PagedModel, block_rearranger
 from runtime.scheduler import Scheduler
-from runtime.weights import WeightSet, formats_from, prepared, wanted_bytes
+from runtime.weights import WeightSet, formats_from, prepared, wake_preparations, wanted_bytes
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class WarmStates:
         self._max_bytes = max(max_blocks, self.pool.num_blocks) * self._block_bytes(model.kv_dtype)
         self._weights = {self.loaded_format: WeightSet.of_installed(model.model, self.loaded_format)}
         self._pools: dict[PoolKey, KVPools] = {self.pool: model.pools}
-        self._stream: torch.cuda.Stream | None = None  # of preparations; what the allocator caches is its own
+        # Of preparations; what the allocator caches is its own.
+        self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     @property
     def fixed_knobs(self) -> Mapping[str, KnobValue]:
@@ -218,6 +220,22 @@ class WarmStates:
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError among them
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise PrepareFailed(f"The configuration could not be prepared: {reason}") from error
+
+    def wake(self) -> None:
+        """Before anybody is served: what preparations launch is launched once, so that the first of them holds up no
+        step."""
+        if self._stream is None:
+            return
+        thread = threading.Thread(target=self._wake, name="prepare")
+        thread.start()
+        thread.join()
+
+    def _wake(self) -> None:
+        try:
+            with torch.cuda.stream(self._stream):
+                wake_preparations(self._model.model, self.formats[1:])
+        except RuntimeError as error:
+            log.info("preparations are not tried beforehand: %s", str(error).partition("\n")[0])
 
     def _build(self, wanted: Wanted, beside_steps: bool) -> tuple[WeightSet | None, KVPools | None]:
         weights = pools = None

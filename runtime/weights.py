@@ -28,6 +28,7 @@ Forward = Callable[[Tensor], Tensor]
 
 INT8_LIMIT = 127  # symmetric: -128 is not used
 MIN_CUDA_INT_ROWS = 32  # torch._int_mm wants more than 16 rows on CUDA
+FEW_ROWS = 256  # of a weight
 # Relative to the largest value of the specification's result: other orders of summation, one rounding to bfloat16
 # on the way out, a value between two levels that a fused multiplication rounds the other way.
 MAX_ERROR = {"bfloat16": 2e-2, "int8": 5e-3}
@@ -261,7 +262,7 @@ def prepared(model: nn.Module, format: str, after_each: Callable[[], None] = lam
     for module in linear_layers(model):
         key = module.weight.data_ptr()
         if key not in made or module.bias is not None:
-            form = Int8Form(module, rounding) if format == "int8" else BFloat16Form(module)
+            form = _form_of(module, format, rounding)
             if _agrees(form, module, MAX_ERROR[format]):
                 form.keep_fastest()
             else:
@@ -276,6 +277,25 @@ def prepared(model: nn.Module, format: str, after_each: Callable[[], None] = lam
         after_each()
     rounding.forget()
     return WeightSet(format, tuple(forwards), sum(form.nbytes for form in made.values()))
+
+
+@torch.inference_mode()
+def wake_preparations(model: nn.Module, formats: Sequence[str]) -> None:
+    """Launches what `prepared` does, for a few rows of one layer: a GPU loads it when it is launched for the first
+    time, and whatever others launch waits for that. To be called in a thread like those that prepare: libraries begin
+    anew in each. Raises RuntimeError where there is no memory."""
+    layer = next(linear_layers(model), None)
+    if layer is None:
+        return
+    rows = layer.weight.detach()[:FEW_ROWS]
+    few = nn.Linear(layer.in_features, len(rows), bias=False, device="meta")
+    few.weight = nn.Parameter(rows, requires_grad=False)
+    for format in formats:
+        _agrees(_form_of(few, format, Rounding()), few, MAX_ERROR[format])
+
+
+def _form_of(module: nn.Linear, format: str, rounding: Rounding) -> Form:
+    return Int8Form(module, rounding) if format == "int8" else BFloat16Form(module)
 
 
 def _agrees(form: Form, module: nn.Linear, limit: float) -> bool:

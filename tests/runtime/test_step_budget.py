@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from runtime.knobs import EngineConfig
 from runtime.step_budget import (
     FEWEST_PROMPT_TOKENS,
+    GOOD_ROWS,
+    MORE,
     OVERLOAD_STEPS,
     TILE_ROWS,
     StepBudget,
@@ -58,15 +60,23 @@ def test_only_the_hard_cap_applies_where_nobody_decodes_or_too_many_wait_or_the_
     assert free.take(10_000, 0) == 8192 and not free.has_room
 
 
-def test_a_piece_that_the_budget_cuts_fills_the_steps_tiles() -> None:
+def test_a_piece_that_the_budget_cuts_makes_a_good_number_of_rows() -> None:
     step = budget(1000, 100)
     assert step.take(300, 0) == 300, "what is not cut is left as it is"
-    assert step.take(2048, 0) == 7 * TILE_ROWS - 100 - 300
-    assert step.num_rows == 7 * TILE_ROWS and not step.has_room
+    assert step.take(2048, 0) == 2 * GOOD_ROWS - 100 - 300, "a little more than the budget"
+    assert step.num_rows == 2 * GOOD_ROWS and not step.has_room
+    less = budget(1664, 64)  # 2,048 rows would be too many
+    assert less.take(2048, 0) == 3 * GOOD_ROWS - 64
+    far = budget(1250, 100)  # from any multiple of GOOD_ROWS
+    assert far.take(2048, 0) == 9 * TILE_ROWS - 100
+    nearly = budget(1000, 100)
+    assert nearly.take(910, 0) == 910, "a prompt is ended with little more"
+    deep = budget(1000, 100, attention_cost=4e-5)  # where 1,024 rows would take too much
+    assert deep.take(924, 6000) == 6 * TILE_ROWS - 100
     small = budget(300, 200)  # 100 tokens are left, 56 in whole tiles: fewer than prompts get at least
     assert small.take(2048, 0) == 100 and not small.has_room
-    last = budget(1000, 100)
-    assert last.take(895, 0) == 895 and last.take(2048, 0) == 5, "rounding would leave nothing of it"
+    last = budget(700, 100)
+    assert last.take(595, 0) == 595 and last.take(2048, 0) == 5, "rounding would leave nothing of it"
 
 
 @pytest.mark.parametrize(("mixed", "num_decode"), [(16, 1), (256, 256), (256, 500), (1536, 1600)])
@@ -81,7 +91,7 @@ def test_prompts_get_some_tokens_however_many_rows_decode(mixed: int, num_decode
 
 def test_deep_in_a_prompt_a_piece_is_shorter() -> None:
     pieces = [budget(1536, 64, attention_cost=4e-5).take(8192, context) for context in (0, 8192, 32_768)]
-    assert pieces == [1344, 1088, 576]
+    assert pieces == [1472, 960, 576]
     assert all((64 + piece) % TILE_ROWS == 0 for piece in pieces)
 
 
@@ -126,6 +136,7 @@ def test_no_step_has_more_than_its_caps(
     spent = sum(cost_of(tokens, context, attention_cost) for tokens, (_, context) in given)
     dearest = max((1 + attention_cost * (context + want) for _, (want, context) in given), default=0.0)
     if num_prompt > FEWEST_PROMPT_TOKENS:  # one token may pass the budget, since a seat is worth one
-        assert num_decode + spent <= max(mixed, num_decode) + FEWEST_PROMPT_TOKENS * dearest
+        most = max(mixed, num_decode) + MORE * max(0, mixed - num_decode)
+        assert num_decode + spent <= most + FEWEST_PROMPT_TOKENS * dearest
     if num_prompt < min(FEWEST_PROMPT_TOKENS, sum(want for _, (want, _) in given)):
         assert total == cap

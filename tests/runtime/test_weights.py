@@ -43,6 +43,25 @@ def test_a_prepared_layer_computes_what_its_specification_says(format: str, rows
         assert 0 < (actual - exact).norm() / exact.norm() < LIMITS[format]
 
 
+def test_what_preparations_launch_is_launched_for_few_rows_and_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    m, tried = nn.Sequential(nn.Embedding(9, 24), nn.Linear(24, 400)), list[tuple[type, torch.Size]]()
+    agrees, before = weights._agrees, m[1].weight.clone()
+
+    def noting(form: weights.Form, module: nn.Linear, limit: float) -> bool:
+        tried.append((type(form), module.weight.shape))
+        assert agrees(form, module, limit)
+        return True
+
+    monkeypatch.setattr(weights, "_agrees", noting)
+    weights.wake_preparations(m, formats_from(torch.float32)[1:])
+    few = torch.Size((weights.FEW_ROWS, 24))
+    assert tried == [(weights.BFloat16Form, few), (weights.Int8Form, few)]
+    assert torch.equal(m[1].weight, before) and m[1].weight.requires_grad
+    weights.wake_preparations(nn.Sequential(nn.Embedding(9, 24)), ["int8"])  # nothing to multiply
+
+
 def test_int8_of_one_row_does_not_depend_on_its_company() -> None:
     layer = nn.Linear(64, 32, bias=False)
     prepared(nn.Sequential(layer), "int8").install()
