@@ -88,8 +88,10 @@ class DecodeGraphs:
         self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them about its streams
         self._lacked_memory = False  # the last capture that failed
         self._woken: set[tuple[str, int]] = set()  # kv_dtype and tokens of a block
-        self._launched: set[int] = set()  # numbers of rows; other weights are woken for all of them
-        self._run_with: tuple[Pools, str] | None = None  # by the last step that had no graph
+        self._launched: set[int] = (
+            set()
+        )  # numbers of rows; other weights are woken for those that there are then
+        self._run_with: tuple[Pools, str] | None = None  # of the last step
         self._num_put_off = 0
         # Of captures and of nothing else: others wait for theirs. Streams of a high priority are handed out apart, and
         # what is captured on one goes before what is prepared beside.
@@ -105,10 +107,12 @@ class DecodeGraphs:
     def replay(
         self, packed: PackedBatch, pools: Pools, weights: str, run: Run, drawn: Tensor
     ) -> Decoded | None:
-        """Returns what the next replay overwrites. `run` is captured where it was not yet; None where that failed.
-        `drawn`: tokens of the last step."""
+        """Returns what the next replay may overwrite. `run` is captured where it was not yet, though not right behind a
+        change of pools or weights; None where that failed. `drawn`: tokens of the last step."""
         num_rows = len(packed.token_ids)
         key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights)
+        if (pools, weights) != self._run_with:
+            self._run_with, self._num_put_off = (pools, weights), 0
         captured = self._graphs.get(key)
         if captured is None and not self._is_put_off(key):
             captured = self._try_to_capture(key, run)
@@ -212,8 +216,6 @@ class DecodeGraphs:
     def _is_put_off(self, key: Key) -> bool:
         """Whether the step is run as it would be captured: those who wait for it have just paid for the change of pools
         or weights too."""
-        if (key.pools, key.weights) != self._run_with:
-            self._run_with, self._num_put_off = (key.pools, key.weights), 0
         if self._num_put_off == PUT_OFF or key in self._refused or not self._is_known(key):
             return False
         self._num_put_off += 1

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from runtime.hf_model import HFModel
 
 CONVERTED_TOKENS = 65_536  # of a pool that is rounded or restored, at a time
+WOKEN_BYTES = 64 * 2**20  # of queries, outputs and tables of the steps that are computed for what they launch
 
 
 class DecoderModel(PagedModel):
@@ -159,12 +160,11 @@ class DecoderModel(PagedModel):
         if self._fused is None or self._graphs is None:
             return
         fused, shapes = self._fused.over_blocks(block_tokens), self.shapes_of(kv_dtype)
-        parts = [layer.attention for layer in self.decoder.layers]
-        kinds = {
-            (part.window, shapes[at]): at for at, part in enumerate(parts) if isinstance(part, Attention)
-        }
-        slots = woken_steps(COMPILED_BUCKETS[-1], block_tokens, self._max_model_len)[0] * block_tokens
-        caches = [(parts[at], cache_of(parts[at], self.new_pool(shapes[at], slots))) for at in kinds.values()]
+        slots = self._woken_slots(block_tokens)
+        caches = [
+            (part, cache_of(part, self.new_pool(shapes[at], slots)))
+            for at, part in self._woken_layers(kv_dtype)
+        ]
         for rows in COMPILED_BUCKETS:
             for part, cache in caches:
                 fused.attend_only(padding(rows, self._max_blocks, self.device), part, cache)
@@ -173,6 +173,22 @@ class DecoderModel(PagedModel):
                 for part, cache in caches:
                     fused.attend_only(step, part, cache)
         self._graphs.take_as_awake(kv_dtype, block_tokens)
+
+    def waking_bytes(self, kv_dtype: str, block_tokens: int) -> int:
+        if self._fused is None or self._graphs is None:
+            return 0
+        shapes, slots = self.shapes_of(kv_dtype), self._woken_slots(block_tokens)
+        pools = sum(slots * shapes[at].bytes_per_token for at, _ in self._woken_layers(kv_dtype))
+        return pools + WOKEN_BYTES
+
+    def _woken_slots(self, block_tokens: int) -> int:
+        return woken_steps(COMPILED_BUCKETS[-1], block_tokens, self._max_model_len)[0] * block_tokens
+
+    def _woken_layers(self, kv_dtype: str) -> Sequence[tuple[int, Attention]]:
+        """One of each kind that launches kernels of its own over the cache."""
+        shapes, parts = self.shapes_of(kv_dtype), [layer.attention for layer in self.decoder.layers]
+        own = [(at, part) for at, part in enumerate(parts) if isinstance(part, Attention)]
+        return list({(part.window, shapes[at]): (at, part) for at, part in own}.values())
 
     def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
         if pools is not None and self._caches[0] is pools:

@@ -203,8 +203,8 @@ class Fitting:
 
     def _keep_step_memory(self) -> None:
         """Has the allocator hold what the largest step takes, which it gave back to be counted: the first steps would
-        ask the driver for it, tensor by tensor, while somebody waits. It holds
-        it until a capture needs a run before."""
+        ask the driver for it, tensor by tensor, while somebody waits. It holds it
+        until a capture needs a run before, or somebody asks for more than there is."""
         if self._device.type != "cuda":
             return
         try:

@@ -305,8 +305,9 @@ class EngineConfig:
         is_off_at_high=True,
         is_later=True,
         help="Tokens of a step in which somebody decodes, unless 16 times as many wait: prompts get what decode rows "
-        "leave, at least 64 and up to an eighth more for a number that is computed faster; deep in a prompt a token "
-        "counts for more. The highest value is off; on a GPU the default is what takes 39 ms.",
+        "leave, at least 64, and an eighth more or a sixth less where the step then has a multiple of 512, which is "
+        "computed faster; deep in a prompt a token counts for more. The highest value is off; on a GPU the default is "
+        "what takes 39 ms.",
     )
 
     @classmethod

@@ -150,6 +150,10 @@ class PagedModel:
         """Sees to that, in another thread than the steps', which go on meanwhile. Raises RuntimeError where there is no
         memory."""
 
+    def waking_bytes(self, kv_dtype: str, block_tokens: int) -> int:
+        """What that takes meanwhile, at most."""
+        return 0
+
     def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
         """These pools or weights are about to go: what was made ready with them goes too."""
 

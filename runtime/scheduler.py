@@ -285,7 +285,7 @@ class Scheduler:
         if batch.drafted is not None:
             self._count_drafts(batch)
         if self.config.prefix_cache == "on":
-            self._register(batch.seats[batch.sampled])
+            self._register(batch)
         for request in finished:
             self._forget(request)
             if request.seat is None:
@@ -591,13 +591,14 @@ class Scheduler:
         num_tokens = min(request.num_tokens - 1, request.num_reusable_tokens)
         return prefix.find(index, request.token_ids, size, num_tokens // size)
 
-    def _register(self, seats: IntArray) -> None:
-        """Tells the prefix cache of the blocks that these rows have filled. Rows whose token was drawn only:
-        one whose logits were not numbers has left its seat, and its blocks are not worth keeping."""
+    def _register(self, batch: Batch) -> None:
+        """Tells the prefix cache of the blocks that the batch has filled. Rows whose token was drawn only: one whose
+        logits were not numbers has left its seat, and its blocks are not worth keeping."""
         here, size = self._seats, self.pool.block_tokens
-        for seat in seats[here.computed[seats] // size > here.registered[seats]].tolist():
-            request = self._in_seat.get(seat)
-            if request is None or request.token_ids is None:
+        has_more = here.computed[batch.seats] // size > here.registered[batch.seats]
+        for row in np.flatnonzero(has_more & batch.sampled).tolist():
+            seat, request = int(batch.seats[row]), batch.requests[row]
+            if request.seat != seat or request.token_ids is None:  # another may sit there by now
                 continue
             # Of a step that is under way nothing is kept yet: its logits may turn out to be no numbers.
             num_full, prefix = (
@@ -615,7 +616,7 @@ class Scheduler:
         waiting: Sequence[Request] = self.waiting
         if self._scoring is not None:
             waiting = [request for request in waiting if not request.is_scoring]
-        if waiting and waiting[0].num_pending:  # those preempted last stand in front
+        if waiting and waiting[0].num_preemptions:  # they stand in front
             waiting = [request for request in waiting if not request.num_pending]
         return waiting
 

@@ -20,8 +20,8 @@ FEWEST_PROMPT_TOKENS = 64  # of a step, however many rows decode: prompts wait l
 TILE_ROWS = 128  # of matrix products: rows beyond a multiple of it take as long as a whole tile of them
 # Multiples of this are computed fastest. On an H200 a layer of llama-8b multiplies 1,024, 1,536 and 2,048 rows at 782,
 # 735 and 719 TFLOP/s, and 896, 1,280, 1,664 and 1,792 at 733, 715, 685 and 673; pieces of 960 tokens, beside 64 rows
-# that decode, make whole turns of attention. So a step that is near such a number has it: for up to MORE of its budget
-# beyond that, or up to LESS of its rows below.
+# that decode, make whole turns of attention. So a step that is near such a number has it: for up to MORE of what its
+# prompts may cost, or with up to LESS of its last piece.
 GOOD_ROWS = 512
 MORE, LESS = 1 / 8, 1 / 6
 # Waiting prompts, in steps of `mixed_step_tokens`, beyond which steps are as large as may be. Each request would wait
@@ -88,8 +88,10 @@ class StepBudget:
         """[rows] what running rows get, in order; `contexts`: tokens of each that are computed already."""
         if self.cost < math.inf:
             wanted = wanted.copy()
+            left = self.num_tokens - int(wanted[is_decode].sum())
             for row in np.flatnonzero(~is_decode & (wanted > 0)).tolist():
-                wanted[row] = self._piece(int(wanted[row]), int(contexts[row]))
+                wanted[row] = self._piece(min(int(wanted[row]), max(0, left)), int(contexts[row]))
+                left -= int(wanted[row])
         granted = shared_out(wanted, self.num_tokens)
         self.num_tokens -= int(granted.sum())
         return granted
@@ -125,5 +127,7 @@ class StepBudget:
         more = min(wanted, -(-rows // GOOD_ROWS) * GOOD_ROWS - self.num_rows)
         if cost_of(more, context, self.attention_cost) <= self.cost + self.spare:
             return more
-        beyond = rows % GOOD_ROWS if rows % GOOD_ROWS <= LESS * rows else rows % TILE_ROWS
-        return tokens - beyond if tokens - beyond >= fewest else tokens
+        for size, most in ((GOOD_ROWS, LESS * tokens), (TILE_ROWS, TILE_ROWS)):
+            if (beyond := rows % size) <= most and tokens - beyond >= fewest:
+                return tokens - beyond
+        return tokens

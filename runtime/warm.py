@@ -80,6 +80,7 @@ class WarmStates:
         self.weight_format = model.weights_key
         self.pool = PoolKey(model.num_slots // BLOCK_TOKENS, model.kv_dtype)
         self.block_tokens, self._max_model_len = block_tokens, max_model_len
+        self._served_over = {(self.pool.kv_dtype, block_tokens)}  # also where no step could be captured
         self._max_bytes = max(max_blocks, self.pool.num_blocks) * self._block_bytes(model.kv_dtype)
         self._weights = {self.loaded_format: WeightSet.of_installed(model.model, self.loaded_format)}
         self._pools: dict[PoolKey, KVPools] = {self.pool: model.pools}
@@ -146,8 +147,15 @@ class WarmStates:
         and fro, so it counts only where the caller says that moving layer by layer will do."""
         pools = self._pools.get(PoolKey.of(config))
         has_pools = pools is not None and (bool(pools) or may_move_in_turn)
-        is_awake = self._model.is_awake(config.kv_dtype, config.block_tokens)
-        return config.weight_format in self._weights and has_pools and is_awake
+        return config.weight_format in self._weights and has_pools and self._is_awake(config)
+
+    def _is_awake(self, config: EngineConfig) -> bool:
+        steps = (config.kv_dtype, config.block_tokens)
+        return steps in self._served_over or self._model.is_awake(*steps)
+
+    def moves_in_turn(self, config: EngineConfig) -> bool:
+        """Whether going over to its pool takes the tensors of the one in force, layer by layer."""
+        return self._pools.get(PoolKey.of(config)) == {}
 
     def has_weights(self, config: EngineConfig) -> bool:
         return config.weight_format in self._weights
@@ -165,7 +173,7 @@ class WarmStates:
         return Wanted(
             config.weight_format if config.weight_format not in self._weights else None,
             pool if not self._pools.get(pool) else None,
-            steps if not self._model.is_awake(*steps) else None,
+            steps if not self._is_awake(config) else None,
         )
 
     # -- preparing -----------------------------------------------------------------------------------------
@@ -181,7 +189,8 @@ class WarmStates:
             self._drop(used, KEPT_UNUSED - 1)
         weight_bytes = wanted_bytes(self._model.model, wanted.weight_format) if wanted.weight_format else 0
         pool_bytes = self._pool_bytes(wanted.pool) if wanted.pool else 0
-        needed = weight_bytes + pool_bytes
+        step_bytes = self._model.waking_bytes(*wanted.steps) if wanted.steps else 0
+        needed = weight_bytes + pool_bytes + step_bytes
         room = self._room_bytes()
         if needed > room:
             self._drop(used, 0)
@@ -191,11 +200,12 @@ class WarmStates:
         if may_move_in_turn and wanted.pool is not None:
             more = max(0, pool_bytes - self._pool_bytes(self.pool))
             per_layer = pool_bytes // len(self._model.kv_shapes)
-            if weight_bytes + more + per_layer <= room:
+            if weight_bytes + more + max(per_layer, step_bytes) <= room:
                 return replace(wanted, in_turn=True)
         raise PrepareFailed(
-            f"The configuration needs {needed} bytes more ({weight_bytes} of weights, {pool_bytes} of KV pool), but "
-            f"{room} may be taken ({FREE_SHARE:.0%} of what is free). Free memory or ask for less."
+            f"The configuration needs {needed} bytes more ({weight_bytes} of weights, {pool_bytes} of KV pool, "
+            f"{step_bytes} to try its steps), but {room} may be taken ({FREE_SHARE:.0%} of what is free). Free memory "
+            "or ask for less."
         )
 
     def build(self, wanted: Wanted, beside_steps: bool = True) -> tuple[WeightSet | None, KVPools | None]:
@@ -205,15 +215,11 @@ class WarmStates:
         Raises:
             PrepareFailed: memory ran out, or the format cannot be made.
         """
-        device = self._model.device
+        is_aside = beside_steps and wanted.steps is not None
         try:
-            if device.type != "cuda":
+            if self._stream is None:
                 return self._build(wanted, beside_steps)
-            self._stream = self._stream or torch.cuda.Stream(device)
-            with (
-                torch.cuda.stream(self._stream),
-                compiled_aside() if beside_steps else contextlib.nullcontext(),
-            ):
+            with torch.cuda.stream(self._stream), compiled_aside() if is_aside else contextlib.nullcontext():
                 made = self._build(wanted, beside_steps)
             self._stream.synchronize()
             return made
@@ -222,8 +228,8 @@ class WarmStates:
             raise PrepareFailed(f"The configuration could not be prepared: {reason}") from error
 
     def wake(self) -> None:
-        """Before anybody is served: what preparations launch is launched once, so that the first of them holds up no
-        step."""
+        """Before anybody is served: what preparations launch is launched for a few rows, so that the first of them
+        holds up steps for less."""
         if self._stream is None:
             return
         thread = threading.Thread(target=self._wake, name="prepare")
@@ -262,12 +268,14 @@ class WarmStates:
         pools = {PoolKey.of(config) for config in used} | {self.pool}
         spare_formats = [name for name in self._weights if name not in formats]
         spare_pools = [key for key in self._pools if key not in pools]
+        spare_formats = spare_formats[: max(0, len(spare_formats) - num_kept)]
+        spare_pools = spare_pools[: max(0, len(spare_pools) - num_kept)]
         if self._model.device.type == "cuda" and (spare_formats or spare_pools):
             torch.cuda.synchronize(self._model.device)
-        for name in spare_formats[: max(0, len(spare_formats) - num_kept)]:
+        for name in spare_formats:
             self._model.forget(weights_key=name)
             del self._weights[name]
-        for key in spare_pools[: max(0, len(spare_pools) - num_kept)]:
+        for key in spare_pools:
             self._model.forget(self._pools.pop(key))
 
     def _room_bytes(self) -> int:
@@ -311,6 +319,7 @@ class WarmStates:
         else:
             self._move_tensors(wanted, self._model.copier(move, rounds))
         self.pool, self.block_tokens = wanted, block_tokens
+        self._served_over.add((wanted.kv_dtype, block_tokens))
 
     def _move_tensors(self, wanted: PoolKey, copy: LayerCopier) -> None:
         model = self._model
@@ -325,7 +334,11 @@ class WarmStates:
             for layer, shape in model.shapes_of(wanted.kv_dtype).items():
                 after[layer] = model.new_pool(shape, wanted.num_slots)
                 copy(layer, before[layer], after[layer])
-                del before[layer]
+                for part in before.pop(layer):
+                    if (
+                        part.is_cuda
+                    ):  # it may be memory of the stream of preparations, which would give it out at once
+                        part.record_stream(torch.cuda.current_stream(part.device))
         model.pools, model.kv_dtype = after, wanted.kv_dtype
 
     @contextlib.contextmanager

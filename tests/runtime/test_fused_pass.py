@@ -86,7 +86,7 @@ def written_out(
 
 def compare_steps(
     model: DecoderModel, packs_pieces: bool, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch,
-    in_parts: bool = False, scheduler: Scheduler | None = None,
+    in_parts: bool = False, scheduler: Scheduler | None = None, draw: Callable[[PackedBatch], list[int]] | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """Both passes on the same steps. Returns how many were mixed, and how many had pieces behind cached tokens."""
     for module in (runtime.fused_pass, runtime.fused_latent):
@@ -100,8 +100,8 @@ def compare_steps(
             for rows in TIMED_ROWS
         }
     scheduler = scheduler or mixed_steps(40)[0]
-    model.allocate(40)
-    pools = model.new_pools(40)
+    model.allocate(scheduler.pool.num_blocks)
+    pools = model.new_pools(scheduler.pool.num_blocks)
     caches = [
         layer.attention.cache_of(pool[0][0])
         for layer, pool in zip(model.decoder.layers, pools.values(), strict=True)
@@ -115,9 +115,8 @@ def compare_steps(
         expected = model.forward(packed)
         with torch.inference_mode():
             torch.testing.assert_close(fused.forward(step, caches), expected, **limits)
-        tokens = expected.argmax(
-            -1
-        ).tolist()  # first those that are drawn, then those of a prompt that is scored
+        tokens = expected.argmax(-1).tolist() if draw is None else draw(packed)
+        # First those that are drawn, then those of a prompt that is scored.
         num_drawn = len(tokens) if batch.num_drafted else int(batch.sampled.sum())
         scheduler.finish_step(batch, tokens[:num_drawn], 0.0)
     return num_mixed, num_behind
@@ -136,27 +135,39 @@ def test_a_step_gives_the_logits_of_the_decoder_whatever_its_rows(
 
 @pytest.mark.parametrize("family", ["qwen2_window", "qwen3", "deepseek_v3"])
 @pytest.mark.parametrize(
-    ("asked", "met"), [({}, "none"), ({"num_prompt_logprobs": 0}, "many"), ({"drafts": 4}, "many")], ids=str
+    ("lengths", "asked", "met"),
+    [
+        ([70, 21], {}, "none"),
+        ([70, 21], {"num_prompt_logprobs": 0}, "more than rows"),
+        ([21, *[150] * 8], {"drafts": 3}, "several of a row"),  # beside pieces that want none
+    ],
+    ids=str,
 )
 def test_of_the_last_layer_only_tokens_are_computed_whose_logits_somebody_wants(
-    family: str, asked: dict[str, int], met: str, monkeypatch: pytest.MonkeyPatch
+    family: str, lengths: list[int], asked: dict[str, int], met: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     knobs = {"prefill_chunk": 16, "speculation_length": asked.get("drafts", 0)}
-    scheduler = Scheduler(BlockPool(40, wants_runs=False), EngineConfig.of(knobs), 200)
+    config = EngineConfig.of({**knobs, "speculation_max_seqs": 16})
+    scheduler = Scheduler(BlockPool(120, wants_runs=False), config, 200)
     wanted = SamplingParams(num_prompt_logprobs=asked.get("num_prompt_logprobs"))
-    for at, length in enumerate((70, 21)):
+    for at, length in enumerate(lengths):
         scheduler.add(Request.of_tokens(str(at), [3, 4, 5] * (length // 3), 24, 0.0, wanted))
-    seen, of = set(), StepTensors.of
+    seen, compute = set(), FusedPass.forward
 
-    def noting(*given: Any, **named: Any) -> StepTensors:
-        step = of(*given, **named)
-        num_last = len(step.last_tokens)
-        seen.add("none" if not num_last else "many" if num_last > len(step.contexts) else "some")
-        return step
+    def noting(self: FusedPass, step: StepTensors, caches: Any) -> Tensor:
+        rows = step.last_rows.tolist()
+        if step.pieces is None:
+            return compute(self, step, caches)
+        kind = "several of a row" if len(set(rows)) < len(rows) else "one of a row"
+        seen.add("none" if not rows else "more than rows" if len(rows) > len(step.contexts) else kind)
+        return compute(self, step, caches)
 
-    monkeypatch.setattr(StepTensors, "of", noting)
-    compare_steps(decoder(family), True, limits_of(family), monkeypatch, scheduler=scheduler)
-    assert {met, "some"} <= seen, "the test must reach what it claims"
+    def repeat(packed: PackedBatch) -> list[int]:
+        return [3 + (position + 1) % 3 for position in packed.positions[packed.last_tokens].tolist()]
+
+    monkeypatch.setattr(FusedPass, "forward", noting)
+    compare_steps(decoder(family), True, limits_of(family), monkeypatch, scheduler=scheduler, draw=repeat)
+    assert met in seen, "the test must reach what it claims"
 
 
 @pytest.mark.parametrize(

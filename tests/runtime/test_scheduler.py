@@ -237,6 +237,53 @@ def test_a_full_pool_preempts_the_newest_which_is_recomputed_first() -> None:
     assert s.pool.num_free == 8
 
 
+def under_way(s: Scheduler) -> Batch:
+    """The next step, launched and not read."""
+    batch = s.schedule(100.0)
+    assert batch is not None
+    s.advance(batch)
+    return batch
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_who_is_preempted_with_a_step_under_way_waits_for_what_it_drew(policy: str) -> None:
+    s = scheduler(16, 16, 128, policy=policy, prefill_chunk=16, max_batched_tokens=64)
+    s.add(request("old", 8, 20))
+    run(s, 1)
+    s.add(Request("long", 116, 4, 0.0, priority=5))
+    run(s, 1)
+    s.add(Request("short", 10, 4, 0.0, priority=1))
+    drew = under_way(s)
+    assert [one.id for one in drew.sampled_requests()] == ["old", "short"]
+    s.move_to(BlockPool(8, 16))  # of nine that they need; the long one stands in front, and has drawn nothing
+    assert [one.id for one in s.waiting] == ["long", "short"]
+    following = under_way(s)
+    assert ids(following) == ["old"], "the token that the short one goes on from is not read yet"
+    s.settle(drew, None, 100.0)
+    s.settle(following, None, 100.0)
+    run(s)
+    assert not s.has_requests
+
+
+def test_the_cache_keeps_nothing_of_a_step_under_way_whose_request_took_the_seat_of_another() -> None:
+    s = scheduler(16, 16, 128, prefix_cache="on", prefill_chunk=32, max_batched_tokens=64)
+    for id, prompt in (("old", 8), ("left", 70)):
+        s.add(Request.of_tokens(id, [3] * prompt, 20, 0.0))
+    while not (drew := under_way(s)).sampled.all():
+        s.settle(drew, [5] * int(drew.sampled.sum()), 100.0)
+    seat = int(drew.seats[1])
+    s.move_to(BlockPool(8, 16))
+    s._preempt(s.running[-1])
+    new = Request.of_tokens("new", [4] * 20, 20, 0.0)
+    s.add(new)
+    following = under_way(s)
+    assert new.seat == seat and s._seats.computed[seat] == 20, "the test must reach what it claims"
+    s.settle(drew, [5, 5], 100.0)
+    assert s._seats.registered[seat] == 0
+    s.settle(following, [5, 5], 100.0)
+    assert s._seats.registered[seat] == 1
+
+
 def test_a_preempted_request_computes_its_own_output_again_as_prompt() -> None:
     s = scheduler(num_blocks=5, max_num_seqs=2)  # 20 tokens
     for name in "ab":

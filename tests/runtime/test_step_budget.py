@@ -69,6 +69,10 @@ def test_a_piece_that_the_budget_cuts_makes_a_good_number_of_rows() -> None:
     assert less.take(2048, 0) == 3 * GOOD_ROWS - 64
     far = budget(1250, 100)  # from any multiple of GOOD_ROWS
     assert far.take(2048, 0) == 9 * TILE_ROWS - 100
+    few = budget(1216, 768)  # 1,024 rows would take much from prompts and little from the step
+    assert few.take(2048, 0) == 9 * TILE_ROWS - 768
+    fewest = budget(1200, 1000)  # down to 1,024 rows they would have less than they get at least
+    assert fewest.take(2048, 0) == 9 * TILE_ROWS - 1000
     nearly = budget(1000, 100)
     assert nearly.take(910, 0) == 910, "a prompt is ended with little more"
     deep = budget(1000, 100, attention_cost=4e-5)  # where 1,024 rows would take too much
@@ -138,5 +142,8 @@ def test_no_step_has_more_than_its_caps(
     if num_prompt > FEWEST_PROMPT_TOKENS:  # one token may pass the budget, since a seat is worth one
         most = max(mixed, num_decode) + MORE * max(0, mixed - num_decode)
         assert num_decode + spent <= most + FEWEST_PROMPT_TOKENS * dearest
+    if attention_cost == 0.0:
+        free = max(0, mixed - num_decode)
+        assert num_prompt <= max(FEWEST_PROMPT_TOKENS, (1 + MORE) * free) + len(given)
     if num_prompt < min(FEWEST_PROMPT_TOKENS, sum(want for _, (want, _) in given)):
         assert total == cap
