@@ -89,6 +89,7 @@ class Scheduler:
         self._seats = Seats(pool.blocks_for(self.max_model_len))
         self._running_seats: IntArray = np.zeros(0, np.int64)
         self._in_seat: dict[int, Request] = {}
+        self._has_moved = False  # to another pool since the last step
         self._num_turns = 0
         self._scoring: Request | None = None  # the running request whose prompt is being scored
         self._is_draft_under_way = False
@@ -201,7 +202,7 @@ class Scheduler:
                 for block, was in moved:
                     if (key := old.index.key_of(was)) is not None:
                         pool.register(block, key)
-        self.pool = pool
+        self.pool, self._has_moved = pool, True
         return move
 
     def _forget_keys(self) -> None:
@@ -368,6 +369,9 @@ class Scheduler:
         num_decode = int(is_decode.sum())
         queued = int(self.waiting.queued_tokens * (1 - self._known_share))
         budget = StepBudget.of(self.config, num_decode, queued, self.attention_cost)
+        if self._has_moved and num_decode:  # who waits for a token has just waited for the move
+            budget.leave_out_prompts()
+        self._has_moved = False
         if num_decode + (num_decode < len(running)) <= budget.num_tokens:
             order = np.argsort(~is_decode, kind="stable")
         else:  # not everyone can have a turn: whoever has gone without for longest comes first

@@ -84,6 +84,10 @@ class StepBudget:
         """Whether another prompt may get anything."""
         return self.num_tokens > 0 and (self.cost >= 1 or self.num_prompt_tokens < FEWEST_PROMPT_TOKENS)
 
+    def leave_out_prompts(self) -> None:
+        """Of those that wait, and of those under way."""
+        self.num_tokens = min(self.num_tokens, self.num_rows)
+
     def share_out(self, wanted: IntArray, contexts: IntArray, is_decode: NDArray[np.bool_]) -> IntArray:
         """[rows] what running rows get, in order; `contexts`: tokens of each that are computed already."""
         if self.cost < math.inf:
@@ -124,8 +128,8 @@ class StepBudget:
     def _well_cut(self, tokens: int, wanted: int, fewest: int, context: int) -> int:
         """About so many tokens of the `wanted` ones, and at least the `fewest`."""
         rows = self.num_rows + tokens
-        more = min(wanted, -(-rows // GOOD_ROWS) * GOOD_ROWS - self.num_rows)
-        if cost_of(more, context, self.attention_cost) <= self.cost + self.spare:
+        more = -(-rows // GOOD_ROWS) * GOOD_ROWS - self.num_rows
+        if more <= wanted and cost_of(more, context, self.attention_cost) <= self.cost + self.spare:
             return more
         for size, most in ((GOOD_ROWS, LESS * tokens), (TILE_ROWS, TILE_ROWS)):
             if (beyond := rows % size) <= most and tokens - beyond >= fewest:

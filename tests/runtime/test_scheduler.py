@@ -257,12 +257,29 @@ def test_who_is_preempted_with_a_step_under_way_waits_for_what_it_drew(policy: s
     assert [one.id for one in drew.sampled_requests()] == ["old", "short"]
     s.move_to(BlockPool(8, 16))  # of nine that they need; the long one stands in front, and has drawn nothing
     assert [one.id for one in s.waiting] == ["long", "short"]
-    following = under_way(s)
-    assert ids(following) == ["old"], "the token that the short one goes on from is not read yet"
-    s.settle(drew, None, 100.0)
-    s.settle(following, None, 100.0)
+    following = [under_way(s), under_way(s)]  # the first of them without prompts
+    for batch in following:
+        assert ids(batch) == ["old"], "the token that the short one goes on from is not read yet"
+    for batch in (drew, *following):
+        s.settle(batch, None, 100.0)
     run(s)
     assert not s.has_requests
+
+
+def test_the_step_behind_a_move_computes_no_prompts_where_somebody_decodes() -> None:
+    s = scheduler(32, 16, 128, prefill_chunk=16, max_batched_tokens=64)
+    s.add(request("old", 8, 20))
+    run(s, 1)
+    s.add(request("long", 60))
+    run(s, 1)
+    s.add(request("new", 8))
+    s.move_to(BlockPool(16, 16))
+    assert [ids(under_way(s)), ids(under_way(s))] == [["old"], ["old", "long", "new"]]
+    alone = scheduler(32, 16, 128, prefill_chunk=16)
+    alone.add(request("long", 60))
+    run(alone, 1)
+    alone.move_to(BlockPool(16, 16))
+    assert ids(under_way(alone)) == ["long"]
 
 
 def test_the_cache_keeps_nothing_of_a_step_under_way_whose_request_took_the_seat_of_another() -> None:
@@ -272,7 +289,6 @@ def test_the_cache_keeps_nothing_of_a_step_under_way_whose_request_took_the_seat
     while not (drew := under_way(s)).sampled.all():
         s.settle(drew, [5] * int(drew.sampled.sum()), 100.0)
     seat = int(drew.seats[1])
-    s.move_to(BlockPool(8, 16))
     s._preempt(s.running[-1])
     new = Request.of_tokens("new", [4] * 20, 20, 0.0)
     s.add(new)
