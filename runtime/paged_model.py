@@ -120,6 +120,15 @@ class PagedModel:
         copy = way(move.move, move.block_tokens, self.device)
         return lambda layer, source, target: copy(source, target)
 
+    @torch.inference_mode()
+    def wake_moves(self) -> None:
+        """Launches what copies blocks from pool to pool, and within one, so that it is loaded before anybody waits."""
+        shape = next(iter(self.kv_shapes.values()))
+        source, target = (self.new_pool(shape, 4 * BLOCK_TOKENS) for _ in range(2))
+        move = BlockMove(np.array([0, 2], np.int32), np.array([1, 2], np.int32))
+        for way in (block_gatherer, block_rearranger):
+            way(move, BLOCK_TOKENS, self.device)(source, target)
+
     def new_pool(self, shape: KVShape, slots: int) -> LayerPool:
         return (
             torch.empty(shape.kv_heads, slots, shape.key_dim, dtype=shape.dtype, device=self.device),

@@ -228,8 +228,8 @@ class WarmStates:
             raise PrepareFailed(f"The configuration could not be prepared: {reason}") from error
 
     def wake(self) -> None:
-        """Before anybody is served: what preparations launch is launched for a few rows, so that the first of them
-        holds up steps for less."""
+        """Before anybody is served: what preparations and moves launch is launched for little, so that the first of
+        them holds up steps for less."""
         if self._stream is None:
             return
         thread = threading.Thread(target=self._wake, name="prepare")
@@ -240,6 +240,7 @@ class WarmStates:
         try:
             with torch.cuda.stream(self._stream):
                 wake_preparations(self._model.model, self.formats[1:])
+                self._model.wake_moves()
         except RuntimeError as error:
             log.info("preparations are not tried beforehand: %s", str(error).partition("\n")[0])
 
