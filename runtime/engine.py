@@ -306,8 +306,8 @@ class Engine:
     def _apply_plan(self) -> float:
         """Puts in force what the plan says for now. Returns the microseconds that swapping took."""
         tick = self._runner.tick(self._clock.now())
-        if tick.slice_id != self.tick.slice_id or self._executor.warm.moves_in_turn(tick.config):
-            self._land()  # or tokens of a slice would be told after its end; a long move belongs to no step
+        if tick.slice_id != self.tick.slice_id:
+            self._land()  # or tokens of a slice would be told after its end
         self.tick = tick
         started = time.perf_counter()
         self.scheduler.config = self.tick.config

@@ -153,10 +153,6 @@ class WarmStates:
         steps = (config.kv_dtype, config.block_tokens)
         return steps in self._served_over or self._model.is_awake(*steps)
 
-    def moves_in_turn(self, config: EngineConfig) -> bool:
-        """Whether going over to its pool takes the tensors of the one in force, layer by layer."""
-        return self._pools.get(PoolKey.of(config)) == {}
-
     def has_weights(self, config: EngineConfig) -> bool:
         return config.weight_format in self._weights
 

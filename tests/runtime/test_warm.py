@@ -355,10 +355,18 @@ def test_a_slice_of_other_weights_serves_with_them_and_goes_back(folder: Path) -
     assert served_by == {challenger.config_id, here.runner.champion.config_id}
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 def test_a_shrink_without_room_for_both_pools_moves_layer_by_layer(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet, here = Here(folder, kv_tokens=4096), Here(folder, kv_tokens=4096)
+    quiet, here = (Here(folder, kv_tokens=4096, overlap_depth=depth) for _ in range(2))
+    move, under_way = here.executor.warm._move_tensors, list[bool]()
+
+    def noted(*given: Any) -> None:
+        under_way.append(here.engine._under_way is not None)
+        move(*given)
+
+    monkeypatch.setattr(here.executor.warm, "_move_tensors", noted)
     for one in (quiet, here):
         for i, prompt in enumerate(prompts(4)):
             one.submit(str(i), prompt, 12)
@@ -371,6 +379,7 @@ def test_a_shrink_without_room_for_both_pools_moves_layer_by_layer(
     )
     assert here.call("reconfigure", patch={"kv_tokens": 2048})["value"]["commit_us"] > 0
     assert here.state().kv_tokens == 2048 == here.scheduler.pool.num_tokens
+    assert under_way == [bool(depth)]
     for one in (quiet, here):
         one.run()
     assert here.texts() == quiet.texts()
