@@ -125,6 +125,11 @@ class Executor:
         self._process = psutil.Process()
 
     @property
+    def module(self) -> torch.nn.Module:
+        """What computes, in the tier that serves."""
+        return self._model.model
+
+    @property
     def attention_cost(self) -> float:
         """Of one token that a prompt's token attends to, in tokens. A replay finds the same from the identity."""
         return StepModel.of_shape(self.identity()).attention_cost

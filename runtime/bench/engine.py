@@ -31,7 +31,8 @@ TRACE = ROOT / "configs" / "traces" / "azure_code_cut.csv"
 
 class Row(NamedTuple):
     """One engine under one load. `ratio_to_generate`: of tokens a second, the median over turns. `same_share`: of the
-    requests, those whose tokens are all those of `generate`. `ttft_s`: median over requests."""
+    requests, those whose tokens are all those of `generate`. `ttft_s`: median over requests. `products_share`: of our
+    own engines on a CPU, the share of their time in products with weights."""
 
     load: str
     num_at_once: int
@@ -42,6 +43,7 @@ class Row(NamedTuple):
     highest_ratio: float
     same_share: float
     ttft_s: float | None
+    products_share: float | None
 
 
 def compare(engines: Sequence[Engine], load: Load, num_turns: int) -> list[Row]:
@@ -54,6 +56,9 @@ def compare(engines: Sequence[Engine], load: Load, num_turns: int) -> list[Row]:
             print(f"{load.name} {load.num_at_once}: {engine.name} {served[engine.name][-1].seconds:.2f} s",
                   file=sys.stderr, flush=True)  # fmt: skip
     reference = served[Generate.name]
+    shares = {
+        one.name: one.products_share(load) for one in engines if isinstance(one, Ours) and one.is_on_cpu
+    }
     rows = []
     for name, turns in served.items():
         ratios = [beside.seconds / one.seconds for one, beside in zip(turns, reference, strict=True)]
@@ -64,6 +69,7 @@ def compare(engines: Sequence[Engine], load: Load, num_turns: int) -> list[Row]:
             Row(
                 load.name, load.num_at_once, name, median(load.num_tokens / one.seconds for one in turns),
                 median(ratios), min(ratios), max(ratios), same, median(firsts) if firsts else None,
+                shares.get(name),
             )
         )  # fmt: skip
     return rows
@@ -72,11 +78,14 @@ def compare(engines: Sequence[Engine], load: Load, num_turns: int) -> list[Row]:
 def print_rows(rows: Sequence[Row]) -> None:
     print(
         f"{'load':<8}{'at once':>8}  {'engine':<16}{'tokens/s':>10}{'x generate (range)':>26}{'same tokens':>13}"
+        f"{'products':>10}"
     )
     for row in rows:
         ratio = f"{row.ratio_to_generate:.2f} ({row.lowest_ratio:.2f} to {row.highest_ratio:.2f})"
-        print(f"{row.load:<8}{row.num_at_once:>8}  {row.engine:<16}{row.tokens_per_s:>10.1f}{ratio:>26}"
-              f"{row.same_share:>13.0%}")  # fmt: skip
+        print(
+            f"{row.load:<8}{row.num_at_once:>8}  {row.engine:<16}{row.tokens_per_s:>10.1f}{ratio:>26}"
+            f"{row.same_share:>13.0%}{'' if row.products_share is None else format(row.products_share, '>10.0%')}"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

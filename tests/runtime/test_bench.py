@@ -56,6 +56,7 @@ def test_every_engine_gives_each_request_the_tokens_of_generate(folder: Path) ->
     ):
         rows = compare(engines, load, num_turns=1)
         assert [row.same_share for row in rows] == [1.0, 1.0]
+        assert rows[1].products_share is None and 0.02 < (rows[0].products_share or 0.0) < 0.98
         assert [len(output) for output in engines[0].serve(load).outputs] == load.output_tokens
 
 
