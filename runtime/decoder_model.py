@@ -125,7 +125,8 @@ class DecoderModel(PagedModel):
     def step_of(self, packed: PackedBatch) -> StepTensors:
         has_kernel = self._fused is not None
         is_half = self.decoder.embedding.dtype in (torch.bfloat16, torch.float16)
-        return StepTensors.of(packed, self.device, has_kernel, packs_pieces=has_kernel and is_half)
+        pads_like = "fp8" in self.kv_dtypes  # heads of their own, whose keys and values are read in one piece
+        return StepTensors.of(packed, self.device, has_kernel, has_kernel and is_half, pads_like)
 
     def compute(self, step: StepTensors, pools: KVPools) -> Tensor:
         caches = self._caches_of(pools)

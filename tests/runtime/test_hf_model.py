@@ -1,11 +1,23 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import runtime.attention
 import runtime.hf_model
-from runtime.attention import PagedAttention, StepTensors, allowed_positions, attend_plain
+from runtime.attention import (
+    LIKE_MAX_CONTEXT,
+    LIKE_MAX_TOKENS,
+    LIKE_MIN_ROWS,
+    LIKE_SPAN,
+    PagedAttention,
+    StepTensors,
+    allowed_positions,
+    attend_plain,
+    like_groups,
+)
 from runtime.batch import PackedBatch
 from runtime.errors import ModelError
 from runtime.hf_model import HFModel
@@ -209,23 +221,25 @@ def slots_of(packed: PackedBatch, row: int) -> Tensor:
 
 
 @pytest.mark.parametrize("scattered", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", ["none", "all", "like"])
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("special", [False, True])
 def test_every_form_of_attention_agrees_with_the_plain_one(
-    scattered: bool, padded: bool, window: int | None, special: bool, monkeypatch: pytest.MonkeyPatch
+    scattered: bool, padded: str, window: int | None, special: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.attention, "PADDED_MIN_ROWS_CPU", 1 if padded else 1000)
+    monkeypatch.setattr(runtime.attention, "PADDED_MIN_ROWS_CPU", 1 if padded == "all" else 1000)
+    monkeypatch.setattr(runtime.attention, "LIKE_SPAN", 10)
     monkeypatch.setattr(
-        runtime.attention, "_has_fused_gqa", lambda query, value: padded
+        runtime.attention, "_has_fused_gqa", lambda query, value: padded == "all"
     )  # both are the forms of a GPU
     monkeypatch.setattr(runtime.attention, "PADDED_MAX_TOKENS", 48)  # so that the rows form three groups
     generator = torch.Generator().manual_seed(0)
     packed = packed_rows(
         [(9, 1), (0, 1), (30, 1), (4, 1), (0, 7), (13, 10)], scattered, np.random.default_rng(0)
     )
-    step = StepTensors.of(packed, torch.device("cpu"))
-    assert len(step.padded) == (3 if padded else 0) and len(step.rows) == (2 if padded else 6)
+    step = StepTensors.of(packed, torch.device("cpu"), pads_like=padded == "like")
+    is_padded = padded != "none"
+    assert len(step.padded) == (3 if is_padded else 0) and len(step.rows) == (2 if is_padded else 6)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
@@ -263,3 +277,22 @@ def test_every_form_of_attention_agrees_with_the_plain_one(
             extra.get("s_aux"),
         )
         torch.testing.assert_close(out[0, new], expected.permute(2, 0, 1, 3).flatten(1, 2))
+
+
+@given(st.lists(st.integers(1, 1200), max_size=40), st.booleans())
+@example([500] * 20, True)
+@example([100, 120, 900, 110], False)
+def test_rows_are_padded_with_their_like_as_long_as_copies_stay_small(
+    lengths: list[int], is_sorted: bool
+) -> None:
+    contexts = np.array(sorted(lengths) if is_sorted else lengths, np.int64)
+    groups = like_groups(contexts)
+    assert [first for first, _ in groups] == [0, *(last for _, last in groups)][: len(groups)], "one by one"
+    num_padded = groups[-1][1] if groups else 0
+    assert (contexts[:num_padded] <= LIKE_MAX_CONTEXT).all()
+    for first, last in groups:
+        some = contexts[first:last]
+        assert len(some) and np.ptp(some) <= LIKE_SPAN
+        assert len(some) == 1 or len(some) * some.max() <= LIKE_MAX_TOKENS
+    num_short = next((at for at, one in enumerate(contexts) if one > LIKE_MAX_CONTEXT), len(contexts))
+    assert num_padded == (num_short if num_short >= LIKE_MIN_ROWS else 0)

@@ -57,6 +57,19 @@ def test_decode_rows_come_before_pieces_of_prompts_in_one_step() -> None:
     assert batch.context_tokens == 9 + 16 and batch.attention_pairs == 9 + 16 * 16
 
 
+@pytest.mark.parametrize("wants_runs", [True, False])
+def test_rows_that_decode_lie_in_the_order_of_their_lengths(wants_runs: bool) -> None:
+    config = EngineConfig.of({"max_batched_tokens": 64, "prefill_chunk": 32})
+    s = Scheduler(BlockPool(64, 4, wants_runs=wants_runs), config, 256)
+    for id, prompt in (("long", 20), ("short", 4), ("middle", 9)):
+        s.add(request(id, prompt, 9))
+    run(s, 1)
+    s.add(request("new", 40))
+    s.add(request("newer", 5))
+    expected = ["short", "middle", "long"] if wants_runs else ["long", "middle", "short"]
+    assert ids(s.schedule(100.0)) == [*expected, "new", "newer"]
+
+
 def test_a_prompt_is_computed_in_chunks_within_the_budget() -> None:
     s = scheduler(prefill_chunk=16, max_batched_tokens=24)
     s.add(request("a", prompt=40))
