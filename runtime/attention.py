@@ -28,7 +28,7 @@ PADDED_MAX_CONTEXT_CPU = 256
 # padded together. Measured on two Zen cores, us a row and layer of 2 KV heads of 64, a call a row against 8 rows
 # padded: 23 / 9 at 64 tokens, 29 / 17 at 256, 39 / 33 at 512, 50 / 43 at 768; with keys and values apart 20 / 27,
 # 26 / 82, 32 / 159 and 41 / 227. 32 rows of 1,024 tokens are too many for the caches beside it: 113 / 557.
-LIKE_MIN_ROWS = 3
+LIKE_MIN_ROWS = 3  # of a group, on average
 LIKE_MAX_CONTEXT = 768
 LIKE_SPAN = 96  # tokens from the shortest to the longest context
 LIKE_MAX_TOKENS = 4096  # padded, of one group
@@ -275,11 +275,12 @@ def _groups(packed: PackedBatch, num_rows: int) -> list[tuple[int, int]]:
 
 
 def like_groups(contexts: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """contexts: of rows of one token each. Returns the leading rows that are short enough, in groups [first, last)."""
+    """contexts: of rows of one token each. Returns the leading rows that are short enough, in groups [first, last);
+    none where they are so unlike that groups would be too small."""
     too_long = contexts > LIKE_MAX_CONTEXT
     num_rows = int(too_long.argmax()) if too_long.any() else len(contexts)
     groups, first = [], 0
-    while first < num_rows and num_rows >= LIKE_MIN_ROWS:
+    while first < num_rows:
         longest = np.maximum.accumulate(contexts[first:num_rows])
         shortest = np.minimum.accumulate(contexts[first:num_rows])
         num_tokens = longest * np.arange(1, len(longest) + 1)
@@ -287,7 +288,7 @@ def like_groups(contexts: NDArray[np.int64]) -> list[tuple[int, int]]:
         last = first + max(1, int(fits.sum()))
         groups.append((first, last))
         first = last
-    return groups
+    return groups if num_rows >= LIKE_MIN_ROWS * len(groups) else []
 
 
 def _padded_rows(first: int, last: int, blocks: Tensor, contexts: Tensor, packed: PackedBatch) -> PaddedRows:

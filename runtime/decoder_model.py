@@ -61,6 +61,8 @@ class DecoderModel(PagedModel):
             index: part.rounded_shape for index, part in enumerate(parts) if isinstance(part, Attention)
         }:
             self._rounded_shapes, self.kv_dtypes, self.fixed_knobs = heads, ("auto", "fp8"), {}
+        # Heads of their own are read in one piece; with a window a row alone reads no more than that.
+        self._pads_like = all(isinstance(part, Attention) and part.window is None for part in parts)
         self._caches: tuple[KVPools, list[Any]] = ({}, [])
         self._fused = fused_pass(self.decoder, self.device, max_model_len)
         if self._fused is not None:
@@ -125,8 +127,7 @@ class DecoderModel(PagedModel):
     def step_of(self, packed: PackedBatch) -> StepTensors:
         has_kernel = self._fused is not None
         is_half = self.decoder.embedding.dtype in (torch.bfloat16, torch.float16)
-        pads_like = "fp8" in self.kv_dtypes  # heads of their own, whose keys and values are read in one piece
-        return StepTensors.of(packed, self.device, has_kernel, has_kernel and is_half, pads_like)
+        return StepTensors.of(packed, self.device, has_kernel, has_kernel and is_half, self._pads_like)
 
     def compute(self, step: StepTensors, pools: KVPools) -> Tensor:
         caches = self._caches_of(pools)

@@ -90,6 +90,7 @@ class Scheduler:
         self._running_seats: IntArray = np.zeros(0, np.int64)
         self._in_seat: dict[int, Request] = {}
         self._has_moved = False  # to another pool since the last step
+        self._leaves_out = False  # prompts, in this step; never in two that follow one another
         self._num_turns = 0
         self._scoring: Request | None = None  # the running request whose prompt is being scored
         self._is_draft_under_way = False
@@ -369,9 +370,6 @@ class Scheduler:
         num_decode = int(is_decode.sum())
         queued = int(self.waiting.queued_tokens * (1 - self._known_share))
         budget = StepBudget.of(self.config, num_decode, queued, self.attention_cost)
-        if self._has_moved and num_decode:  # who waits for a token has just waited for the move
-            budget.leave_out_prompts()
-        self._has_moved = False
         if num_decode + (num_decode < len(running)) <= budget.num_tokens:
             order = np.argsort(~is_decode, kind="stable")
         else:  # not everyone can have a turn: whoever has gone without for longest comes first
@@ -380,6 +378,11 @@ class Scheduler:
         if self._scoring is not None:
             mine = running[order] == self._scoring.seat
             wanted[mine] = np.minimum(wanted[mine], self._scored_chunk(self._scoring))
+        self._leaves_out = self._has_moved and num_decode > 0 and not self._leaves_out
+        self._has_moved = False
+        if self._leaves_out:  # who waits for a token has just waited for the move
+            wanted[~is_decode[order]] = 0
+            budget.leave_out_prompts()
         is_long = left[order] > self.config.long_prompt_threshold
         wanted[is_long] = shared_out(wanted[is_long], self.config.long_prompt_threshold)
         granted = budget.share_out(wanted, here.computed[running[order]], is_decode[order])

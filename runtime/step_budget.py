@@ -92,10 +92,14 @@ class StepBudget:
         """[rows] what running rows get, in order; `contexts`: tokens of each that are computed already."""
         if self.cost < math.inf:
             wanted = wanted.copy()
-            left = self.num_tokens - int(wanted[is_decode].sum())
+            left = self.num_tokens - np.cumsum(
+                np.where(is_decode, wanted, 0)
+            )  # of the hard cap, behind those before
+            taken = 0
             for row in np.flatnonzero(~is_decode & (wanted > 0)).tolist():
-                wanted[row] = self._piece(min(int(wanted[row]), max(0, left)), int(contexts[row]))
-                left -= int(wanted[row])
+                most = max(0, int(left[row]) - taken)
+                wanted[row] = self._piece(min(int(wanted[row]), most), int(contexts[row]))
+                taken += int(wanted[row])
         granted = shared_out(wanted, self.num_tokens)
         self.num_tokens -= int(granted.sum())
         return granted

@@ -336,6 +336,7 @@ class WarmStates:
                         part.is_cuda
                     ):  # it may be memory of the stream of preparations, which would give it out at once
                         part.record_stream(torch.cuda.current_stream(part.device))
+                del part  # or it would stay until the next layer's is there
         model.pools, model.kv_dtype = after, wanted.kv_dtype
 
     @contextlib.contextmanager

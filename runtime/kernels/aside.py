@@ -113,7 +113,9 @@ class Child:
             self._process.stdin.flush()
         except OSError as error:
             raise RuntimeError(f"the process that compiles is gone: {error}") from error
-        if not select.select([self._answers], [], [], LIMIT_S)[0]:
+        answered = select.poll()
+        answered.register(self._answers, select.POLLIN)
+        if not answered.poll(1000 * LIMIT_S):
             raise RuntimeError(f"the process that compiles has not answered within {LIMIT_S:g} s")
         answer = self._answers.readline()
         if answer != "done\n":

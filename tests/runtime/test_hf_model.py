@@ -229,6 +229,7 @@ def test_every_form_of_attention_agrees_with_the_plain_one(
 ) -> None:
     monkeypatch.setattr(runtime.attention, "PADDED_MIN_ROWS_CPU", 1 if padded == "all" else 1000)
     monkeypatch.setattr(runtime.attention, "LIKE_SPAN", 10)
+    monkeypatch.setattr(runtime.attention, "LIKE_MIN_ROWS", 1)
     monkeypatch.setattr(
         runtime.attention, "_has_fused_gqa", lambda query, value: padded == "all"
     )  # both are the forms of a GPU
@@ -295,4 +296,10 @@ def test_rows_are_padded_with_their_like_as_long_as_copies_stay_small(
         assert len(some) and np.ptp(some) <= LIKE_SPAN
         assert len(some) == 1 or len(some) * some.max() <= LIKE_MAX_TOKENS
     num_short = next((at for at, one in enumerate(contexts) if one > LIKE_MAX_CONTEXT), len(contexts))
-    assert num_padded == (num_short if num_short >= LIKE_MIN_ROWS else 0)
+    assert num_padded in (0, num_short) and len(groups) * LIKE_MIN_ROWS <= num_padded
+
+
+def test_rows_that_have_no_like_are_attended_to_one_by_one() -> None:
+    assert like_groups(np.array([60, 170, 280, 390, 500, 610, 720])) == []
+    assert like_groups(np.array([100, 110, 120, 300, 310, 320, 330, 900])) == [(0, 3), (3, 7)]
+    assert like_groups(np.array([500] * 20)) == [(0, 8), (8, 16), (16, 20)]

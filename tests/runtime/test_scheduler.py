@@ -107,8 +107,11 @@ def test_every_decode_row_gets_its_turn_when_the_budget_is_smaller_than_their_nu
     assert {served.count(str(i)) for i in range(40)} == {2}
 
 
-def test_a_prompt_in_progress_is_not_starved_by_decode_rows_that_fill_the_budget() -> None:
-    s = scheduler(num_blocks=256, max_num_seqs=40, max_batched_tokens=512, prefill_chunk=16)
+@pytest.mark.parametrize("mixed", [16, 32768])
+def test_a_prompt_in_progress_is_not_starved_by_decode_rows_that_fill_the_budget(mixed: int) -> None:
+    s = scheduler(
+        num_blocks=256, max_num_seqs=40, max_batched_tokens=512, prefill_chunk=16, mixed_step_tokens=mixed
+    )
     for i in range(20):
         s.add(request(str(i), prompt=4, output=200))
     s.add(request("long", prompt=100))
@@ -283,11 +286,16 @@ def test_the_step_behind_a_move_computes_no_prompts_where_somebody_decodes() -> 
     s = scheduler(32, 16, 128, prefill_chunk=16, max_batched_tokens=64)
     s.add(request("old", 8, 20))
     run(s, 1)
-    s.add(request("long", 60))
-    run(s, 1)
+    s.add(request("long", 90))
+    s.add(request("later", 12, 20))
+    run(s, 2)  # the last turn was that of the request that decodes since the step before
     s.add(request("new", 8))
     s.move_to(BlockPool(16, 16))
-    assert [ids(under_way(s)), ids(under_way(s))] == [["old"], ["old", "long", "new"]]
+    assert ids(under_way(s)) == ["old", "later"]
+    s.move_to(BlockPool(16, 16))
+    assert set(ids(under_way(s))) == {"old", "later", "long", "new"}, "also where moves follow one another"
+    s.move_to(BlockPool(16, 16))
+    assert set(ids(under_way(s))) == {"old", "later", "new"}
     alone = scheduler(32, 16, 128, prefill_chunk=16)
     alone.add(request("long", 60))
     run(alone, 1)
