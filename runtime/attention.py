@@ -163,13 +163,14 @@ class StepTensors:
         )
         token_ids, positions, slots, last_tokens, last_rows, contexts, blocks = _moved(parts, device)
         blocks = blocks.view(tables.shape)
-        num_apart = num_single_rows(packed)
         groups: list[tuple[int, int]] = []
-        if not has_kernel and pads_like and device.type == "cpu":
-            groups = like_groups(packed.contexts[:num_apart])
-        elif not has_kernel:
-            groups = _groups(packed, _num_padded(packed, device))
-        if not has_kernel:
+        if has_kernel:
+            num_apart = num_single_rows(packed)
+        else:
+            if pads_like and device.type == "cpu":
+                groups = like_groups(packed.contexts[: num_single_rows(packed)])
+            else:
+                groups = _groups(packed, _num_padded(packed, device))
             num_apart = groups[-1][1] if groups else 0
         padded = [
             _padded_rows(first, last, blocks[first:last], contexts[first:last], packed)

@@ -15,8 +15,8 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
+from runtime.child import python_path
 from runtime.errors import InvalidRequest, RequestFailed
 
 RENDER_LIMIT_S = 1.0  # a usual rendering takes less than a millisecond; this leaves room for a busy machine
@@ -76,7 +76,7 @@ class ChatTemplate:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "runtime.chat_template"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                env=_environment(), start_new_session=True,
+                env={**os.environ, "PYTHONPATH": python_path()}, start_new_session=True,
             )  # fmt: skip
             self._ask(self._child, self._told, is_read=False)
         return self._child
@@ -99,12 +99,6 @@ class ChatTemplate:
                 with suppress(BrokenPipeError):
                     pipe.close()
         self._child = None
-
-
-def _environment() -> dict[str, str]:
-    root = str(Path(__file__).resolve().parent.parent)
-    python_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
-    return {**os.environ, "PYTHONPATH": python_path}
 
 
 # --- the child ------------------------------------------------------------------------------------

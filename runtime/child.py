@@ -9,8 +9,15 @@ import os
 import runpy
 import signal
 import sys
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
+
+
+def python_path() -> str:
+    """PYTHONPATH for children, wherever they are started: this package first."""
+    root = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
 
 
 def main() -> None:

@@ -88,9 +88,7 @@ class DecodeGraphs:
         self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them about its streams
         self._lacked_memory = False  # the last capture that failed
         self._woken: set[tuple[str, int]] = set()  # kv_dtype and tokens of a block
-        self._launched: set[int] = (
-            set()
-        )  # numbers of rows; other weights are woken for those that there are then
+        self._launched: set[int] = set()  # numbers of rows; other weights are woken for those there are then
         self._run_with: tuple[Pools, str] | None = None  # of the last step
         self._num_put_off = 0
         # Of captures and of nothing else: others wait for theirs. Streams of a high priority are handed out apart, and

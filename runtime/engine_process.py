@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.child import python_path
 from runtime.clock import Clock
 from runtime.engine_socket import EngineSocket
 from runtime.errors import (
@@ -189,11 +190,9 @@ class EngineProcess:
     async def _spawn(self) -> asyncio.subprocess.Process:
         command = [sys.executable, "-m", "runtime.child", str(os.getpid()), self._module]
         command += ["--socket", str(self._socket.path), *self._arguments]
-        root = str(Path(__file__).resolve().parent.parent)
-        python_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
         # A session of its own: Ctrl-C in a terminal reaches the front end only, which drains first.
         child = await asyncio.create_subprocess_exec(
-            *command, env={**os.environ, **CHILD_ENVIRONMENT, "PYTHONPATH": python_path}, start_new_session=True,
+            *command, env={**os.environ, **CHILD_ENVIRONMENT, "PYTHONPATH": python_path()}, start_new_session=True,
             stdin=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         log.info("%s started as process %d", self, child.pid)

@@ -235,7 +235,7 @@ class Scheduler:
         self._seats.turn[seats] = self._num_turns + np.arange(len(seats))
         self._num_turns += len(seats)
         # Rows of one token first, by length: what is attended to at once is of like length. The longest of them come
-        # first, so that what takes longest is not begun last; or last, on a CPU, where they are attended to one by one.
+        # first, so that what takes longest is not begun last; or last, on a CPU, where the short ones go together.
         is_piece, lengths = new_tokens > 1, self._seats.computed[seats]
         order = np.lexsort((np.where(is_piece, 0, lengths if self.pool.wants_runs else -lengths), is_piece))
         return self._batch(seats[order], new_tokens[order], None if drafted is None else drafted[order])

@@ -18,8 +18,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from runtime.child import python_path
 
 LIMIT_S = 60.0  # for one kernel, which takes a second or two, and the imports before the first
 
@@ -86,8 +87,6 @@ class Child:
     thread that starts it."""
 
     def __init__(self) -> None:
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
         answers, given = os.pipe()  # not its stdout, on which whoever it imports may print
         try:
             self._process = subprocess.Popen(
@@ -95,7 +94,7 @@ class Child:
                     sys.executable, "-P", "-m", "runtime.child", str(os.getpid()), "runtime.kernels.aside", str(given),
                 ],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(given,),
-                start_new_session=True, env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+                start_new_session=True, env={**os.environ, "PYTHONPATH": python_path(), "CUDA_VISIBLE_DEVICES": ""},
             )  # fmt: skip
         except BaseException:
             os.close(answers)
