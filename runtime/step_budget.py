@@ -92,10 +92,8 @@ class StepBudget:
         """[rows] what running rows get, in order; `contexts`: tokens of each that are computed already."""
         if self.cost < math.inf:
             wanted = wanted.copy()
-            left = self.num_tokens - np.cumsum(
-                np.where(is_decode, wanted, 0)
-            )  # of the hard cap, behind those before
-            taken = 0
+            # Of the hard cap, what is left behind the decode rows before each.
+            left, taken = self.num_tokens - np.cumsum(np.where(is_decode, wanted, 0)), 0
             for row in np.flatnonzero(~is_decode & (wanted > 0)).tolist():
                 most = max(0, int(left[row]) - taken)
                 wanted[row] = self._piece(min(int(wanted[row]), most), int(contexts[row]))

@@ -303,6 +303,20 @@ def test_the_step_behind_a_move_computes_no_prompts_where_somebody_decodes() -> 
     assert ids(under_way(alone)) == ["long"]
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4])  # in one of them it is the prompt's turn
+def test_behind_a_move_a_prompt_gives_its_turn_to_those_who_decode(num_steps: int) -> None:
+    s = scheduler(num_blocks=256, max_num_seqs=40, max_batched_tokens=512, prefill_chunk=16)
+    for i in range(20):
+        s.add(request(str(i), prompt=4, output=200))
+    s.add(request("long", prompt=200))
+    run(s, 1)
+    s.config = s.config.patched({"max_batched_tokens": 16})
+    run(s, num_steps)
+    s.move_to(BlockPool(200, 4))
+    batch = under_way(s)
+    assert len(batch.requests) == 16 and "long" not in ids(batch)
+
+
 def test_the_cache_keeps_nothing_of_a_step_under_way_whose_request_took_the_seat_of_another() -> None:
     s = scheduler(16, 16, 128, prefix_cache="on", prefill_chunk=32, max_batched_tokens=64)
     for id, prompt in (("old", 8), ("left", 70)):
