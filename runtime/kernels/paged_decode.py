@@ -9,8 +9,6 @@ read while this one is worked on; else each token's place is looked up.
 Contracts: `runtime.kernels.plain`.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -30,11 +28,14 @@ SMALL_SUMS = 2_048  # values of a program's output that two warps hold: 16 heads
 # 256 rows of 256 tokens 77 and 90, 32 of 2,048 in two splits 72 and 91, one 11.2 and 11.7.
 STAGES = 3
 LATENT_STAGES = 5
-# Of tiles that are fetched whole two are under way, and 64 tokens of 128 leave an SM room for two programs. A program
-# that has an SM to itself, or shares it with one other, reads faster so; many are better off with half of that.
+# Tiles that are fetched whole: of 64 tokens of 128 two are under way, and an SM has room for two programs. Where there
+# are no more than that they are fastest, else those of half the size. On an H200, 8 KV heads of 128, us by pointers
+# and so, in splits as chosen: 8 rows of 2,000 tokens 37.2 and 22.1, 16 of 500 18.5 and 13.1, 32 of 2,048 78.8 and 65.1,
+# 256 of 256 70.0 and 67.5; 25, 129 and 256 rows of 100 to 2,000 tokens 64.7 and 44.8, 144.4 and 145.8, 144.5 and 143.7.
+# Large ones for 129 rows 149.5, small ones for 25 54.2; with a stage more 147.1 and 49.0.
 MOST_FETCHED = 64
 FEW_PROGRAMS = 264
-FEW_ROWS = 64  # of more it is always many: every form is compiled for some batch of up to 96 rows
+FEW_ROWS = 64
 UNBOUNDED = 2**30  # a window wider than any context
 
 
@@ -57,13 +58,12 @@ def paged_decode(
     parts, sums = parts_of(out, num_rows, heads, num_splits, dim)
     # The heads of a row side by side, since their keys lie side by side. On an H200, in us, qwen3's 256 rows of 800
     # tokens: 208 with the rows side by side, tiles of 128 tokens and four warps, 203 with the heads so, 196 with tiles
-    # of 64 and two warps as well; llama-8b's 256 rows of 256 70.4 and 69.8, one 6.2 and 5.4. A tile that lies in one
-    # block, whose number is then read once, changed nothing.
+    # of 64 and two warps as well; llama-8b's 256 rows of 256 70.4 and 69.8, one 6.2 and 5.4. By pointers, a tile
+    # that lies in one block, whose number is then read once, changed nothing.
     grid = (kv_heads * triton.cdiv(group, head_block), num_rows, num_splits)
     num_warps = 2 if head_block * dim_block <= SMALL_SUMS and scales is None else 4
     tile = _tile(dim_block, rows, TILE_VALUES if scales is None else OTHER_TILE_VALUES)
-    are_few = num_rows <= FEW_ROWS and math.prod(grid) <= FEW_PROGRAMS and has_large_tiles(out.device)
-    fetched = max(MIN_DOT, min(MOST_FETCHED, tile if are_few else tile // 2))
+    fetched = fetched_tokens(tile, num_rows, grid[0], num_splits, has_large_tiles(out.device))
     in_block = (
         window is None and scales is None and dim == dim_block and block_tokens % fetched == 0
         and (out.device.type != "cuda" or has_early_start(out.device))
@@ -154,6 +154,14 @@ def _tile(dim: int, rows: Tensor, num_values: int) -> int:
     """Tokens of one tile: fewer where a token is larger."""
     wide = rows.element_size() // 2 or 1
     return int(max(MIN_DOT, min(128, num_values // (dim * wide))))
+
+
+def fetched_tokens(tile: int, num_rows: int, num_heads: int, num_splits: int, has_room: bool) -> int:
+    """Of one tile that is fetched whole, where by pointers it would be of `tile` tokens. Each form is that of some
+    batch of up to 96 rows, for which it is compiled. `num_heads`: programs of a row and split; `has_room`: for large
+    tiles."""
+    are_few = num_splits > 1 or (num_rows <= FEW_ROWS and num_rows * num_heads <= FEW_PROGRAMS)
+    return max(MIN_DOT, min(MOST_FETCHED, tile if are_few and has_room else tile // 2))
 
 
 def parts_of(out: Tensor, num_rows: int, heads: int, num_splits: int, dim: int) -> tuple[Tensor, Tensor]:
