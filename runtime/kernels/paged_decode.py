@@ -36,6 +36,7 @@ LATENT_STAGES = 5
 MOST_FETCHED = 64
 FEW_PROGRAMS = 264
 FEW_ROWS = 64
+SMALL_FETCHED_BYTES = 65_536  # of shared memory under way, where a program may have 99 KiB in all
 UNBOUNDED = 2**30  # a window wider than any context
 
 
@@ -63,10 +64,12 @@ def paged_decode(
     grid = (kv_heads * triton.cdiv(group, head_block), num_rows, num_splits)
     num_warps = 2 if head_block * dim_block <= SMALL_SUMS and scales is None else 4
     tile = _tile(dim_block, rows, TILE_VALUES if scales is None else OTHER_TILE_VALUES)
-    fetched = fetched_tokens(tile, num_rows, grid[0], num_splits, has_large_tiles(out.device))
+    has_room = has_large_tiles(out.device)
+    fetched = fetched_tokens(tile, num_rows, kv_heads, num_splits, has_room)
     in_block = (
         window is None and scales is None and dim == dim_block and block_tokens % fetched == 0
         and (out.device.type != "cuda" or has_early_start(out.device))
+        and (has_room or 2 * STAGES * fetched * dim * rows.element_size() <= SMALL_FETCHED_BYTES)
     )  # fmt: skip
     tile = fetched if in_block else tile
     launch(
@@ -156,11 +159,10 @@ def _tile(dim: int, rows: Tensor, num_values: int) -> int:
     return int(max(MIN_DOT, min(128, num_values // (dim * wide))))
 
 
-def fetched_tokens(tile: int, num_rows: int, num_heads: int, num_splits: int, has_room: bool) -> int:
+def fetched_tokens(tile: int, num_rows: int, kv_heads: int, num_splits: int, has_room: bool) -> int:
     """Of one tile that is fetched whole, where by pointers it would be of `tile` tokens. Each form is that of some
-    batch of up to 96 rows, for which it is compiled. `num_heads`: programs of a row and split; `has_room`: for large
-    tiles."""
-    are_few = num_splits > 1 or (num_rows <= FEW_ROWS and num_rows * num_heads <= FEW_PROGRAMS)
+    batch of up to 96 rows, for which it is compiled. `has_room`: for large tiles."""
+    are_few = num_splits > 1 or (num_rows <= FEW_ROWS and num_rows * kv_heads <= FEW_PROGRAMS)
     return max(MIN_DOT, min(MOST_FETCHED, tile if are_few and has_room else tile // 2))
 
 

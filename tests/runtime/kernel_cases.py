@@ -235,6 +235,8 @@ for splits in (2, 5, 16, 64):
 for dim in (16, 64, 128):
     add(f"decode_in_blocks_of_heads_of_{dim}", decode, contexts=[1, 64, 65, 0, 200], dim=dim, size=64)
     add(f"decode_in_blocks_split_heads_of_{dim}", decode, contexts=[7, 129, 0, 256], dim=dim, size=64, splits=3)
+add("decode_in_blocks_of_heads_of_256", decode, contexts=[3, 130], dim=256, size=64)
+add("decode_in_blocks_group_71", decode, contexts=[66, 5], kv_heads=1, group=71, size=64)
 add("decode_in_blocks_of_many_rows", decode, contexts=[5, 33, 0, 64, 100] * 14, kv_heads=1, dim=128, size=64)
 add("decode_in_blocks_in_a_window", decode, contexts=[70, 5], dim=128, size=64, window=40)
 add("decode_int32_contexts", decode, contexts=[3, 0, 77], contexts_dtype=torch.int32)
