@@ -29,10 +29,10 @@ SMALL_SUMS = 2_048  # values of a program's output that two warps hold: 16 heads
 STAGES = 3
 LATENT_STAGES = 5
 # Tiles that are fetched whole: of 64 tokens of 128 two are under way, and an SM has room for two programs. Where there
-# are no more than that they are fastest, else those of half the size. On an H200, 8 KV heads of 128, us by pointers
-# and so, in splits as chosen: 8 rows of 2,000 tokens 37.2 and 22.1, 16 of 500 18.5 and 13.1, 32 of 2,048 78.8 and 65.1,
-# 256 of 256 70.0 and 67.5; 25, 129 and 256 rows of 100 to 2,000 tokens 64.7 and 44.8, 144.4 and 145.8, 144.5 and 143.7.
-# Large ones for 129 rows 149.5, small ones for 25 54.2; with a stage more 147.1 and 49.0.
+# are no more than that they are fastest, else those of half the size. On an H200, 8 KV heads of 128, us looked up and
+# fetched, in as many splits as are chosen: 8 rows of 2,000 tokens 37.2 and 22.1, 32 of 2,048 78.8 and 65.1, 256 of 256
+# 70.0 and 67.5; rows of 100 to 2,000, longest first, 25 of them 64.7 and 44.8, 69 99.0 and 94.8, 256 144.5 and 143.7.
+# With large tiles the 256 took 155.8, with small ones the 25 54.2; with a stage more 149.4 and 49.0.
 MOST_FETCHED = 64
 FEW_PROGRAMS = 264
 FEW_ROWS = 64
