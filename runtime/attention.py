@@ -163,15 +163,8 @@ class StepTensors:
         )
         token_ids, positions, slots, last_tokens, last_rows, contexts, blocks = _moved(parts, device)
         blocks = blocks.view(tables.shape)
-        groups: list[tuple[int, int]] = []
-        if has_kernel:
-            num_apart = num_single_rows(packed)
-        else:
-            if pads_like and device.type == "cpu":
-                groups = like_groups(packed.contexts[: num_single_rows(packed)])
-            else:
-                groups = _groups(packed, _num_padded(packed, device))
-            num_apart = groups[-1][1] if groups else 0
+        groups = [] if has_kernel else _padded_groups(packed, device, pads_like)
+        num_apart = num_single_rows(packed) if has_kernel else groups[-1][1] if groups else 0
         padded = [
             _padded_rows(first, last, blocks[first:last], contexts[first:last], packed)
             for first, last in groups
@@ -254,21 +247,27 @@ def num_single_rows(packed: PackedBatch) -> int:
     return int((np.diff(packed.row_starts) == 1).sum())
 
 
-def _num_padded(packed: PackedBatch, device: torch.device) -> int:
-    """How many of the leading rows (those of one token) are attended to padded."""
-    num_decode = num_single_rows(packed)
-    if device.type == "cpu" and (
-        num_decode < PADDED_MIN_ROWS_CPU or packed.contexts[:num_decode].max() > PADDED_MAX_CONTEXT_CPU
-    ):
-        return 0
-    return num_decode
+def _padded_groups(packed: PackedBatch, device: torch.device, pads_like: bool) -> list[tuple[int, int]]:
+    """The leading rows (those of one token) that are attended to padded, in groups [first, last)."""
+    contexts = packed.contexts[: num_single_rows(packed)]
+    if device.type != "cpu":
+        return _groups(contexts, PADDED_MAX_TOKENS)
+    if pads_like:
+        return like_groups(contexts)
+    if len(contexts) < PADDED_MIN_ROWS_CPU or contexts.max() > PADDED_MAX_CONTEXT_CPU:
+        return []
+    return _groups(contexts, PADDED_MAX_TOKENS)
 
 
-def _groups(packed: PackedBatch, num_rows: int) -> list[tuple[int, int]]:
+def _groups(contexts: NDArray[np.int64], most_tokens: int, span: int | None = None) -> list[tuple[int, int]]:
+    """All rows, one group behind the other, each as large as `most_tokens` of it, padded, and `span`, from its shortest
+    to its longest context, allow."""
     groups, first = [], 0
-    while first < num_rows:
-        longest = np.maximum.accumulate(packed.contexts[first:num_rows])
-        fits = longest * np.arange(1, len(longest) + 1) <= PADDED_MAX_TOKENS
+    while first < len(contexts):
+        longest = np.maximum.accumulate(contexts[first:])
+        fits = longest * np.arange(1, len(longest) + 1) <= most_tokens
+        if span is not None:
+            fits &= longest - np.minimum.accumulate(contexts[first:]) <= span
         last = first + max(1, int(fits.sum()))
         groups.append((first, last))
         first = last
@@ -280,15 +279,7 @@ def like_groups(contexts: NDArray[np.int64]) -> list[tuple[int, int]]:
     none where they are so unlike that groups would be too small."""
     too_long = contexts > LIKE_MAX_CONTEXT
     num_rows = int(too_long.argmax()) if too_long.any() else len(contexts)
-    groups, first = [], 0
-    while first < num_rows:
-        longest = np.maximum.accumulate(contexts[first:num_rows])
-        shortest = np.minimum.accumulate(contexts[first:num_rows])
-        num_tokens = longest * np.arange(1, len(longest) + 1)
-        fits = (longest - shortest <= LIKE_SPAN) & (num_tokens <= LIKE_MAX_TOKENS)
-        last = first + max(1, int(fits.sum()))
-        groups.append((first, last))
-        first = last
+    groups = _groups(contexts[:num_rows], LIKE_MAX_TOKENS, LIKE_SPAN)
     return groups if num_rows >= LIKE_MIN_ROWS * len(groups) else []
 
 
