@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from runtime.attention import LayerCache, PaddedRows, Row, StepTensors, attend
+from runtime.attention import LayerCache, attend
 from runtime.errors import ModelError
 from runtime.experts import Experts
 from runtime.latent_attention import LatentAttention
 from runtime.layer_parts import Mlp, Norm, Rope, fused, norm_of
 from runtime.paged_model import AttentionCall, KVShape
 from runtime.rounded_cache import STORED, RoundedCache
+from runtime.step_tensors import PaddedRows, Row, StepTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from runtime.attention import StepTensors
 from runtime.bare_model import BareModel
 from runtime.batch import PackedBatch
 from runtime.decode_graph import COMPILED_BUCKETS, Decoded, DecodeGraphs, Pools, padding
@@ -29,6 +28,7 @@ from runtime.request import Request, SamplingParams
 from runtime.retable import Retabled
 from runtime.rounded_cache import STORED
 from runtime.scheduler import Scheduler
+from runtime.step_tensors import StepTensors
 from runtime.transfer import sent
 from runtime.warm_up import woken_steps
 

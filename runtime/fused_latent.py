@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from runtime.attention import Pieces, StepTensors, attend_pieces
+from runtime.attention import attend_pieces
 from runtime.kernels import Kernels
 from runtime.kernels.linear_table import LinearTable
 from runtime.kernels.splits import choose_splits
 from runtime.latent_attention import EXPANDED_MAX_VALUES, LatentAttention, LatentCache
+from runtime.step_tensors import Pieces, StepTensors
 
 if TYPE_CHECKING:
     from runtime.fused_pass import DecodeInputs

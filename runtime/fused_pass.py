@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from runtime.attention import Pieces, StepTensors, attend_chunk, attend_pieces
+from runtime.attention import attend_chunk, attend_pieces
 from runtime.decoder import Attention, Decoder, KVCache
 from runtime.experts import Experts
 from runtime.fused_experts import FusedExperts
@@ -26,6 +26,7 @@ from runtime.kernels.splits import QUERY_TILE, choose_splits, choose_tile_splits
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.latent_attention import LatentAttention
 from runtime.layer_parts import Mlp
+from runtime.step_tensors import Pieces, StepTensors
 from runtime.transfer import sent
 
 Attend = Callable[[Tensor, KVCache, Attention], Tensor]

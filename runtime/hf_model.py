@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from runtime.attention import (
-    PagedAttention,
-    StepTensors,
-    allowed_positions,
-    attend_plain,
-    registered_attention,
-)
+from runtime.attention import PagedAttention, attend_plain, registered_attention
 from runtime.errors import ModelError
 from runtime.paged_model import (
     AttentionCall,
@@ -27,6 +21,7 @@ from runtime.paged_model import (
     probe_tokens,
     told,
 )
+from runtime.step_tensors import StepTensors, allowed_positions
 
 ATTENTION_NAME = "tuner_paged"
 PAGED_LAYERS = {"full_attention", "sliding_attention", "attention"}

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from runtime.attention import PaddedRows, Row, StepTensors, attend, attend_chunk
+from runtime.attention import attend, attend_chunk
 from runtime.layer_parts import fused, norm_of
 from runtime.paged_model import AttentionCall, KVShape
+from runtime.step_tensors import PaddedRows, Row, StepTensors
 
 # Expanding takes memory by the context: heads are computed in groups of so many values of keys and values.
 EXPANDED_MAX_VALUES = 1 << 26

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from runtime.attention import StepTensors
 from runtime.batch import PackedBatch
 from runtime.errors import ModelError
 from runtime.knobs import EngineConfig, KnobValue
@@ -20,6 +19,7 @@ from runtime.kv_cache import BLOCK_TOKENS, BlockIds, BlockPool
 from runtime.request import Request
 from runtime.retable import BlockMove, Retabled
 from runtime.scheduler import Scheduler
+from runtime.step_tensors import StepTensors
 from runtime.transfer import sent
 from runtime.weights import formats_from
 

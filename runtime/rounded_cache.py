@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from runtime.attention import PaddedRows, Row
+from runtime.step_tensors import PaddedRows, Row
 
 EXPONENT_BITS = 0x7F800000  # of a float32
 HEADROOM = 2.0**-7  # the largest value of a head becomes one in [128, 256), of 448 at most

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import runtime.fused_latent
 import runtime.fused_pass
-from runtime.attention import Pieces, StepTensors, allowed_positions, attend_plain
+from runtime.attention import attend_plain
 from runtime.batch import Batch, PackedBatch
 from runtime.decode_graph import BUCKETS, PUT_OFF, WARM_UPS, Captured, Decoded, DecodeGraphs, Key, Run
 from runtime.decoder_model import DecoderModel
@@ -32,6 +32,7 @@ from runtime.request import Request, SamplingParams
 from runtime.retable import BlockMove
 from runtime.sampling import draw, sample, tokens_of
 from runtime.scheduler import Scheduler
+from runtime.step_tensors import Pieces, StepTensors, allowed_positions
 from runtime.weights import linear_layers
 from tests.runtime.test_latent_attention import deepseek
 from tests.runtime.tiny_models import VOCAB, repeating_model, tiny_model

@@ -7,17 +7,8 @@ from torch import Tensor
 
 import runtime.attention
 import runtime.hf_model
-from runtime.attention import (
-    LIKE_MAX_CONTEXT,
-    LIKE_MAX_TOKENS,
-    LIKE_MIN_ROWS,
-    LIKE_SPAN,
-    PagedAttention,
-    StepTensors,
-    allowed_positions,
-    attend_plain,
-    like_groups,
-)
+import runtime.step_tensors
+from runtime.attention import PagedAttention, attend_plain
 from runtime.batch import PackedBatch
 from runtime.errors import ModelError
 from runtime.hf_model import HFModel
@@ -27,6 +18,15 @@ from runtime.paged_model import relative_error
 from runtime.request import Request
 from runtime.sampling import sample
 from runtime.scheduler import Scheduler
+from runtime.step_tensors import (
+    LIKE_MAX_CONTEXT,
+    LIKE_MAX_TOKENS,
+    LIKE_MIN_ROWS,
+    LIKE_SPAN,
+    StepTensors,
+    allowed_positions,
+    like_groups,
+)
 from tests.runtime.tiny_models import VOCAB, generate, tiny_model
 
 BLOCK_TOKENS = 4
@@ -227,13 +227,13 @@ def slots_of(packed: PackedBatch, row: int) -> Tensor:
 def test_every_form_of_attention_agrees_with_the_plain_one(
     scattered: bool, padded: str, window: int | None, special: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.attention, "PADDED_MIN_ROWS_CPU", 1 if padded == "all" else 1000)
-    monkeypatch.setattr(runtime.attention, "LIKE_SPAN", 10)
-    monkeypatch.setattr(runtime.attention, "LIKE_MIN_ROWS", 1)
+    monkeypatch.setattr(runtime.step_tensors, "PADDED_MIN_ROWS_CPU", 1 if padded == "all" else 1000)
+    monkeypatch.setattr(runtime.step_tensors, "LIKE_SPAN", 10)
+    monkeypatch.setattr(runtime.step_tensors, "LIKE_MIN_ROWS", 1)
     monkeypatch.setattr(
         runtime.attention, "_has_fused_gqa", lambda query, value: padded == "all"
     )  # both are the forms of a GPU
-    monkeypatch.setattr(runtime.attention, "PADDED_MAX_TOKENS", 48)  # so that the rows form three groups
+    monkeypatch.setattr(runtime.step_tensors, "PADDED_MAX_TOKENS", 48)  # so that the rows form three groups
     generator = torch.Generator().manual_seed(0)
     packed = packed_rows(
         [(9, 1), (0, 1), (30, 1), (4, 1), (0, 7), (13, 10)], scattered, np.random.default_rng(0)

@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import runtime.latent_attention
-from runtime.attention import Row, allowed_positions, attend_plain
+from runtime.attention import attend_plain
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BlockPool
 from runtime.latent_attention import LatentAttention, LatentCache
 from runtime.paged_model import KVShape, PagedModel, relative_error
 from runtime.request import Request
 from runtime.scheduler import Scheduler
+from runtime.step_tensors import Row, allowed_positions
 from runtime.weights import WeightSet, prepared, wanted_bytes
 from tests.runtime.test_decoder import CLOSE, decoder, logits_of, prompt_logits, prompts, serve
 from tests.runtime.tiny_models import generate, tiny_config, tiny_model

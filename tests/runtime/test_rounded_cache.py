@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import runtime.fused_pass
-from runtime.attention import PaddedRows, Row, StepTensors
 from runtime.decoder import JointCache
 from runtime.decoder_model import DecoderModel, cache_of
 from runtime.errors import InvalidKnob
@@ -20,6 +19,7 @@ from runtime.kv_cache import BLOCK_TOKENS
 from runtime.loader import load_model
 from runtime.paged_model import relative_error
 from runtime.rounded_cache import RoundedCache, restored, rounded
+from runtime.step_tensors import PaddedRows, Row, StepTensors
 from tests.runtime.test_fused_pass import decoder, mixed_steps, written_out
 from tests.runtime.test_warm import Here, prompts, serve_all, values
 from tests.runtime.tiny_models import save_tiny_model, tiny_model
