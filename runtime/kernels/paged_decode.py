@@ -3,7 +3,9 @@
     grid (KV head, row, split) ▶ a part's output and log-sum-exp each ▶ grid (row, head): their weighted mean
 
 The grid follows from shapes alone, so that a CUDA graph serves every context: a split beyond a row's context ends at
-once. The heads of a group are the rows of one matrix product, padded to the 16 that tensor cores take.
+once. The heads of a group are the rows of one matrix product, padded to the 16 that tensor cores take. Where a tile of
+keys lies in one block, the device's tensor memory accelerator fetches it whole, and the number of the next block is
+read while this one is worked on; else each token's place is looked up.
 Contracts: `runtime.kernels.plain`.
 """
 
@@ -12,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from runtime.kernels.launch import launch
+from runtime.kernels.launch import has_early_start, has_large_tiles, launch
 
 MIN_DOT = 16
 MAX_HEAD_BLOCK = 64  # heads of one program; beyond that, accumulators spill
@@ -25,6 +28,15 @@ SMALL_SUMS = 2_048  # values of a program's output that two warps hold: 16 heads
 # 256 rows of 256 tokens 77 and 90, 32 of 2,048 in two splits 72 and 91, one 11.2 and 11.7.
 STAGES = 3
 LATENT_STAGES = 5
+# Tiles that are fetched whole: of 64 tokens of 128 two are under way, and an SM has room for two programs. Where there
+# are no more than that they are fastest, else those of half the size. On an H200, 8 KV heads of 128, us looked up and
+# fetched, in as many splits as are chosen: 8 rows of 2,000 tokens 37.2 and 22.1, 32 of 2,048 78.8 and 65.1, 256 of 256
+# 70.0 and 67.5; rows of 100 to 2,000, longest first, 25 of them 64.7 and 44.8, 69 99.0 and 94.8, 256 144.5 and 143.7.
+# With large tiles the 256 took 155.8, with small ones the 25 54.2; with a stage more 149.4 and 49.0.
+MOST_FETCHED = 64
+FEW_PROGRAMS = 264
+FEW_ROWS = 64
+SMALL_FETCHED_BYTES = 65_536  # of shared memory under way, where a program may have 99 KiB in all
 UNBOUNDED = 2**30  # a window wider than any context
 
 
@@ -47,18 +59,27 @@ def paged_decode(
     parts, sums = parts_of(out, num_rows, heads, num_splits, dim)
     # The heads of a row side by side, since their keys lie side by side. On an H200, in us, qwen3's 256 rows of 800
     # tokens: 208 with the rows side by side, tiles of 128 tokens and four warps, 203 with the heads so, 196 with tiles
-    # of 64 and two warps as well; llama-8b's 256 rows of 256 70.4 and 69.8, one 6.2 and 5.4. A tile that lies in one
-    # block, whose number is then read once, changed nothing.
+    # of 64 and two warps as well; llama-8b's 256 rows of 256 70.4 and 69.8, one 6.2 and 5.4. By pointers, a tile
+    # that lies in one block, whose number is then read once, changed nothing.
     grid = (kv_heads * triton.cdiv(group, head_block), num_rows, num_splits)
     num_warps = 2 if head_block * dim_block <= SMALL_SUMS and scales is None else 4
     tile = _tile(dim_block, rows, TILE_VALUES if scales is None else OTHER_TILE_VALUES)
+    has_room = has_large_tiles(out.device)
+    fetched = fetched_tokens(tile, num_rows, kv_heads, num_splits, has_room)
+    in_block = (
+        window is None and scales is None and dim == dim_block and block_tokens % fetched == 0
+        and (out.device.type != "cuda" or has_early_start(out.device))
+        and (has_room or 2 * STAGES * fetched * dim * rows.element_size() <= SMALL_FETCHED_BYTES)
+    )  # fmt: skip
+    tile = fetched if in_block else tile
     launch(
         _decode, grid, out.device,
-        query, rows, block_tables, contexts, parts, sums, rows if scales is None else scales,
+        query, rows, TensorDescriptor.from_tensor(rows, [tile, dim]) if in_block else rows, block_tables, contexts,
+        parts, sums, rows if scales is None else scales,
         query.stride(0), query.stride(1), query.stride(2), rows.stride(0), block_tables.stride(0),
         0 if scales is None else scales.stride(0), scaling, UNBOUNDED if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_TOKENS=block_tokens, NUM_SPLITS=num_splits,
-        IS_ROUNDED=scales is not None, HEAD_BLOCK=head_block, DIM_BLOCK=dim_block, TILE=tile,
+        IS_ROUNDED=scales is not None, IN_BLOCK=in_block, HEAD_BLOCK=head_block, DIM_BLOCK=dim_block, TILE=tile,
         num_warps=num_warps, num_stages=STAGES,
     )  # fmt: skip
     merge_into(out, parts, sums, num_splits, dim)
@@ -138,6 +159,13 @@ def _tile(dim: int, rows: Tensor, num_values: int) -> int:
     return int(max(MIN_DOT, min(128, num_values // (dim * wide))))
 
 
+def fetched_tokens(tile: int, num_rows: int, kv_heads: int, num_splits: int, has_room: bool) -> int:
+    """Of one tile that is fetched whole, where by pointers it would be of `tile` tokens. Each form is that of some
+    batch of up to 96 rows, for which it is compiled. `has_room`: for large tiles."""
+    are_few = num_splits > 1 or (num_rows <= FEW_ROWS and num_rows * kv_heads <= FEW_PROGRAMS)
+    return max(MIN_DOT, min(MOST_FETCHED, tile if are_few and has_room else tile // 2))
+
+
 def parts_of(out: Tensor, num_rows: int, heads: int, num_splits: int, dim: int) -> tuple[Tensor, Tensor]:
     """Where the splits write: parts [B, heads, splits, D] and their log-sum-exp [B, heads, splits], both float32. A
     single split writes the output itself."""
@@ -198,10 +226,51 @@ def _write_part(
         tl.store(sums + output * NUM_SPLITS + split, top + tl.log2(divisor), mask=in_head)
 
 
+@triton.jit
+def _read_blocks(
+    acc: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    number: tl.tensor,
+    q: tl.tensor,
+    blocks: tl.tensor,
+    table: tl.tensor,
+    column: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    end: tl.tensor,
+    to_log2: tl.tensor,
+    KEYS_WIDTH: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    IS_END: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Tokens [first, last) of a span that ends at `end`, from whole tiles; the last one reaches beyond where IS_END.
+    `number`: of the block at `first`, and returned of that at `last`."""
+    for at in range(first, last, TILE):
+        slot, ahead = number * BLOCK_TOKENS + at % BLOCK_TOKENS, at + TILE
+        number = tl.load(table + ahead // BLOCK_TOKENS, mask=ahead < end, other=0).to(tl.int32)
+        k = blocks.load([slot, column])
+        v = blocks.load([slot, column + KEYS_WIDTH])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2
+        if IS_END:
+            seen = at + tl.arange(0, TILE) < end
+            scores = tl.where(seen[None], scores, float("-inf"))
+            v = tl.where(seen[:, None], v, 0.0)  # what lies behind the context may be no number
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    return acc, top, total, number
+
+
 @triton.jit(do_not_specialize=["table_stride"])  # outside of graphs it is the longest context of the step
 def _decode(
     query: tl.tensor,
     rows: tl.tensor,
+    blocks: tl.tensor,
     block_tables: tl.tensor,
     contexts: tl.tensor,
     parts: tl.tensor,
@@ -221,6 +290,7 @@ def _decode(
     BLOCK_TOKENS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     IS_ROUNDED: tl.constexpr,
+    IN_BLOCK: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -232,48 +302,63 @@ def _decode(
     member = (tl.program_id(0) % blocks_per_head) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
     columns = tl.arange(0, DIM_BLOCK)
     in_head, in_dim = member < GROUP, columns < DIM
+    table = block_tables + row * table_stride
     context = tl.load(contexts + row).to(tl.int32)
     start, end = _span(context, window, split, NUM_SPLITS, TILE)
+    if IN_BLOCK and NUM_SPLITS == 1:  # which it begins with is known before the context is: a wait less
+        number = tl.load(table).to(tl.int32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
 
     at = query + row * query_row + kv_head * query_kv_head + member[:, None] * query_head + columns[None]
     q = tl.load(at, mask=in_head[:, None] & in_dim[None] & (start < end), other=0.0)
-    table = block_tables + row * table_stride
-    keys = rows + kv_head * DIM
-    values = keys + KV_HEADS * DIM
     top = tl.full([HEAD_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([HEAD_BLOCK], tl.float32)
     acc = tl.zeros([HEAD_BLOCK, DIM_BLOCK], tl.float32)
     to_log2 = scaling * 1.4426950408889634
-    for first in range(start, end, TILE):
-        token = first + tl.arange(0, TILE)
-        seen = token < end
-        block = tl.load(table + token // BLOCK_TOKENS, mask=seen, other=0).to(tl.int64)
-        place = block * BLOCK_TOKENS + token % BLOCK_TOKENS
-        slot = place * row_stride
-        k = tl.load(keys + slot[None] + columns[:, None], mask=seen[None] & in_dim[:, None], other=0)
-        v = tl.load(values + slot[:, None] + columns[None], mask=seen[:, None] & in_dim[None], other=0)
+    if IN_BLOCK:
+        if NUM_SPLITS > 1:
+            number = tl.load(table + start // BLOCK_TOKENS, mask=start < end, other=0).to(tl.int32)
+        whole = tl.maximum(start, end // TILE * TILE)
+        acc, top, total, number = _read_blocks(
+            acc, top, total, number, q, blocks, table, kv_head * DIM, start, whole, end, to_log2, KV_HEADS * DIM,
+            BLOCK_TOKENS, TILE, False,
+        )  # fmt: skip
+        acc, top, total, number = _read_blocks(
+            acc, top, total, number, q, blocks, table, kv_head * DIM, whole, end, end, to_log2, KV_HEADS * DIM,
+            BLOCK_TOKENS, TILE, True,
+        )  # fmt: skip
+    else:
+        keys = rows + kv_head * DIM
+        values = keys + KV_HEADS * DIM
+        for first in range(start, end, TILE):
+            token = first + tl.arange(0, TILE)
+            seen = token < end
+            block = tl.load(table + token // BLOCK_TOKENS, mask=seen, other=0).to(tl.int64)
+            place = block * BLOCK_TOKENS + token % BLOCK_TOKENS
+            slot = place * row_stride
+            k = tl.load(keys + slot[None] + columns[:, None], mask=seen[None] & in_dim[:, None], other=0)
+            v = tl.load(values + slot[:, None] + columns[None], mask=seen[:, None] & in_dim[None], other=0)
+            if IS_ROUNDED:
+                k = k.to(tl.float8e4nv, bitcast=True).to(q.dtype)
+                v = v.to(tl.float8e4nv, bitcast=True).to(q.dtype)
+            scores = tl.dot(q, k, input_precision="ieee") * to_log2
+            if IS_ROUNDED:  # a scale is the same for all values of a head: it goes to the products
+                scale_at = scales + place * scale_stride + kv_head
+                scores *= tl.load(scale_at, mask=seen, other=0.0).to(tl.float32)[None]
+            scores = tl.where(seen[None], scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - higher[:, None])
+            shrink = tl.exp2(top - higher)
+            total = total * shrink + tl.sum(weights, 1)
+            if IS_ROUNDED:
+                # Without a scale's headroom, which would cost float16 bits of the weights.
+                weights *= tl.load(scale_at + KV_HEADS, mask=seen, other=0.0).to(tl.float32)[None] * 128.0
+            acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            top = higher
         if IS_ROUNDED:
-            k = k.to(tl.float8e4nv, bitcast=True).to(q.dtype)
-            v = v.to(tl.float8e4nv, bitcast=True).to(q.dtype)
-        scores = tl.dot(q, k, input_precision="ieee") * to_log2
-        if IS_ROUNDED:  # a scale is the same for all values of a head: it goes to the products
-            scale_at = scales + place * scale_stride + kv_head
-            scores *= tl.load(scale_at, mask=seen, other=0.0).to(tl.float32)[None]
-        scores = tl.where(seen[None], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        if IS_ROUNDED:
-            # Without a scale's headroom, which would cost float16 bits of the weights.
-            weights *= tl.load(scale_at + KV_HEADS, mask=seen, other=0.0).to(tl.float32)[None] * 128.0
-        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        top = higher
-    if IS_ROUNDED:
-        acc *= 0.0078125
+            acc *= 0.0078125
     output = row * (KV_HEADS * GROUP) + kv_head * GROUP + member
     _write_part(parts, sums, acc, top, total, output, columns, in_head, in_dim, split, NUM_SPLITS, DIM)
 

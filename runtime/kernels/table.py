@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 # Largest difference over the largest value expected: rounding of inputs and weights, with a margin.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+MANY_ROWS = 68  # of decode attention; few tokens each, since the twin holds those of all rows at once
 OF_OWN_HEADS = ("paged_decode", "paged_prefill", "rope_and_cache")  # and not of latents
 
 
@@ -247,11 +248,12 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
             "paged_decode",
             _returned(query, rows, tables, contexts, size, dim**-0.5, shape.window, splits),
         )
-    if device.type == "cuda" and size != QUERY_TILE:  # the size of blocks by default there
-        yield (
-            "paged_decode",
-            _returned(query, *cached(QUERY_TILE), QUERY_TILE, dim**-0.5, shape.window, 3),
-        )
+    if device.type == "cuda":  # the size of blocks by default there, where many rows have a form of their own
+        pool, *of_rows = cached(QUERY_TILE)
+        for copies, splits, most in ((MANY_ROWS // 4, 1, QUERY_TILE + 1), (1, 1, longest), (1, 3, longest)):
+            table, context = (one.repeat_interleave(copies, 0) for one in of_rows)
+            given = query.repeat(copies, 1, 1, 1), pool, table, context.clamp(max=most)
+            yield "paged_decode", _returned(*given, QUERY_TILE, dim**-0.5, shape.window, splits)
     # A tile of keys lies in one block or not. On a GPU all numbers of splits are compiled here.
     yield "paged_prefill", _pieces_trial(normal, device, size, 1, 0, shape)
     for splits in (1, 2, 4, MAX_TILE_SPLITS) if device.type == "cuda" else (4,):

@@ -7,6 +7,7 @@ reaches here. Exit 1 where a claim does not hold.
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -27,11 +28,11 @@ from tests.runtime.kernel_cases import CASES, told
 
 HALF = torch.bfloat16
 STREAMED_BYTES = 300 * 2**20
-BATCHES, CONTEXTS = (1, 32, 256), (256, 2048)
+BATCHES, CONTEXTS = (1, 8, 32, 256), (256, 2048)
 SPLITS = (1, 2, 4, 8, 16, 32, 64)
 USES: dict[str, Use] = {"qkv": "whole", "out": "parts", "gate_up": "gated", "down": "parts", "head": "whole"}
 CHECKED = (torch.bfloat16, torch.float16, torch.float32)
-BLOCK_TOKENS = 16
+BLOCK_TOKENS, SMALL_BLOCK_TOKENS = 64, 16  # tiles of keys are fetched whole, or looked up token by token
 
 
 class Model(NamedTuple):
@@ -43,6 +44,7 @@ class Model(NamedTuple):
 QWEN = Model("qwen3-0.6b", Shape(16, 8, 128, 1024, 3072, has_qk_norm=True), 151_936)
 LLAMA = Model("llama-8b", Shape(32, 8, 128, 4096, 14_336), 128_256)
 MODELS = (QWEN, LLAMA)
+SDPA_TOO = [model.name for model in MODELS]  # where all rows are of one context
 LATENT_HEADS, LATENT_DIM, LATENT_VALUE_DIM = 16, 576, 512  # deepseek-v2-lite
 
 
@@ -67,34 +69,35 @@ def kernels() -> Kernels:
 
 
 class Attention:
-    """Calls of decode attention on full rows of one context, each over memory of its own."""
+    """Calls of decode attention on rows of one context, each call over memory of its own. `is_ragged`: on rows of an
+    eighth of it to all of it, the longest first, as a step has them."""
 
     def __init__(
-        self, num_rows: int, context: int, row: int, query: tuple[int, ...], device: torch.device
-    ) -> None:
+        self, num_rows: int, context: int, row: int, query: tuple[int, ...], device: torch.device,
+        is_ragged: bool = False,
+    ) -> None:  # fmt: skip
         each = num_rows * context * row * HALF.itemsize
-        self.bytes = each
         self.copies = min(64, math.ceil(STREAMED_BYTES / each))
         self.rows = torch.randn(self.copies * num_rows * context, row, device=device, dtype=HALF)
         blocks = torch.randperm(len(self.rows) // BLOCK_TOKENS, device=device).int()
         self.tables = blocks.view(self.copies, num_rows, -1)
         self.contexts = torch.full((num_rows,), context, device=device)
+        if is_ragged:
+            shortest = torch.Generator(device).manual_seed(0)
+            found = torch.randint(context // 8, context + 1, (num_rows,), generator=shortest, device=device)
+            self.contexts = found.sort(descending=True).values
+        self.bytes = int(self.contexts.sum()) * row * HALF.itemsize
         self.query = torch.randn(num_rows, *query, device=device, dtype=HALF)
 
-    def paged(self, splits: int) -> list[Callable[[], object]]:
+    def paged(self, splits: int, size: int = BLOCK_TOKENS) -> list[Callable[[], object]]:
+        """The same memory in blocks of `size` tokens."""
+        parts = torch.arange(BLOCK_TOKENS // size, device=self.tables.device, dtype=torch.int32)
+        tables = (self.tables[..., None] * len(parts) + parts).flatten(2)
         return [
             functools.partial(
-                kernels().paged_decode,
-                self.query,
-                self.rows,
-                table,
-                self.contexts,
-                BLOCK_TOKENS,
-                0.1,
-                None,
-                splits,
+                kernels().paged_decode, self.query, self.rows, table, self.contexts, size, 0.1, None, splits
             )
-            for table in self.tables
+            for table in tables
         ]
 
     def latent(self, splits: int) -> list[Callable[[], object]]:
@@ -121,19 +124,18 @@ class Attention:
 
 def attentions(device: torch.device) -> Iterator[tuple[str, int, int, int, Attention]]:
     """Name, rows, context, key heads."""
+    cases = list(itertools.product(BATCHES, CONTEXTS))
     for model in MODELS:
         heads, kv_heads, dim = model.shape[:3]
-        for num_rows in BATCHES:
-            for context in CONTEXTS:
-                query = (kv_heads, heads // kv_heads, dim)
-                yield (
-                    model.name, num_rows, context, kv_heads,
-                    Attention(num_rows, context, 2 * kv_heads * dim, query, device),
-                )  # fmt: skip
-    for num_rows in BATCHES:
-        for context in CONTEXTS:
-            query = (LATENT_HEADS, LATENT_DIM)
-            yield "latent", num_rows, context, 1, Attention(num_rows, context, LATENT_DIM, query, device)
+        given = 2 * kv_heads * dim, (kv_heads, heads // kv_heads, dim), device
+        for num_rows, context in cases:
+            yield model.name, num_rows, context, kv_heads, Attention(num_rows, context, *given)
+        for num_rows in BATCHES[1:]:
+            ragged = Attention(num_rows, CONTEXTS[-1], *given, is_ragged=True)
+            yield f"{model.name} ragged", num_rows, int(ragged.contexts.sum()) // num_rows, kv_heads, ragged
+    for num_rows, context in cases:
+        query = (LATENT_HEADS, LATENT_DIM)
+        yield "latent", num_rows, context, 1, Attention(num_rows, context, LATENT_DIM, query, device)
 
 
 def splits_tried(num_rows: int, kv_heads: int, context: int, num_sms: int) -> list[int]:
@@ -147,7 +149,8 @@ def splits_tried(num_rows: int, kv_heads: int, context: int, num_sms: int) -> li
 def time_attention(device: torch.device, copy_bytes_per_s: float, late: Callable[[], bool]) -> None:
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     print(
-        f"\n{'decode attention':16}{'rows':>5}{'context':>8}  {'chosen':>14}  {'best':>14}  GB/s  of copy   sdpa"
+        f"\n{'decode attention':18}{'rows':>5}{'context':>8}  {'chosen':>14}  {'best':>14}  GB/s  of copy"
+        f"  looked up    sdpa"
     )
     for name, num_rows, context, kv_heads, case in attentions(device):
         if late():
@@ -158,10 +161,14 @@ def time_attention(device: torch.device, copy_bytes_per_s: float, late: Callable
         took_us = {splits: graphed_us(calls(splits)) for splits in sorted(tried)}
         best = min(took_us, key=took_us.__getitem__)
         rate = case.bytes / took_us[best] / 1e-6
-        sdpa = "" if name == "latent" else f"{graphed_us(case.sdpa()):8.1f}"
+        others = ""
+        if name != "latent":
+            others = f"{graphed_us(case.paged(chosen, SMALL_BLOCK_TOKENS)):11.1f}"
+        if name in SDPA_TOO:
+            others += f"{graphed_us(case.sdpa()):8.1f}"
         print(
-            f"{name:16}{num_rows:5}{context:8}  {took_us[chosen]:7.1f} in {chosen:<3}  {took_us[best]:7.1f} in"
-            f" {best:<3} {rate / 1e9:6.0f}   {rate / copy_bytes_per_s:4.0%} {sdpa}",
+            f"{name:18}{num_rows:5}{context:8}  {took_us[chosen]:7.1f} in {chosen:<3}  {took_us[best]:7.1f} in"
+            f" {best:<3} {rate / 1e9:6.0f}   {rate / copy_bytes_per_s:4.0%}{others}",
             flush=True,
         )
 

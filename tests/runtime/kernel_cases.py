@@ -232,6 +232,13 @@ for splits in (2, 5, 16, 64):
         size=16,
         splits=splits,
     )
+for dim in (16, 64, 128):
+    add(f"decode_in_blocks_of_heads_of_{dim}", decode, contexts=[1, 64, 65, 0, 200], dim=dim, size=64)
+    add(f"decode_in_blocks_split_heads_of_{dim}", decode, contexts=[7, 129, 0, 256], dim=dim, size=64, splits=3)
+add("decode_in_blocks_of_heads_of_256", decode, contexts=[3, 130], dim=256, size=64)
+add("decode_in_blocks_group_71", decode, contexts=[66, 5], kv_heads=1, group=71, size=64)
+add("decode_in_blocks_of_many_rows", decode, contexts=[5, 33, 0, 64, 100] * 14, kv_heads=1, dim=128, size=64)
+add("decode_in_blocks_in_a_window", decode, contexts=[70, 5], dim=128, size=64, window=40)
 add("decode_int32_contexts", decode, contexts=[3, 0, 77], contexts_dtype=torch.int32)
 add(
     "decode_ten_thousand_in_a_window", decode, contexts=[10_000, 3], kv_heads=1, size=16, window=100, splits=8
@@ -715,18 +722,14 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
     def empty(*size: int, dtype: torch.dtype = half) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=cpu)
 
-    def paged(kv_heads: int, group: int, dim: int, splits: int) -> Callable[[], object]:
-        tables, contexts = empty(2, 4, dtype=torch.int32), empty(2, dtype=torch.int64)
+    def paged(
+        kv_heads: int, group: int, dim: int, splits: int, size: int = 16, num_rows: int = 2
+    ) -> Callable[[], object]:
+        tables, contexts = empty(num_rows, 4, dtype=torch.int32), empty(num_rows, dtype=torch.int64)
         return lambda: kernels().paged_decode(
-            empty(2, kv_heads, group, dim),
-            empty(64, 2 * kv_heads * dim),
-            tables,
-            contexts,
-            16,
-            0.1,
-            None,
+            empty(num_rows, kv_heads, group, dim), empty(64, 2 * kv_heads * dim), tables, contexts, size, 0.1, None,
             splits,
-        )
+        )  # fmt: skip
 
     def pieces(
         kv_heads: int, group: int, dim: int, window: int | None, size: int = 64, splits: int = 1
@@ -847,6 +850,11 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
         ),
         "decode_llama": paged(8, 4, 128, 1),
         "decode_llama_split": paged(8, 4, 128, 8),
+        "decode_llama_in_blocks": paged(8, 4, 128, 1, 64),
+        "decode_llama_in_blocks_split": paged(8, 4, 128, 8, 64),
+        "decode_llama_in_blocks_of_many": paged(8, 4, 128, 1, 64, 96),
+        "decode_in_blocks_head_of_256": paged(4, 2, 256, 4, 64),
+        "decode_in_blocks_head_of_64": paged(8, 2, 64, 1, 64, 96),
         "decode_head_of_256": paged(4, 2, 256, 4),
         "decode_head_of_96": paged(32, 1, 96, 4),
         "latent_16": latent(16),

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from runtime.attention import attend_plain
+from runtime.decode_graph import COMPILED_BUCKETS
 from runtime.decoder import Norm
 from runtime.expert_choice import Rule
 from runtime.kernels import PLAIN, WHY_NO_TRITON, Kernels, Shape, checked, linear_table, self_check
@@ -148,6 +149,21 @@ def test_graph_serves_contexts_that_grow_after_its_capture() -> None:
         contexts.copy_(torch.tensor(new))
         graph.replay()
         torch.testing.assert_close(out, PLAIN.paged_decode(*given), rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("num_sms", [46, 108, 132, 160])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 5, 8, 16, 32])
+def test_every_form_of_decode_attention_is_that_of_some_batch_for_which_it_is_compiled(
+    kv_heads: int, num_sms: int
+) -> None:
+    from runtime.kernels.paged_decode import fetched_tokens
+
+    def form(num_rows: int) -> tuple[int, int]:
+        splits = choose_splits(num_rows, kv_heads, num_sms)
+        return splits, fetched_tokens(64, num_rows, kv_heads, splits, has_room=True)
+
+    assert {form(num_rows) for num_rows in range(1, 1025)} == {form(num_rows) for num_rows in COMPILED_BUCKETS}
 
 
 def test_twins_are_all_there_is_without_triton() -> None:
