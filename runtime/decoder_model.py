@@ -11,7 +11,6 @@ from runtime.batch import PackedBatch
 from runtime.decode_graph import COMPILED_BUCKETS, Decoded, DecodeGraphs, Pools, padding
 from runtime.decoder import Attention, Decoder
 from runtime.fused_pass import DecodeInputs, fused_pass
-from runtime.kernels import PLAIN
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.paged_model import (
@@ -66,7 +65,7 @@ class DecoderModel(PagedModel):
         self._caches: tuple[KVPools, list[Any]] = ({}, [])
         self._fused = fused_pass(self.decoder, self.device, max_model_len)
         if self._fused is not None:
-            self.replaced_kernels = self._fused.replaced_kernels
+            self.kernels, self.replaced_kernels = self._fused.kernels, self._fused.replaced_kernels
         self._graphs: DecodeGraphs | None = None
         self._max_model_len, self._max_blocks = max_model_len, -(-max_model_len // BLOCK_TOKENS)
         token_ids = probe_tokens(self.decoder.embedding.shape[0], self.device)[0].tolist()
@@ -94,7 +93,7 @@ class DecoderModel(PagedModel):
     def copier(self, move: Retabled, is_other_kind: bool) -> LayerCopier:
         if not is_other_kind:
             return super().copier(move, is_other_kind)
-        kernels = PLAIN if self._fused is None else self._fused.kernels
+        kernels = self.kernels
         sources, targets = (sent(slots_in(blocks, move.block_tokens), self.device) for blocks in move.move)
 
         def copy(layer: int, source: LayerPool, target: LayerPool) -> None:

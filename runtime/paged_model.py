@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from runtime.batch import PackedBatch
 from runtime.errors import ModelError
+from runtime.kernels import PLAIN
 from runtime.knobs import EngineConfig, KnobValue
 from runtime.kv_cache import BLOCK_TOKENS, BlockIds, BlockPool
 from runtime.request import Request
@@ -76,6 +77,7 @@ class PagedModel:
         self.kv_dtype = "auto"  # of the pools in force
         # The likeliest tokens of the step just computed, as `draw` returns them, where it has them already.
         self.greedy: Tensor | None = None
+        self.kernels = PLAIN
         self.replaced_kernels: tuple[str, ...] = ()  # that failed their check; plain twins do their work
         # Names the weights in force, for what was prepared with them.
         self.weights_key = formats_from(next(model.parameters()).dtype)[0]

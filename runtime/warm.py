@@ -235,7 +235,7 @@ class WarmStates:
     def _wake(self) -> None:
         try:
             with torch.cuda.stream(self._stream):
-                wake_preparations(self._model.model, self.formats[1:])
+                wake_preparations(self._model.model, self.formats[1:], self._model.kernels)
                 self._model.wake_moves()
         except RuntimeError as error:
             log.info("preparations are not tried beforehand: %s", str(error).partition("\n")[0])
@@ -244,7 +244,7 @@ class WarmStates:
         weights = pools = None
         if wanted.weight_format is not None:
             pause = _pause_on(self._model.device) if beside_steps else lambda: None
-            weights = prepared(self._model.model, wanted.weight_format, pause)
+            weights = prepared(self._model.model, wanted.weight_format, pause, self._model.kernels)
             weights.wake(self._model.captured_rows)
         if wanted.pool is not None and not wanted.in_turn:
             pools = self._model.new_pools(wanted.pool.num_blocks, kv_dtype=wanted.pool.kv_dtype)

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from runtime.kernels import PLAIN, Kernels
+from runtime.kernels.plain import INT8_LIMIT, LEAST_ROW_MAXIMUM
 from runtime.linear import PACKED_FOR_ROWS
 
 log = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor], Tensor]
+LevelsOf = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-INT8_LIMIT = 127  # symmetric: -128 is not used
-MIN_CUDA_INT_ROWS = 32  # torch._int_mm wants more than 16 rows on CUDA
 FEW_ROWS = 256  # of a weight
 # Relative to the largest value of the specification's result: other orders of summation, one rounding to bfloat16
 # on the way out, a value between two levels that a fused multiplication rounds the other way.
@@ -69,7 +70,16 @@ def linear_int8_plain(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
 
 def row_steps(x: Tensor) -> Tensor:
     """x: [..., in]. Returns [..., 1]: the width of one level, so that the row's largest value is 127 of them."""
-    return torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).clamp_(min=1e-30) / INT8_LIMIT
+    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True)
+    return largest.clamp_(min=LEAST_ROW_MAXIMUM) / INT8_LIMIT
+
+
+def unsigned_levels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x: [T, in]. Returns uint8 [T, in], levels with 128 added, and their widths, [T, 1]."""
+    step = row_steps(x.float())
+    half = torch.full((), 128.5, device=x.device)
+    # Truncating what is positive is flooring it.
+    return torch.addcmul(half, x.float(), step.reciprocal()).to(torch.uint8), step
 
 
 class Form(Protocol):
@@ -127,20 +137,14 @@ class Rounding:
 
     def __init__(self) -> None:
         self._x: Tensor | None = None
-        self._shift = 0
+        self._levels_of: LevelsOf | None = None
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def of(self, x: Tensor, shift: int) -> tuple[Tensor, Tensor]:
-        """x: [..., in]. Returns levels [rows, in] and steps [rows, 1]; `shift` 128 makes unsigned levels of them."""
-        if x is not self._x or shift != self._shift or self._last is None:
-            rows = x.reshape(-1, x.shape[-1]).float()
-            step = row_steps(rows)
-            # Filled on the device: a constant sent there could not be captured.
-            half = torch.full((), shift + 0.5, device=x.device)
-            levels = torch.addcmul(half, rows, step.reciprocal())
-            # Truncating what is positive is flooring it.
-            levels = levels.to(torch.uint8) if shift else levels.floor_().to(torch.int8)
-            self._x, self._shift, self._last = x, shift, (levels, step)
+    def of(self, x: Tensor, levels_of: LevelsOf) -> tuple[Tensor, Tensor]:
+        """x: [..., in]. Returns what `levels_of` gives for its rows."""
+        if x is not self._x or levels_of is not self._levels_of or self._last is None:
+            self._x, self._levels_of = x, levels_of
+            self._last = levels_of(x.reshape(-1, x.shape[-1]))
         return self._last
 
     def forget(self) -> None:
@@ -150,8 +154,8 @@ class Rounding:
 class Int8Form:
     """Dynamic per row, per output channel; multiplied in integers by oneDNN on a CPU and by cuBLAS on CUDA."""
 
-    def __init__(self, module: nn.Linear, rounding: Rounding) -> None:
-        self._out_features, self._rounding = module.out_features, rounding
+    def __init__(self, module: nn.Linear, rounding: Rounding, kernels: Kernels) -> None:
+        self._out_features, self._rounding, self._kernels = module.out_features, rounding, kernels
         self._weight, self._scale = quantised(module.weight)
         self._bias = module.bias.detach().float() if module.bias is not None else None
         self._packed: Tensor | None = None
@@ -174,36 +178,23 @@ class Int8Form:
             return x.new_empty((*x.shape[:-1], self._out_features))
         if not self._integers:
             return self.plain(x)
-        # Unsigned for oneDNN: signed rows take a path there that is a thousand times slower.
-        levels, step = self._rounding.of(x, 0 if self._packed is None else 128)
-        out = self._multiply(levels)
-        out = out.mul_(step) if self._bias is None else torch.addcmul(self._bias, out, step)
-        return out.to(x.dtype).view(*x.shape[:-1], self._out_features)
+        out = self._multiplied(x) if self._packed is None else self._multiplied_packed(x, self._packed)
+        return out.view(*x.shape[:-1], self._out_features)
 
-    def _multiply(self, levels: Tensor) -> Tensor:
-        """levels: [rows, in]. Returns float32 [rows, out], without the rows' steps."""
-        out: Tensor
-        if self._packed is not None:
-            out = torch.ops.onednn.qlinear_pointwise.default(
-                levels,
-                1.0,
-                128,
-                self._packed,
-                self._scale,
-                self._zeros,
-                None,
-                1.0,
-                0,
-                torch.float32,
-                "none",
-                [],
-                "",
-            )
-            return out
-        num_rows = len(levels)
-        if levels.is_cuda and num_rows < MIN_CUDA_INT_ROWS:
-            levels = torch.nn.functional.pad(levels, (0, 0, 0, MIN_CUDA_INT_ROWS - num_rows))
-        return torch._int_mm(levels, self._weight.t())[:num_rows].float() * self._scale
+    def _multiplied(self, x: Tensor) -> Tensor:
+        """Returns [rows, out_features] of x's type."""
+        levels, step = self._rounding.of(x, self._kernels.int8_levels)
+        product = torch._int_mm(levels, self._weight.t())
+        return self._kernels.int8_scaled(product, step, self._scale, self._bias, x.dtype)
+
+    def _multiplied_packed(self, x: Tensor, packed: Tensor) -> Tensor:
+        """The same by oneDNN. Unsigned: signed rows take a path there that is a thousand times slower."""
+        levels, step = self._rounding.of(x, unsigned_levels)
+        out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+            levels, 1.0, 128, packed, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        out = out.mul_(step) if self._bias is None else torch.addcmul(self._bias, out, step)
+        return out.to(x.dtype)
 
     def plain(self, x: Tensor) -> Tensor:
         return linear_int8_plain(x, self._weight, self._scale, self._bias)
@@ -248,8 +239,11 @@ def wanted_bytes(model: nn.Module, format: str) -> int:
 
 
 @torch.inference_mode()
-def prepared(model: nn.Module, format: str, after_each: Callable[[], None] = lambda: None) -> WeightSet:
+def prepared(
+    model: nn.Module, format: str, after_each: Callable[[], None] = lambda: None, kernels: Kernels = PLAIN
+) -> WeightSet:
     """Makes every layer's weight in the format, from the loaded one. `after_each` is called between two layers.
+    `kernels`: of the device on which the model lies.
 
     A layer whose fast result is not that of the specification is served by the specification.
 
@@ -262,7 +256,7 @@ def prepared(model: nn.Module, format: str, after_each: Callable[[], None] = lam
     for module in linear_layers(model):
         key = module.weight.data_ptr()
         if key not in made or module.bias is not None:
-            form = _form_of(module, format, rounding)
+            form = _form_of(module, format, rounding, kernels)
             if _agrees(form, module, MAX_ERROR[format]):
                 form.keep_fastest()
             else:
@@ -280,7 +274,7 @@ def prepared(model: nn.Module, format: str, after_each: Callable[[], None] = lam
 
 
 @torch.inference_mode()
-def wake_preparations(model: nn.Module, formats: Sequence[str]) -> None:
+def wake_preparations(model: nn.Module, formats: Sequence[str], kernels: Kernels = PLAIN) -> None:
     """Launches what `prepared` does, for a few rows of one layer: a GPU loads it when it is launched for the first
     time, and whatever others launch waits for that. To be called in a thread like those that prepare: libraries begin
     anew in each. Raises RuntimeError where there is no memory."""
@@ -291,11 +285,11 @@ def wake_preparations(model: nn.Module, formats: Sequence[str]) -> None:
     few = nn.Linear(layer.in_features, len(rows), bias=False, device="meta")
     few.weight = nn.Parameter(rows, requires_grad=False)
     for format in formats:
-        _agrees(_form_of(few, format, Rounding()), few, MAX_ERROR[format])
+        _agrees(_form_of(few, format, Rounding(), kernels), few, MAX_ERROR[format])
 
 
-def _form_of(module: nn.Linear, format: str, rounding: Rounding) -> Form:
-    return Int8Form(module, rounding) if format == "int8" else BFloat16Form(module)
+def _form_of(module: nn.Linear, format: str, rounding: Rounding, kernels: Kernels) -> Form:
+    return Int8Form(module, rounding, kernels) if format == "int8" else BFloat16Form(module)
 
 
 def _agrees(form: Form, module: nn.Linear, limit: float) -> bool:

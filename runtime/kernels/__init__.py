@@ -3,6 +3,7 @@
     plain.py, plain_experts.py      what each of them computes: the contract
     paged_decode.py, paged_prefill.py, rope_and_cache.py, add_norm.py, silu_mul.py, skinny_linear.py  the same in Triton
     move_rows.py, e4m3.py    between a cache of whole values and one of 8 bits, and how those are rounded
+    int8_rows.py             what lies before and behind a product of integers
     latent_rope.py, latent_few.py, route.py, lay_out.py, expert_linear.py, weigh.py    of latents, and of experts
     embed.py, greedy.py the first and the last of a step that draws greedily
     expert_trials.py    what those are tried on

@@ -8,11 +8,14 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 from runtime.rounded_cache import restored, rounded
 
 PREFILL_TOKENS = 128  # whose scores are there at once
+INT8_LIMIT = 127  # symmetric: -128 is not used
+LEAST_INT8_ROWS = 32  # torch._int_mm wants more than 16 rows on CUDA
+LEAST_ROW_MAXIMUM = 1e-30  # of a row's values: one of zeros has levels too
 
 
 def paged_decode(
@@ -179,6 +182,35 @@ def restore_rows(into: Tensor, rows: Tensor, scales: Tensor, sources: Tensor, ta
     """The way back. into: [slots, heads * D]; rows: uint8 [slots, heads * D]; scales: [slots, heads]."""
     bits = rows.index_select(0, sources).unflatten(1, (scales.shape[1], -1))
     into.index_copy_(0, targets, restored(bits, scales.index_select(0, sources), into.dtype).flatten(1))
+
+
+def int8_levels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as whole levels of its own, so that its largest value is 127 of them.
+
+    x: [T, K], whose rows may lie apart. Returns int8 [max(T, 32), K], zeros behind the rows of x, and the width of a
+    level, float32 [T, 1]. A row that holds what is no number has a width that is none.
+    """
+    wide = x.float()
+    step = (
+        torch.linalg.vector_norm(wide, float("inf"), -1, keepdim=True).clamp_(min=LEAST_ROW_MAXIMUM)
+        / INT8_LIMIT
+    )
+    # Filled on the device: a constant sent there could not be captured.
+    half = torch.full((), 0.5, device=x.device)
+    levels = torch.addcmul(half, wide, step.reciprocal()).floor_().to(torch.int8)
+    return pad(levels, (0, 0, 0, max(0, LEAST_INT8_ROWS - len(x)))), step
+
+
+def int8_scaled(
+    product: Tensor, steps: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What a product of levels stands for: product * scale * steps + bias.
+
+    product: int32 [T or more, N]; steps: float32 [T, 1]; scale, bias: float32 [N]. Returns [T, N] of `dtype`.
+    """
+    out = product[: len(steps)].float() * scale
+    out = out.mul_(steps) if bias is None else torch.addcmul(bias, out, steps)
+    return out.to(dtype)
 
 
 def _turn(

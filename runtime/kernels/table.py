@@ -73,6 +73,9 @@ class Kernels(NamedTuple):
     restore_rows: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor], None
     ]  # (into, rows, scales, sources, targets)
+    int8_levels: Callable[[Tensor], tuple[Tensor, Tensor]]
+    # (product, steps, scale, bias, dtype)
+    int8_scaled: Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 
 
 PLAIN = Kernels(
@@ -99,6 +102,8 @@ PLAIN = Kernels(
     plain.rope_and_cache_fp8,
     plain.round_rows,
     plain.restore_rows,
+    plain.int8_levels,
+    plain.int8_scaled,
 )
 
 
@@ -108,6 +113,7 @@ def _triton_kernels() -> Kernels:
     from runtime.kernels.embed import embed
     from runtime.kernels.expert_linear import expert_down, expert_gate_up
     from runtime.kernels.greedy import greedy
+    from runtime.kernels.int8_rows import int8_levels, int8_scaled
     from runtime.kernels.latent_few import absorb_and_cache, latent_values
     from runtime.kernels.latent_rope import latent_rope_and_cache
     from runtime.kernels.lay_out import lay_out
@@ -124,7 +130,7 @@ def _triton_kernels() -> Kernels:
         paged_decode, paged_prefill, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear,
         skinny_gated, skinny_parts, greedy, embed, latent_rope_and_cache, route, lay_out, expert_gate_up, expert_down,
         weigh, absorb_and_cache, latent_values, paged_decode_fp8, rope_and_cache_fp8,
-        round_rows, restore_rows,
+        round_rows, restore_rows, int8_levels, int8_scaled,
     )  # fmt: skip
 
 
@@ -312,6 +318,7 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
 
     yield "round_rows", rounded_rows
     yield "restore_rows", restored_rows
+    yield from _int8_trials(device, dtype, hidden, random)
     x, delta, scale_of = normal(4, hidden), normal(4, hidden), normal(hidden)
 
     def added(kernel: Callable[..., Tensor | None]) -> list[Tensor]:
@@ -350,6 +357,29 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         yield from latent_trials(normal, device, num_heads, dim, shape.latent_dim, shape.latent_value_dim)
     if shape.experts is not None:
         yield from expert_trials(normal, device, hidden, shape.experts)
+
+
+def _int8_trials(
+    device: torch.device, dtype: torch.dtype, size: int, random: torch.Generator
+) -> Iterator[tuple[str, Trial]]:
+    """Rows of whole levels, so that both round the same values: one on the edge would go to either side."""
+
+    def whole(low: int, high: int, num_rows: int) -> Tensor:
+        return torch.randint(low, high, (num_rows, size), generator=random, device=device)
+
+    x = whole(-120, 121, 4)
+    x[:, 0] = 127
+    widths = 2.0 ** torch.arange(-2, 2, device=device)[:, None]
+
+    def found(kernel: Callable[..., Any]) -> list[Tensor]:
+        levels, steps = kernel((x * widths).to(dtype))
+        return [levels, steps]
+
+    yield "int8_levels", found
+    scale, bias = torch.rand(2, size, generator=random, device=device).unbind()
+    product = whole(-100, 101, 32).int()
+    for added in (None, bias):
+        yield "int8_scaled", _returned(product, widths, scale, added, dtype)
 
 
 def _pieces_trial(

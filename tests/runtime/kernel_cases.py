@@ -234,7 +234,14 @@ for splits in (2, 5, 16, 64):
     )
 for dim in (16, 64, 128):
     add(f"decode_in_blocks_of_heads_of_{dim}", decode, contexts=[1, 64, 65, 0, 200], dim=dim, size=64)
-    add(f"decode_in_blocks_split_heads_of_{dim}", decode, contexts=[7, 129, 0, 256], dim=dim, size=64, splits=3)
+    add(
+        f"decode_in_blocks_split_heads_of_{dim}",
+        decode,
+        contexts=[7, 129, 0, 256],
+        dim=dim,
+        size=64,
+        splits=3,
+    )
 add("decode_in_blocks_of_heads_of_256", decode, contexts=[3, 130], dim=256, size=64)
 add("decode_in_blocks_group_71", decode, contexts=[66, 5], kv_heads=1, group=71, size=64)
 add("decode_in_blocks_of_many_rows", decode, contexts=[5, 33, 0, 64, 100] * 14, kv_heads=1, dim=128, size=64)
@@ -388,6 +395,53 @@ def silu(device: torch.device, dtype: torch.dtype, size: int, scale: float = 1.0
 for size in (1, 96, 1025, 3072):
     add(f"silu_of_{size}", silu, size=size)
 add("silu_of_large_values", silu, size=200, scale=40.0)
+
+
+def int8_levels(
+    device: torch.device, dtype: torch.dtype, num_rows: int, size: int, scale: float = 1.0, gap: int = 8
+) -> None:
+    """Both may round a value between two levels either way, as one of them multiplies and adds at once."""
+    torch.manual_seed(0)
+    whole = torch.randn(num_rows, size + gap).mul(scale).to(device, dtype)
+    whole[0] = 0
+    whole[-1, -1 - gap] *= 100
+    x = whole[:, :size]
+    (levels, steps), (expected, widths) = (kernel(x) for kernel in (kernels().int8_levels, PLAIN.int8_levels))
+    close(steps, widths)
+    assert levels.shape == expected.shape and levels.dtype == torch.int8
+    assert not levels[num_rows:].any()
+    off = (levels.int() - expected.int()).abs()
+    assert off.max() <= 1 and off.float().mean() < 1e-3
+    assert levels.int().abs().max() <= 127
+    assert bool(((levels[:num_rows] * steps - x.float()).abs() <= 0.51 * steps).all())
+
+
+def int8_levels_of_what_is_no_number(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.ones(3, 40).to(device, dtype)
+    x[1, 7] = float("nan")
+    for kernel in (kernels().int8_levels, PLAIN.int8_levels):
+        assert kernel(x)[1].isnan().flatten().tolist() == [False, True, False]
+
+
+for num_rows, size in ((1, 1), (3, 96), (40, 100), (2, 5000)):
+    add(f"int8_levels_of_{num_rows}_by_{size}", int8_levels, num_rows=num_rows, size=size)
+add("int8_levels_of_small_values", int8_levels, num_rows=3, size=64, scale=1e-3)
+add("int8_levels_side_by_side", int8_levels, num_rows=3, size=64, gap=0)
+CASES["int8_levels_of_what_is_no_number"] = int8_levels_of_what_is_no_number
+
+
+def int8_scaled(
+    device: torch.device, dtype: torch.dtype, num_rows: int, size: int, has_bias: bool, num_more: int = 0
+) -> None:
+    torch.manual_seed(0)
+    product = torch.randint(-(2**24), 2**24, (num_rows + num_more, size), dtype=torch.int32, device=device)
+    steps, scale = torch.rand(num_rows, 1, device=device) * 1e-4, torch.rand(size, device=device) * 1e-2
+    bias = torch.randn(size, device=device) if has_bias else None
+    close(*(one.int8_scaled(product, steps, scale, bias, dtype) for one in (kernels(), PLAIN)))
+
+
+add("int8_scaled", int8_scaled, num_rows=1, size=3000, has_bias=False, num_more=31)
+add("int8_scaled_and_added_to", int8_scaled, num_rows=33, size=40, has_bias=True)
 
 
 def skinny(
@@ -871,6 +925,10 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
             empty(2, dtype=torch.int64), empty(8, dtype=torch.int64), empty(9, 4096)
         ),
         "silu": lambda: kernels().silu_mul(empty(2, 2 * 14336)),
+        "int8_levels": lambda: kernels().int8_levels(empty(2, 14336)),
+        "int8_scaled": lambda: kernels().int8_scaled(
+            empty(32, 4096, dtype=torch.int32), empty(2, 1, dtype=wide), empty(4096, dtype=wide), None, half
+        ),
     }
     for rows in (1, 32, 64, 256):
         found[f"linear_{rows}"] = lambda m=rows: kernels().skinny_linear(empty(m, 4096), empty(4096, 4096))

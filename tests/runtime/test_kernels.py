@@ -163,7 +163,9 @@ def test_every_form_of_decode_attention_is_that_of_some_batch_for_which_it_is_co
         splits = choose_splits(num_rows, kv_heads, num_sms)
         return splits, fetched_tokens(64, num_rows, kv_heads, splits, has_room=True)
 
-    assert {form(num_rows) for num_rows in range(1, 1025)} == {form(num_rows) for num_rows in COMPILED_BUCKETS}
+    assert {form(num_rows) for num_rows in range(1, 1025)} == {
+        form(num_rows) for num_rows in COMPILED_BUCKETS
+    }
 
 
 def test_twins_are_all_there_is_without_triton() -> None:
