@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 # Each of these has kernels of its own; those of larger ones are the last one's.
-COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96)
+COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96)
 MAX_DRAWN = 2**14  # tokens that a step of any kind draws at most
 WARM_UPS = 2  # runs before a capture where kernels may not be compiled and loaded yet
 PUT_OFF = 1  # steps over other pools or by other weights that are run before any is captured

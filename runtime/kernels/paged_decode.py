@@ -161,7 +161,7 @@ def _tile(dim: int, rows: Tensor, num_values: int) -> int:
 
 def fetched_tokens(tile: int, num_rows: int, kv_heads: int, num_splits: int, has_room: bool) -> int:
     """Of one tile that is fetched whole, where by pointers it would be of `tile` tokens. Each form is that of some
-    batch of up to 96 rows, for which it is compiled. `has_room`: for large tiles."""
+    batch for which it is compiled (`decode_graph.COMPILED_BUCKETS`). `has_room`: for large tiles."""
     are_few = num_splits > 1 or (num_rows <= FEW_ROWS and num_rows * kv_heads <= FEW_PROGRAMS)
     return max(MIN_DOT, min(MOST_FETCHED, tile if are_few and has_room else tile // 2))
 

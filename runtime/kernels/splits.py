@@ -6,9 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_SPLITS = 64
+FEW_SPLITS = 8
+FEW_ROWS = 64
 QUERY_TILE = 64  # new tokens of one program, where there are several
 LONG_CONTEXT = 4096  # tokens of a tile below which its parts would take longer to merge than they save
-PROGRAMS_AN_SM = 2  # of attention over pieces, at once
+PROGRAMS_AN_SM = 2  # of attention, at once
 GOOD_SHARE = 0.85  # of the device that is busy on average
 MAX_TILE_SPLITS = 8
 
@@ -16,14 +18,26 @@ IntArray = NDArray[np.int64]
 
 
 def choose_splits(num_rows: int, kv_heads: int, num_sms: int) -> int:
-    """A power of two in [1, 64] with which no SM waits for another program's end: about one program each. More were
-    slower everywhere on an H200, as the parts must be merged: 32 rows of 8 heads at 256 tokens took 15 us in 1 and 23
-    in 2, a single one 8 in 4 and 10 in 33. Depends on shapes alone, so that a CUDA graph may keep it.
+    """A power of two in [1, 64] with which no SM is idle: about one program each, and two where that takes few parts,
+    as one alone does not keep an SM's memory busy. More were slower, as the parts must be merged. On an H200, 8 KV
+    heads of 128, us in half as many parts and in those chosen: 4 rows of 2,000 tokens 14.5 and 13.3, 8 of 300 8.7 and
+    8.3, 8 ragged ones of 1,099 20.6 and 16.4, 16 of 300 11.0 and 10.0, of 8,000 132 and 124; latents of 32 rows of
+    2,048 48 and 35. In twice as many: 2 rows of 2,000 10.5 and 10.7, 32 of 2,000 65.0 and 68.4, one of 8,000 14.7 and
+    14.6. Depends on shapes alone, so that a CUDA graph may keep it, and so that every choice is that of some batch of
+    few rows, for which kernels are compiled.
 
     `kv_heads`: key heads; of a latent cache 1 for every 64 heads that share it.
     """
-    wanted = max(1, num_sms // max(1, num_rows * kv_heads))
-    return min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
+    if num_rows > FEW_ROWS:
+        return 1
+    num_apart = max(1, num_rows * kv_heads)
+    of_two = _power_of_two(PROGRAMS_AN_SM * num_sms // num_apart)
+    return min(MAX_SPLITS, of_two if of_two <= FEW_SPLITS else _power_of_two(num_sms // num_apart))
+
+
+def _power_of_two(wanted: int) -> int:
+    """The largest that is not larger, 1 at least."""
+    return 1 << (max(1, wanted).bit_length() - 1)
 
 
 def tiles_of(new_tokens: IntArray, contexts: IntArray) -> NDArray[np.int32]:
