@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from runtime import weights
+from runtime.kernels import PLAIN
 from runtime.weights import (
     WeightSet,
     formats_from,
@@ -60,6 +61,43 @@ def test_what_preparations_launch_is_launched_for_few_rows_and_leaves_the_model_
     assert tried == [(weights.BFloat16Form, few), (weights.Int8Form, few)]
     assert torch.equal(m[1].weight, before) and m[1].weight.requires_grad
     weights.wake_preparations(nn.Sequential(nn.Embedding(9, 24)), ["int8"])  # nothing to multiply
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 3, 40])
+def test_integers_are_multiplied_alike_without_packed_weights(
+    rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, by the twins of its kernels."""
+    asked = list[tuple[int, int]]()
+
+    def noting(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append((x.shape[0], x.shape[1]))
+        return PLAIN.int8_levels(x)
+
+    monkeypatch.setattr(weights, "_packed_int8", lambda weight: None)
+    layer, same = nn.Linear(24, 40, bias=bias), nn.Linear(24, 40, bias=bias)
+    made = prepared(nn.Sequential(layer, same), "int8", kernels=PLAIN._replace(int8_levels=noting))
+    x = torch.randn(2, rows, 24)
+    with torch.inference_mode():
+        expected = linear_int8_plain(x, *quantised(layer.weight), layer.bias)
+        made.install()
+        asked.clear()
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+        same(x)
+    assert asked == ([(2 * rows, 24)] if rows else []), "both layers share one rounding"
+
+
+@pytest.mark.parametrize("values", [1, 100, 961])
+def test_weights_are_widened_in_parts_to_the_same_bits(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x, bias = torch.randn(40, 24).bfloat16(), torch.randn(3, 24).bfloat16(), torch.randn(40)
+    levels, scale = quantised(weight)
+    whole = linear_int8_plain(x, levels, scale, bias)
+    assert scale.dtype == torch.float32 and levels.abs().amax(1).eq(127).all()
+    monkeypatch.setattr(weights, "WIDENED_VALUES", values)
+    for part, expected in zip(quantised(weight), (levels, scale), strict=True):
+        assert torch.equal(part, expected)
+    torch.testing.assert_close(linear_int8_plain(x, levels, scale, bias), whole)
 
 
 def test_int8_of_one_row_does_not_depend_on_its_company() -> None:
