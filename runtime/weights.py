@@ -75,14 +75,17 @@ def linear_int8_plain(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     step = row_steps(x.float())
     rounded = (x.float() / step + 0.5).floor()
     restored = rounded * step
-    parts = [linear(restored, part.float() * s[:, None]) for part, s in _in_parts(weight, scale)]
-    out = torch.cat(parts, -1)
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    out = restored.new_empty(*x.shape[:-1], len(weight))
+    done = 0
+    for part, of_part in _in_parts(weight, scale):
+        out[..., done : done + len(part)] = linear(restored, part.float() * of_part[:, None])
+        done += len(part)
+    return (out if bias is None else out.add_(bias.float())).to(x.dtype)
 
 
 def _in_parts(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of so many rows of each that WIDENED_VALUES of the weight are in them."""
-    num_rows = max(1, WIDENED_VALUES // weight.shape[1])
+    num_rows = max(1, WIDENED_VALUES // max(1, weight.shape[1]))
     return zip(*(one.split(num_rows) for one in (weight, *others)), strict=True)
 
 
@@ -313,13 +316,16 @@ def _form_of(module: nn.Linear, format: str, rounding: Rounding, kernels: Kernel
 def _agrees(form: Form, module: nn.Linear, limit: float) -> bool:
     weight = module.weight
     generator = torch.Generator().manual_seed(0)
-    for num_rows in (1, 5) if weight.device.type == "cpu" else (5,):  # elsewhere few rows are computed alike
+    # Integers of few rows are multiplied alike on CUDA, where each check holds up those who are served.
+    for num_rows in (5,) if weight.is_cuda and isinstance(form, Int8Form) else (1, 5):
         x = torch.randn(num_rows, module.in_features, generator=generator).to(weight.device, weight.dtype)
         expected = form.plain(x)
         try:
             error = (form.forward(x) - expected).abs().max()
-        except RuntimeError as refused:  # a shape that the kernel does not take
-            log.info("%s", str(refused).splitlines()[0])
+        except (
+            Exception
+        ) as refused:  # a shape that the kernel does not take; of a compiler or a driver, anything
+            log.info("%s", str(refused).partition("\n")[0])
             return False
         if not error <= max(limit, 4 * torch.finfo(x.dtype).eps) * expected.abs().max().clamp(min=1e-6):
             return False

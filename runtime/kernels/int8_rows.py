@@ -17,6 +17,7 @@ SCALED_BLOCK = 1024
 
 
 def int8_levels(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x if x.stride(1) == 1 else x.contiguous()
     num_rows, size = x.shape
     levels = torch.empty(max(num_rows, LEAST_INT8_ROWS), size, dtype=torch.int8, device=x.device)
     steps = torch.empty(num_rows, 1, dtype=torch.float32, device=x.device)

@@ -22,6 +22,7 @@ from runtime.host import num_cores
 MIN_CAPABILITY = (9, 0)
 MAX_THREADS = 16
 FEW_ROWS = 64  # of x, in products: every GPU has room for a tile of so many
+NUM_SMS = 132
 LARGE_TILE_BYTES = 200_000  # what those of more take
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,14 @@ def has_early_start(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+
+
+@functools.cache
+def num_sms_of(device: torch.device) -> int:
+    """Those of an H100 where there is no GPU."""
+    if device.type != "cuda":
+        return NUM_SMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from runtime.kernels.launch import has_early_start, has_large_tiles, launch
+from runtime.kernels.launch import has_early_start, has_large_tiles, launch, num_sms_of
 
 MIN_DOT = 16
 MAX_HEAD_BLOCK = 64  # heads of one program; beyond that, accumulators spill
@@ -34,7 +34,7 @@ LATENT_STAGES = 5
 # 70.0 and 67.5; rows of 100 to 2,000, longest first, 25 of them 64.7 and 44.8, 69 99.0 and 94.8, 256 144.5 and 143.7.
 # With large tiles the 256 took 155.8, with small ones the 25 54.2; with a stage more 149.4 and 49.0.
 MOST_FETCHED = 64
-FEW_PROGRAMS = 264
+FEW_PROGRAMS_AN_SM = 2
 FEW_ROWS = 64
 SMALL_FETCHED_BYTES = 65_536  # of shared memory under way, where a program may have 99 KiB in all
 UNBOUNDED = 2**30  # a window wider than any context
@@ -65,7 +65,7 @@ def paged_decode(
     num_warps = 2 if head_block * dim_block <= SMALL_SUMS and scales is None else 4
     tile = _tile(dim_block, rows, TILE_VALUES if scales is None else OTHER_TILE_VALUES)
     has_room = has_large_tiles(out.device)
-    fetched = fetched_tokens(tile, num_rows, kv_heads, num_splits, has_room)
+    fetched = fetched_tokens(tile, num_rows, kv_heads, num_splits, num_sms_of(out.device), has_room)
     in_block = (
         window is None and scales is None and dim == dim_block and block_tokens % fetched == 0
         and (out.device.type != "cuda" or has_early_start(out.device))
@@ -159,10 +159,13 @@ def _tile(dim: int, rows: Tensor, num_values: int) -> int:
     return int(max(MIN_DOT, min(128, num_values // (dim * wide))))
 
 
-def fetched_tokens(tile: int, num_rows: int, kv_heads: int, num_splits: int, has_room: bool) -> int:
+def fetched_tokens(
+    tile: int, num_rows: int, kv_heads: int, num_splits: int, num_sms: int, has_room: bool
+) -> int:
     """Of one tile that is fetched whole, where by pointers it would be of `tile` tokens. Each form is that of some
     batch for which it is compiled (`decode_graph.COMPILED_BUCKETS`). `has_room`: for large tiles."""
-    are_few = num_splits > 1 or (num_rows <= FEW_ROWS and num_rows * kv_heads <= FEW_PROGRAMS)
+    is_room_for_all = num_rows * kv_heads <= FEW_PROGRAMS_AN_SM * num_sms
+    are_few = num_splits > 1 or (num_rows <= FEW_ROWS and is_room_for_all)
     return max(MIN_DOT, min(MOST_FETCHED, tile if are_few and has_room else tile // 2))
 
 

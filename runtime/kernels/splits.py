@@ -18,13 +18,13 @@ IntArray = NDArray[np.int64]
 
 
 def choose_splits(num_rows: int, kv_heads: int, num_sms: int) -> int:
-    """A power of two in [1, 64] with which no SM is idle: about one program each, and two where that takes few parts,
-    as one alone does not keep an SM's memory busy. More were slower, as the parts must be merged. On an H200, 8 KV
-    heads of 128, us in half as many parts and in those chosen: 4 rows of 2,000 tokens 14.5 and 13.3, 8 of 300 8.7 and
-    8.3, 8 ragged ones of 1,099 20.6 and 16.4, 16 of 300 11.0 and 10.0, of 8,000 132 and 124; latents of 32 rows of
-    2,048 48 and 35. In twice as many: 2 rows of 2,000 10.5 and 10.7, 32 of 2,000 65.0 and 68.4, one of 8,000 14.7 and
-    14.6. Depends on shapes alone, so that a CUDA graph may keep it, and so that every choice is that of some batch of
-    few rows, for which kernels are compiled.
+    """A power of two in [1, 64] with which no SM is idle while rows are few: about one program each, and two where that
+    takes few parts, as one alone does not keep an SM's memory busy. More were slower, as the parts must be merged. On
+    an H200, 8 KV heads of 128, us in half as many parts and in those chosen: 4 rows of 2,000 tokens 14.5 and 13.3, 8 of
+    300 8.7 and 8.3, 8 ragged ones of 1,099 20.6 and 16.4, 16 of 300 11.0 and 10.0, of 8,000 132 and 124; latents of 32
+    rows of 2,048 48 and 35. In twice as many: 2 rows of 2,000 10.5 and 10.7, 32 of 2,000 65.0 and 68.4, one of 8,000
+    14.7 and 14.6. Depends on shapes alone, so that a CUDA graph may keep it. Of heads of their own, every choice is
+    that of some batch of few rows, for which kernels are compiled.
 
     `kv_heads`: key heads; of a latent cache 1 for every 64 heads that share it.
     """

@@ -398,35 +398,42 @@ add("silu_of_large_values", silu, size=200, scale=40.0)
 
 
 def int8_levels(
-    device: torch.device, dtype: torch.dtype, num_rows: int, size: int, scale: float = 1.0, gap: int = 8
-) -> None:
+    device: torch.device, dtype: torch.dtype, num_rows: int, size: int, scale: float = 1.0, gap: int = 8,
+    every: int = 1,
+) -> None:  # fmt: skip
     """Both may round a value between two levels either way, as one of them multiplies and adds at once."""
     torch.manual_seed(0)
-    whole = torch.randn(num_rows, size + gap).mul(scale).to(device, dtype)
+    whole = torch.randn(num_rows, every * (size + gap)).mul(scale).to(device, dtype)
     whole[0] = 0
-    whole[-1, -1 - gap] *= 100
-    x = whole[:, :size]
+    x = whole[:, : every * size : every]
+    x[-1, -1] *= 100
     (levels, steps), (expected, widths) = (kernel(x) for kernel in (kernels().int8_levels, PLAIN.int8_levels))
     close(steps, widths)
     assert levels.shape == expected.shape and levels.dtype == torch.int8
-    assert not levels[num_rows:].any()
+    assert len(levels) > 16 and not levels[num_rows:].any(), "as torch._int_mm wants it"
     off = (levels.int() - expected.int()).abs()
     assert off.max() <= 1 and off.float().mean() < 1e-3
-    assert levels.int().abs().max() <= 127
+    largest = levels[:num_rows].int().abs().amax(1)
+    assert largest[0] == 0 and bool((largest[1:] == 127).all())
     assert bool(((levels[:num_rows] * steps - x.float()).abs() <= 0.51 * steps).all())
 
 
 def int8_levels_of_what_is_no_number(device: torch.device, dtype: torch.dtype) -> None:
-    x = torch.ones(3, 40).to(device, dtype)
-    x[1, 7] = float("nan")
+    x = torch.ones(4, 5000).to(device, dtype)
+    x[1, 3], x[2, 4999] = float("nan"), -float("inf")
     for kernel in (kernels().int8_levels, PLAIN.int8_levels):
-        assert kernel(x)[1].isnan().flatten().tolist() == [False, True, False]
+        levels, steps = kernel(x)
+        assert steps.isnan().flatten().tolist() == [False, True, False, False]
+        assert steps.isinf().flatten().tolist() == [False, False, True, False]
+        assert levels[[0, 3]].eq(127).all()
 
 
 for num_rows, size in ((1, 1), (3, 96), (40, 100), (2, 5000)):
     add(f"int8_levels_of_{num_rows}_by_{size}", int8_levels, num_rows=num_rows, size=size)
 add("int8_levels_of_small_values", int8_levels, num_rows=3, size=64, scale=1e-3)
+add("int8_levels_of_very_small_values", int8_levels, num_rows=2, size=64, scale=1e-6)
 add("int8_levels_side_by_side", int8_levels, num_rows=3, size=64, gap=0)
+add("int8_levels_of_every_other_value", int8_levels, num_rows=3, size=64, every=2)
 CASES["int8_levels_of_what_is_no_number"] = int8_levels_of_what_is_no_number
 
 
@@ -434,9 +441,10 @@ def int8_scaled(
     device: torch.device, dtype: torch.dtype, num_rows: int, size: int, has_bias: bool, num_more: int = 0
 ) -> None:
     torch.manual_seed(0)
-    product = torch.randint(-(2**24), 2**24, (num_rows + num_more, size), dtype=torch.int32, device=device)
     steps, scale = torch.rand(num_rows, 1, device=device) * 1e-4, torch.rand(size, device=device) * 1e-2
     bias = torch.randn(size, device=device) if has_bias else None
+    # Made last: the scale is read before what was launched just before is waited for.
+    product = torch.randint(-(2**24), 2**24, (num_rows + num_more, size), dtype=torch.int32, device=device)
     close(*(one.int8_scaled(product, steps, scale, bias, dtype) for one in (kernels(), PLAIN)))
 
 

@@ -153,8 +153,8 @@ def test_graph_serves_contexts_that_grow_after_its_capture() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("num_sms", [46, 108, 132, 160])
-@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 5, 8, 16, 32])
+@pytest.mark.parametrize("num_sms", [46, 108, 114, 132, 148, 160])
+@pytest.mark.parametrize("kv_heads", [*range(1, 13), 16, 20, 32, 36, 40, 71])
 def test_every_form_of_decode_attention_is_that_of_some_batch_for_which_it_is_compiled(
     kv_heads: int, num_sms: int
 ) -> None:
@@ -162,7 +162,7 @@ def test_every_form_of_decode_attention_is_that_of_some_batch_for_which_it_is_co
 
     def form(num_rows: int) -> tuple[int, int]:
         splits = choose_splits(num_rows, kv_heads, num_sms)
-        return splits, fetched_tokens(64, num_rows, kv_heads, splits, has_room=True)
+        return splits, fetched_tokens(64, num_rows, kv_heads, splits, num_sms, has_room=True)
 
     assert {form(num_rows) for num_rows in range(1, 1025)} == {
         form(num_rows) for num_rows in COMPILED_BUCKETS
@@ -469,6 +469,14 @@ def test_splits_keep_all_sms_busy_and_no_more(num_rows: int, kv_heads: int) -> N
     assert splits == MAX_SPLITS or 2 * num_programs > 132 or num_rows > 64
     assert splits == 1 or num_programs <= (264 if splits <= FEW_SPLITS else 132)
     assert splits >= FEW_SPLITS or 2 * num_programs > 264 or num_rows > 64, "an SM has room for another one"
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "kv_heads", "splits"),
+    [(1, 8, 16), (2, 8, 8), (4, 8, 8), (8, 8, 4), (16, 8, 2), (32, 8, 1), (32, 1, 8), (64, 1, 4), (65, 1, 1)],
+)
+def test_splits_of_an_h200_are_those_that_were_fastest(num_rows: int, kv_heads: int, splits: int) -> None:
+    assert choose_splits(num_rows, kv_heads, 132) == splits
 
 
 def test_tiles_hold_each_new_token_once_and_what_sees_most_comes_first() -> None:

@@ -13,6 +13,7 @@ from runtime.clock import Clock
 from runtime.decoder_model import DecoderModel
 from runtime.engine import Engine
 from runtime.executor import Executor
+from runtime.kernels import PLAIN
 from runtime.knobs import EngineConfig
 from runtime.link import Frame
 from runtime.loader import load_model
@@ -200,6 +201,24 @@ def test_another_block_needs_nothing_prepared_and_starts_an_engine_too(folder: P
     assert here.state() == here.runner.champion
     done = here.call("reconfigure", patch={"kv_block": 128})["value"]
     assert done["config"]["kv_block"] == "128" == here.state().kv_block and done["commit_us"] > 0
+
+
+def test_weights_are_prepared_with_the_kernels_of_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, threads = Here(folder), []
+
+    def noting(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        threads.append(threading.current_thread().name)
+        return PLAIN.int8_levels(x)
+
+    monkeypatch.setattr("runtime.weights._packed_int8", lambda weight: None)
+    here.executor._model.kernels = PLAIN._replace(int8_levels=noting)
+    here.executor.warm._wake()
+    assert threads
+    threads.clear()
+    assert "value" in here.call("prepare", values=values(here, weight_format="int8"))
+    assert threads and threading.current_thread().name not in threads
 
 
 def test_over_other_blocks_what_steps_launch_is_launched_before_they_count_as_ready(

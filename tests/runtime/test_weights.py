@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from runtime import weights
-from runtime.kernels import PLAIN
+from runtime.kernels import PLAIN, TRITON
 from runtime.weights import (
     WeightSet,
     formats_from,
@@ -63,6 +63,88 @@ def test_what_preparations_launch_is_launched_for_few_rows_and_leaves_the_model_
     weights.wake_preparations(nn.Sequential(nn.Embedding(9, 24)), ["int8"])  # nothing to multiply
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_each_input_is_rounded_by_itself(is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_packed:
+        monkeypatch.setattr(weights, "_packed_int8", lambda weight: None)
+    layer = nn.Linear(24, 40)
+    prepared(nn.Sequential(layer), "int8").install()
+    with torch.inference_mode():
+        for x in (torch.randn(3, 24), torch.randn(3, 24) * 50, torch.randn(3, 24)):
+            expected = linear_int8_plain(x, *quantised(layer.weight), layer.bias)
+            assert (layer(x) - expected).abs().max() <= weights.MAX_ERROR["int8"] * expected.abs().max()
+
+
+def test_packed_and_other_layers_of_one_input_have_levels_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed = weights._packed_int8
+    monkeypatch.setattr(weights, "_packed_int8", lambda weight: packed(weight) if len(weight) == 40 else None)
+    layers, x = [nn.Linear(24, size) for size in (40, 48, 40)], torch.randn(3, 24)
+    with torch.inference_mode():
+        expected = [linear_int8_plain(x, *quantised(layer.weight), layer.bias) for layer in layers]
+        prepared(nn.Sequential(*layers), "int8").install()
+        for layer, wanted in zip(layers, expected, strict=True):
+            assert (layer(x) - wanted).abs().max() <= weights.MAX_ERROR["int8"] * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_integers_give_numbers_of_the_type_of_the_input(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_packed_int8", lambda weight: None)
+    layer, x = nn.Linear(24, 40).to(dtype), torch.randn(3, 24).to(dtype)
+    prepared(nn.Sequential(layer), "int8").install()
+    with torch.inference_mode():
+        out = layer(x)
+    expected = linear_int8_plain(x, *quantised(layer.weight), layer.bias)
+    assert out.dtype == dtype and (out - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [True, False])
+def test_integers_are_multiplied_on_a_gpu(bias: bool, caplog: pytest.LogCaptureFixture) -> None:
+    assert TRITON is not None
+    layer = nn.Linear(1024, 3072, bias=bias, device="cuda", dtype=torch.bfloat16)
+    prepared(nn.Sequential(layer), "int8", kernels=TRITON).install()
+    assert caplog.records == [], "the plain form would serve"
+    levels, scale = quantised(layer.weight)
+    with torch.inference_mode():
+        for rows in (1, 5, 17, 32, 33, 200):
+            x = torch.randn(rows, 1024, device="cuda").bfloat16()
+            expected = linear_int8_plain(x, levels, scale, layer.bias)
+            assert (layer(x) - expected).abs().max() <= 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "int8"])
+@pytest.mark.parametrize("wrong_rows", [1, 5])
+def test_a_layer_that_differs_for_some_numbers_of_rows_is_served_by_its_specification(
+    format: str, wrong_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = {"bfloat16": weights.BFloat16Form, "int8": weights.Int8Form}[format]
+    forward, dropped = kind.forward, list[weights.Form]()
+    monkeypatch.setattr(kind, "drop_fast", lambda form: dropped.append(form))
+    monkeypatch.setattr(kind, "forward", lambda form, x: forward(form, x) + (len(x) == wrong_rows))
+    prepared(model(), format)
+    assert len(dropped) == 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_layer_that_cannot_be_computed_is_served_by_its_specification(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise error("not compiled")
+
+    monkeypatch.setattr(weights, "_packed_int8", lambda weight: None)
+    m, x = model(), torch.randn(1, 5, 24)
+    made = prepared(m, "int8", kernels=PLAIN._replace(int8_levels=refuse))
+    with torch.inference_mode():
+        exact = m[0](x)
+        made.install()
+        assert 0 < (m[0](x) - exact).norm() / exact.norm() < LIMITS["int8"]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 3, 40])
 def test_integers_are_multiplied_alike_without_packed_weights(
@@ -95,6 +177,7 @@ def test_weights_are_widened_in_parts_to_the_same_bits(values: int, monkeypatch:
     whole = linear_int8_plain(x, levels, scale, bias)
     assert scale.dtype == torch.float32 and levels.abs().amax(1).eq(127).all()
     monkeypatch.setattr(weights, "WIDENED_VALUES", values)
+    assert all(part.numel() <= max(24, values) for part, _ in weights._in_parts(levels, scale))
     for part, expected in zip(quantised(weight), (levels, scale), strict=True):
         assert torch.equal(part, expected)
     torch.testing.assert_close(linear_int8_plain(x, levels, scale, bias), whole)
