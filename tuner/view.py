@@ -300,6 +300,12 @@ def plain_line(state: ViewState) -> str:
     )
 
 
+def where_line(state: ViewState) -> str:
+    """What serves and where, for a log."""
+    dashboard = "" if state.dashboard_url is None else f" Dashboard: {state.dashboard_url}."
+    return f"{told_time(state.now)} {state.model} is served at {state.api_url} ({state.device}).{dashboard}"
+
+
 def show(
     read: Callable[[], ViewState],
     stop: threading.Event,
@@ -328,10 +334,15 @@ def show(
 
 
 def show_plain(read: Callable[[], ViewState], stop: threading.Event, console: Console) -> None:
-    """A plain line every 10 s, and each line of the story as it is written."""
+    """Where it is served, each line of the story as it is written, and a plain line every 10 s."""
     told_until_at, next_line = 0.0, time.monotonic()
+    told_where: tuple[str | None, ...] = ()
     while not stop.is_set():
         state = read()
+        where = (state.api_url, state.dashboard_url)
+        if where != told_where:  # also where a runtime or a dashboard began anew elsewhere
+            print_plain(console, where_line(state))
+            told_where = where
         for line in state.story:
             if line.at > told_until_at:
                 print_plain(console, f"{told_time(line.at)} {line.text}")

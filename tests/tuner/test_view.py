@@ -147,6 +147,26 @@ def test_without_a_terminal_plain_lines_tell_the_same() -> None:
     assert "\x1b" not in "".join(lines)
 
 
+def test_a_log_begins_with_where_the_model_is_served() -> None:
+    first = shown(FULL).splitlines()[0]
+    assert "demo is served at http://127.0.0.1:8000/v1 (cpu). Dashboard: http://127.0.0.1:8501." in first
+
+
+def test_a_log_tells_again_where_the_model_is_served_when_that_changes() -> None:
+    states = [FULL, FULL, replace(FULL, dashboard_url="http://127.0.0.1:8502"), FULL]
+    reading, file = Stopping(FULL, len(states)), io.StringIO()
+
+    def read() -> ViewState:
+        reading.state = states[-max(1, reading.looks)]
+        return reading()
+
+    show(read, reading.stop, console=Console(file=file, width=80, height=24))
+    told = [
+        line.partition("Dashboard: ")[2] for line in file.getvalue().splitlines() if "is served at" in line
+    ]
+    assert told == [f"http://127.0.0.1:{port}." for port in (8501, 8502, 8501)]
+
+
 def test_plain_can_be_asked_for_on_a_terminal() -> None:
     assert "\x1b[?1049h" not in shown(FULL, force_terminal=True, plain=True)
 
