@@ -99,7 +99,9 @@ def run(
         }.items()
         if value is not None
     }
-    run_daemon(load_settings(config, flags=flags), lambda daemon, stop: watch(daemon, stop, plain))
+    run_daemon(
+        load_settings(config, flags=flags), lambda daemon, stop: watch(daemon, stop, plain), say=typer.echo
+    )
 
 
 def pair(item: str) -> tuple[str, Any]:

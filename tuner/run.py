@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,18 +46,21 @@ logger = logging.getLogger(__name__)
 CAPACITY_S = 25.0
 CAPACITY_FILE = "capacity.json"
 STOP_TRAFFIC_S = 15.0
+LOOK_S = 0.1
 
 
 def run(
     settings: Settings,
     watch: Callable[[Daemon, threading.Event], None] | None = None,
     keep_runtime: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Runs until SIGINT or SIGTERM; the second signal ends the process at once, and says what is left running.
 
     Args:
         watch: shown beside the loop (the live view), in the main thread, until its event is set.
         keep_runtime: leaves the runtime serving at the end instead of draining it.
+        say: told what is waited for before anything is shown.
 
     Raises:
         TunerError, StoreError: what kept it from starting.
@@ -78,7 +82,7 @@ def run(
         stack.callback(lambda: supervisor.stop() if owned[0] else None)
         supervisor.attach_or_start(start_values(settings, store), stop.is_set)
         if not stop.is_set():
-            serve(settings, store, supervisor, stop, watch, stack, left_running)
+            serve(settings, store, supervisor, stop, watch, stack, left_running, say)
             owned[0] = not keep_runtime  # it was ours to run, so it is ours to stop
 
 
@@ -90,6 +94,7 @@ def serve(
     watch: Callable[[Daemon, threading.Event], None] | None,
     stack: contextlib.ExitStack,
     left_running: list[Callable[[], str]],
+    say: Callable[[str], None],
 ) -> None:
     """`left_running`: what to say of what outlives this process, should a person insist."""
     control = supervisor.client()
@@ -131,7 +136,7 @@ def serve(
         stack.callback(keeper.stop)
         left_running.append(keeper.left_running)
     if settings.traffic is not None:
-        stack.enter_context(traffic(settings, settings.traffic, supervisor, initial))
+        stack.enter_context(traffic(settings, settings.traffic, supervisor, initial, stop, say))
 
     def supervise() -> None:
         supervisor.check((daemon.state or {}).get("engine"))
@@ -233,14 +238,23 @@ def wisher(daemon: Daemon) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def traffic(
-    settings: Settings, wanted: TrafficSettings, supervisor: RuntimeSupervisor, initial: EngineConfig
+    settings: Settings,
+    wanted: TrafficSettings,
+    supervisor: RuntimeSupervisor,
+    initial: EngineConfig,
+    stop: threading.Event,
+    say: Callable[[str], None],
 ) -> Iterator[None]:
-    """The generated load, in its own process, for as long as the daemon runs."""
+    """The generated load, in its own process, for as long as the daemon runs. None where that is stopped before."""
     identity = supervisor.client().identity()
     api_url = identity["api_url"]
     if wanted.utilisation is not None:
         share = wanted.utilisation
-        rate = share * capacity_per_s(settings, wanted, identity, supervisor, initial)
+        capacity = capacity_per_s(settings, wanted, identity, supervisor, initial, stop, say)
+        if capacity is None:
+            yield
+            return
+        rate = share * capacity
         wanted = wanted.model_copy(update={"utilisation": None, "rate_per_s": rate})
         logger.info(
             "Traffic: %.2f requests/s, %s of the start configuration's capacity",
@@ -283,8 +297,11 @@ def capacity_per_s(
     identity: Mapping[str, Any],
     supervisor: RuntimeSupervisor,
     initial: EngineConfig,
-) -> float:
-    """Requests a second that the start configuration serves when there is always more to do.
+    stop: threading.Event,
+    say: Callable[[str], None],
+) -> float | None:
+    """Requests a second that the start configuration serves when there is always more to do; None where it was stopped
+    meanwhile.
 
     Measured once a data folder and start configuration: a champion of a later run must not raise the load.
     """
@@ -305,20 +322,51 @@ def capacity_per_s(
         capacity=True,
         vocab_size=identity["model"]["vocab_size"],
     )
+    say(
+        f"{identity['model']['name']} is served at {identity['api_url']}. For {CAPACITY_S:g} s it is measured how much "
+        "the start configuration serves at most, so that traffic suits this machine; once."
+    )
     try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=CAPACITY_S + 120, env=client_environment(settings)
-        )
+        measured = told_by(words, CAPACITY_S + 120, client_environment(settings), stop)
     finally:
         if settings.mode != "observe":
             control.reconfigure(champion, None)
-    if done.returncode != 0:
-        raise Unavailable(
-            f"The start configuration's capacity could not be measured: {done.stderr.strip().splitlines()[-1:]}"
-        )
-    measured = json.loads(done.stdout.splitlines()[-1])
+    if measured is None:
+        return None
     write_private(path, json.dumps({"key": key, **measured}))
     return float(measured["requests_per_s"])
+
+
+def told_by(
+    words: Sequence[str], limit_s: float, environment: Mapping[str, str], stop: threading.Event
+) -> dict[str, Any] | None:
+    """The last line that a command writes, as JSON. It is ended and None returned when `stop` is set; a Ctrl-C reaches
+    us alone.
+
+    Raises:
+        Unavailable: it failed, or took too long.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
+        )
+        try:
+            waited_until = time.monotonic() + limit_s
+            while child.poll() is None and not stop.wait(LOOK_S) and time.monotonic() < waited_until:
+                pass
+        finally:
+            has_ended = child.poll() is not None
+            child.kill()
+            child.wait()
+        if stop.is_set():
+            return None
+        out.seek(0)
+        err.seek(0)
+        if not has_ended or child.returncode != 0:
+            why = (err.read().strip().splitlines() or [f"it did not end within {limit_s:g} s"])[-1]
+            raise Unavailable(f"The start configuration's capacity could not be measured: {why}")
+        measured: dict[str, Any] = json.loads(out.read().splitlines()[-1])
+        return measured
 
 
 # --- process --------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def record(hour: Hour, data: Path) -> None:
         champion = initial_config(settings, identity)
         snapshot_id = record_snapshot(store, identity, clock.now())
         stack.callback(end_run, store, record_run(store, settings, clock.now()), clock)
-        stack.enter_context(traffic(settings, settings.traffic, supervisor, champion))
+        stack.enter_context(traffic(settings, settings.traffic, supervisor, champion, stop, print))
         recorder = Recorder(hour, data, store, supervisor, identity, snapshot_id, champion, clock)
         stack.callback(recorder.close)
         recorder.run(stop)
