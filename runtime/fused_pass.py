@@ -20,7 +20,7 @@ from runtime.fused_experts import FusedExperts
 from runtime.fused_latent import FusedLatent
 from runtime.kernels import TRITON, Kernels, Shape, checked
 from runtime.kernels.expert_trials import ExpertShape
-from runtime.kernels.launch import has_early_start
+from runtime.kernels.launch import has_early_start, num_sms_of
 from runtime.kernels.linear_table import LinearTable
 from runtime.kernels.splits import QUERY_TILE, choose_splits, choose_tile_splits, tiles_of
 from runtime.kv_cache import BLOCK_TOKENS
@@ -316,7 +316,7 @@ def fused_pass(decoder: Decoder, device: torch.device, max_model_len: int) -> Fu
     if device.type != "cuda" or TRITON is None:
         return None
     kernels, replaced = checked(TRITON, device, decoder.embedding.dtype, shape_of(decoder))
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    num_sms = num_sms_of(device)
     found = FusedPass(decoder, kernels, BLOCK_TOKENS, max_model_len, num_sms)
     found.replaced_kernels = tuple(replaced)
     # Elsewhere FlashAttention 2 is at home, and the twin of this kernel waits for the device.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from runtime.kernels import PLAIN, Kernels
-from runtime.kernels.plain import INT8_LIMIT, LEAST_ROW_MAXIMUM
+from runtime.kernels.plain import INT8_LIMIT, row_steps
 from runtime.linear import PACKED_FOR_ROWS
 
 log = logging.getLogger(__name__)
@@ -89,18 +89,13 @@ def _in_parts(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(one.split(num_rows) for one in (weight, *others)), strict=True)
 
 
-def row_steps(x: Tensor) -> Tensor:
-    """x: [..., in]. Returns [..., 1]: the width of one level, so that the row's largest value is 127 of them."""
-    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True)
-    return largest.clamp_(min=LEAST_ROW_MAXIMUM) / INT8_LIMIT
-
-
 def unsigned_levels(x: Tensor) -> tuple[Tensor, Tensor]:
     """x: [T, in]. Returns uint8 [T, in], levels with 128 added, and their widths, [T, 1]."""
-    step = row_steps(x.float())
+    wide = x.float()
+    step = row_steps(wide)
     half = torch.full((), 128.5, device=x.device)
     # Truncating what is positive is flooring it.
-    return torch.addcmul(half, x.float(), step.reciprocal()).to(torch.uint8), step
+    return torch.addcmul(half, wide, step.reciprocal()).to(torch.uint8), step
 
 
 class Form(Protocol):

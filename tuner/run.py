@@ -245,7 +245,7 @@ def traffic(
     stop: threading.Event,
     say: Callable[[str], None],
 ) -> Iterator[None]:
-    """The generated load, in its own process, for as long as the daemon runs. None where that is stopped before."""
+    """The generated load, in its own process, for as long as the daemon runs; none where we are to stop before that."""
     identity = supervisor.client().identity()
     api_url = identity["api_url"]
     if wanted.utilisation is not None:

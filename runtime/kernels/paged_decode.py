@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from runtime.kernels.launch import has_early_start, has_large_tiles, launch, num_sms_of
+from runtime.kernels.splits import FEW_ROWS, PROGRAMS_AN_SM
 
 MIN_DOT = 16
 MAX_HEAD_BLOCK = 64  # heads of one program; beyond that, accumulators spill
@@ -34,8 +35,6 @@ LATENT_STAGES = 5
 # 70.0 and 67.5; rows of 100 to 2,000, longest first, 25 of them 64.7 and 44.8, 69 99.0 and 94.8, 256 144.5 and 143.7.
 # With large tiles the 256 took 155.8, with small ones the 25 54.2; with a stage more 149.4 and 49.0.
 MOST_FETCHED = 64
-FEW_PROGRAMS_AN_SM = 2
-FEW_ROWS = 64
 SMALL_FETCHED_BYTES = 65_536  # of shared memory under way, where a program may have 99 KiB in all
 UNBOUNDED = 2**30  # a window wider than any context
 
@@ -164,7 +163,7 @@ def fetched_tokens(
 ) -> int:
     """Of one tile that is fetched whole, where by pointers it would be of `tile` tokens. Each form is that of some
     batch for which it is compiled (`decode_graph.COMPILED_BUCKETS`). `has_room`: for large tiles."""
-    is_room_for_all = num_rows * kv_heads <= FEW_PROGRAMS_AN_SM * num_sms
+    is_room_for_all = num_rows * kv_heads <= PROGRAMS_AN_SM * num_sms
     are_few = num_splits > 1 or (num_rows <= FEW_ROWS and is_room_for_all)
     return max(MIN_DOT, min(MOST_FETCHED, tile if are_few and has_room else tile // 2))
 

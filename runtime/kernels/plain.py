@@ -184,6 +184,12 @@ def restore_rows(into: Tensor, rows: Tensor, scales: Tensor, sources: Tensor, ta
     into.index_copy_(0, targets, restored(bits, scales.index_select(0, sources), into.dtype).flatten(1))
 
 
+def row_steps(x: Tensor) -> Tensor:
+    """x: [..., K]. Returns [..., 1]: the width of one level, so that the row's largest value is 127 of them."""
+    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True)
+    return largest.clamp_(min=LEAST_ROW_MAXIMUM) / INT8_LIMIT
+
+
 def int8_levels(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row as whole levels of its own, so that its largest value is 127 of them.
 
@@ -191,10 +197,7 @@ def int8_levels(x: Tensor) -> tuple[Tensor, Tensor]:
     level, float32 [T, 1]. A row that holds what is no number has a width that is none.
     """
     wide = x.float()
-    step = (
-        torch.linalg.vector_norm(wide, float("inf"), -1, keepdim=True).clamp_(min=LEAST_ROW_MAXIMUM)
-        / INT8_LIMIT
-    )
+    step = row_steps(wide)
     # Filled on the device: a constant sent there could not be captured.
     half = torch.full((), 0.5, device=x.device)
     levels = torch.addcmul(half, wide, step.reciprocal()).floor_().to(torch.int8)
