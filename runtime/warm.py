@@ -182,14 +182,14 @@ class WarmStates:
         """
         used = list(in_use)
         if wanted.weight_format or wanted.pool:
-            self._drop(used, KEPT_UNUSED - 1)
+            self.drop_unused(used, KEPT_UNUSED - 1)
         weight_bytes = wanted_bytes(self._model.model, wanted.weight_format) if wanted.weight_format else 0
         pool_bytes = self._pool_bytes(wanted.pool) if wanted.pool else 0
         step_bytes = self._model.waking_bytes(*wanted.steps) if wanted.steps else 0
         needed = weight_bytes + pool_bytes + step_bytes
         room = self._room_bytes()
         if needed > room:
-            self._drop(used, 0)
+            self.drop_unused(used)
             room = self._room_bytes()
         if needed <= room:
             return wanted
@@ -259,7 +259,8 @@ class WarmStates:
         if wanted.pool is not None:
             self._pools[wanted.pool] = {} if pools is None else pools
 
-    def _drop(self, used: Iterable[EngineConfig], num_kept: int) -> None:
+    def drop_unused(self, used: Iterable[EngineConfig], num_kept: int = 0) -> None:
+        """But for what is in force or in `used`, and of the rest the `num_kept` last of each kind."""
         used = list(used)
         formats = {config.weight_format for config in used} | {self.loaded_format, self.weight_format}
         pools = {PoolKey.of(config) for config in used} | {self.pool}

@@ -64,8 +64,9 @@ class Changes:
         self.serving, self.window_s = serving, window_s
 
     def visit(self, knob: str, other: KnobValue) -> Visit:
-        """There and back."""
+        """There and back; what an earlier visit prepared is prepared anew."""
         serving = self.serving
+        serving.executor.warm.drop_unused([])
         serving.forget()
         while not serving.steps:
             serving.step()

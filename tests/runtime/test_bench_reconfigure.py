@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from runtime import warm
 from runtime.bench import reconfigure
 from runtime.bench.changes import Visit, Window, other_value, row_of
 from runtime.knobs import knob_reports
@@ -75,3 +76,17 @@ def test_knobs_change_under_load_and_nobody_is_dropped(capsys: pytest.CaptureFix
     assert rows["all live"]["num_steps"] > 20 and rows["all live"]["step_ratio"] > 0
     assert rows["weight_format"]["prepare_s"] > 0 and rows["weight_format"]["itl_ratio"] > 0
     assert found["config"]["weight_format"] == "float32" and found["config"]["policy"] == "fcfs"
+
+
+def test_each_visit_prepares_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    formats = []
+    made = warm.prepared
+
+    def noted(model: Any, weight_format: str, *others: Any) -> Any:
+        formats.append(weight_format)
+        return made(model, weight_format, *others)
+
+    monkeypatch.setattr(warm, "prepared", noted)
+    words = ["--shape", "tiny", "--device", "cpu", "--requests", "4", "--rounds", "3", "--window", "0.05"]
+    assert reconfigure.main([*words, "--warm-up", "0.1", "--kv-tokens", "8192", "--only", "weight_format"]) == 0
+    assert len(formats) == 3 > len(set(formats)), "the third visit goes where the first went"
