@@ -12,6 +12,7 @@ STEP_PERCENT = 99.9
 GAP_PERCENT = 99.0
 FEW_PART = 64  # of `max_num_seqs`, so many fewer: requests that are let in again are no more than usual
 MIN_SAMPLES = 10  # a percentile of less is none
+STEP_BAR, ITL_BAR = 1.2, 1.5  # times the percentile of quiet windows
 
 
 class Window(NamedTuple):
@@ -43,7 +44,12 @@ class Visit(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One knob, or all of a kind. Ratios: None where there were too few samples, or nothing was prepared."""
+    """One knob, or all of a kind. Ratios: None where there were too few samples, or nothing was prepared.
+
+    A knob's windows hold some hundred steps, so their p99.9 is the longest of them. So also: `run_ratio`, against the
+    quiet windows of the whole run; `num_over`, of its steps those longer than STEP_BAR times these windows' p99.9; and
+    `over_chance` of as many or more of them, if one step in a thousand were as long.
+    """
 
     knob: str
     apply: str
@@ -58,6 +64,9 @@ class Row(NamedTuple):
     quiet_step_ms: float | None
     changed_step_ms: float | None
     step_ratio: float | None
+    run_ratio: float | None
+    num_over: int
+    over_chance: float
     before_itl_ms: float | None
     preparing_itl_ms: float | None
     itl_ratio: float | None
@@ -90,8 +99,8 @@ def _least(report: Mapping[str, Any]) -> float:
     return 1.0 if report["kind"] == "int" else float(report["high"]) / 100.0
 
 
-def row_of(knob: str, apply: str, visits: Sequence[Visit]) -> Row:
-    """At least one visit."""
+def row_of(knob: str, apply: str, visits: Sequence[Visit], every: Sequence[Visit]) -> Row:
+    """At least one visit. `every`: those of the run, of all knobs."""
     quiet = Window.joined([window for visit in visits for window in visit.quiet])
     changed = Window.joined([window for visit in visits for window in visit.changed])
     before = Window.joined([window for visit in visits for window in visit.before])
@@ -99,19 +108,33 @@ def row_of(knob: str, apply: str, visits: Sequence[Visit]) -> Row:
     commits = [us for visit in visits for us in visit.commit_us]
     steps = [percentile(window.steps_s, STEP_PERCENT) for window in (quiet, changed)]
     gaps = [percentile(window.gaps_s, GAP_PERCENT) for window in (before, preparing)]
+    of_run = Window.joined([window for visit in every for window in visit.quiet])
+    run_step_s = percentile(of_run.steps_s, STEP_PERCENT)
+    num_over = sum(run_step_s is not None and step > STEP_BAR * run_step_s for step in changed.steps_s)
     return Row(
         knob=knob, apply=apply, values=list(dict.fromkeys(visit.other for visit in visits)),
         num_dropped=sum(visit.num_dropped for visit in visits), num_commits=len(commits),
         commit_us=float(np.median(commits)), most_commit_us=max(commits),
         prepare_s=max(seconds for visit in visits for seconds in visit.prepare_s), num_steps=len(changed.steps_s),
         quiet_step_p50_ms=_ms(percentile(quiet.steps_s, 50)), quiet_step_ms=_ms(steps[0]),
-        changed_step_ms=_ms(steps[1]), step_ratio=ratio(*steps), before_itl_ms=_ms(gaps[0]),
+        changed_step_ms=_ms(steps[1]), step_ratio=ratio(*steps),
+        run_ratio=ratio(run_step_s, steps[1]), num_over=num_over,
+        over_chance=chance_of(num_over, len(changed.steps_s), 1.0 - STEP_PERCENT / 100.0), before_itl_ms=_ms(gaps[0]),
         preparing_itl_ms=_ms(gaps[1]), itl_ratio=ratio(*gaps),
     )  # fmt: skip
 
 
 def percentile(seconds: Sequence[float], percent: float) -> float | None:
     return float(np.percentile(seconds, percent)) if len(seconds) >= MIN_SAMPLES else None
+
+
+def chance_of(num_hits: int, num_draws: int, probability: float) -> float:
+    """Of so many hits or more among independent draws: the upper tail of the binomial distribution."""
+    fewer, term = 0.0, (1.0 - probability) ** num_draws
+    for hits in range(num_hits):
+        fewer += term
+        term *= (num_draws - hits) / (hits + 1) * probability / (1.0 - probability)
+    return max(0.0, 1.0 - fewer)
 
 
 def ratio(base: float | None, value: float | None) -> float | None:

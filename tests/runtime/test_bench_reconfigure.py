@@ -3,11 +3,12 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from runtime import warm
 from runtime.bench import reconfigure
-from runtime.bench.changes import Visit, Window, other_value, row_of
+from runtime.bench.changes import Visit, Window, chance_of, other_value, row_of
 from runtime.knobs import knob_reports
 
 REPORTS = {report["name"]: report for report in knob_reports(4, 512, max_kv_tokens=8192)}
@@ -55,12 +56,34 @@ def test_a_row_compares_windows_of_the_same_visits() -> None:
     quiet, changed = Window([0.010] * 20, [0.010] * 40), Window([0.010] * 19 + [0.030], [0.012] * 40)
     preparing = Window([], [0.015] * 40)
     visit = Visit(8, [0.0, 2.0], [10.0, 30.0], [quiet], [changed], [preparing], [quiet], 1)
-    row = row_of("kv_tokens", "warm", [visit, visit])
+    row = row_of("kv_tokens", "warm", [visit, visit], [visit, visit])
     assert (row.num_dropped, row.num_commits, row.commit_us, row.most_commit_us) == (2, 4, 20.0, 30.0)
     assert row.prepare_s == 2.0 and row.num_steps == 40 and row.quiet_step_p50_ms == pytest.approx(10.0)
     assert row.step_ratio == pytest.approx(3.0, rel=0.01) and row.itl_ratio == pytest.approx(1.5)
     few = visit._replace(preparing=[], before=[])
-    assert row_of("policy", "live", [few]).itl_ratio is None
+    assert row_of("policy", "live", [few], [few]).itl_ratio is None
+
+
+def test_a_row_counts_steps_that_are_longer_than_the_whole_run_allows() -> None:
+    steady = Window([0.010] * 20, [0.010] * 40)
+    visit = Visit("on", [0.0], [1.0], [steady], [Window([0.010] * 97 + [0.011, 0.013, 0.020], [])], [], [], 0)
+    slow = visit._replace(quiet=[Window([0.020] * 20, [])], changed=[steady])
+    alone, beside = (row_of("prefix_cache", "warm", [visit], every) for every in ([visit], [visit, slow]))
+    assert alone.num_over == 2 and alone.over_chance == pytest.approx(chance_of(2, 100, 0.001))
+    assert alone.run_ratio == alone.step_ratio == pytest.approx(2.0, rel=0.05)
+    assert beside.num_over == 0 and beside.over_chance == 1.0 and beside.step_ratio == alone.step_ratio
+    assert beside.run_ratio == pytest.approx(1.0, rel=0.05)
+
+
+def test_the_chance_is_the_binomial_tail() -> None:
+    assert chance_of(0, 360, 0.001) == 1.0
+    assert chance_of(1, 360, 0.001) == pytest.approx(1 - 0.999**360)
+    assert chance_of(3, 4, 0.5) == pytest.approx(5 / 16)
+    assert chance_of(5, 4, 0.5) == pytest.approx(0.0)
+    rng = np.random.default_rng(0)
+    assert chance_of(8, 5529, 0.001) == pytest.approx(
+        np.mean(rng.binomial(5529, 0.001, 200_000) >= 8), abs=0.004
+    )
 
 
 def test_knobs_change_under_load_and_nobody_is_dropped(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,5 +111,7 @@ def test_each_visit_prepares_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(warm, "prepared", noted)
     words = ["--shape", "tiny", "--device", "cpu", "--requests", "4", "--rounds", "3", "--window", "0.05"]
-    assert reconfigure.main([*words, "--warm-up", "0.1", "--kv-tokens", "8192", "--only", "weight_format"]) == 0
+    assert (
+        reconfigure.main([*words, "--warm-up", "0.1", "--kv-tokens", "8192", "--only", "weight_format"]) == 0
+    )
     assert len(formats) == 3 > len(set(formats)), "the third visit goes where the first went"
