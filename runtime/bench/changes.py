@@ -46,9 +46,9 @@ class Visit(NamedTuple):
 class Row(NamedTuple):
     """One knob, or all of a kind. Ratios: None where there were too few samples, or nothing was prepared.
 
-    A knob's windows hold some hundred steps, so their p99.9 is the longest of them. So also: `run_ratio`, against the
-    quiet windows of the whole run; `num_over`, of its steps those longer than STEP_BAR times these windows' p99.9; and
-    `over_chance` of as many or more of them, if one step in a thousand were as long.
+    A knob's windows hold some hundred steps, so their p99.9 is the longest of them. So also: `run_ratio` and
+    `run_itl_ratio`, against the quiet windows of the whole run; `num_over`, of its steps those longer than STEP_BAR
+    times the p99.9 of these; and `over_chance` of as many or more, if one step in a thousand were as long.
     """
 
     knob: str
@@ -70,6 +70,7 @@ class Row(NamedTuple):
     before_itl_ms: float | None
     preparing_itl_ms: float | None
     itl_ratio: float | None
+    run_itl_ratio: float | None
 
 
 def other_value(report: Mapping[str, Any], current: KnobValue, turn: int = 0) -> KnobValue | None:
@@ -99,8 +100,8 @@ def _least(report: Mapping[str, Any]) -> float:
     return 1.0 if report["kind"] == "int" else float(report["high"]) / 100.0
 
 
-def row_of(knob: str, apply: str, visits: Sequence[Visit], every: Sequence[Visit]) -> Row:
-    """At least one visit. `every`: those of the run, of all knobs."""
+def row_of(knob: str, apply: str, visits: Sequence[Visit], of_run: Window) -> Row:
+    """At least one visit. `of_run`: the quiet windows of all knobs."""
     quiet = Window.joined([window for visit in visits for window in visit.quiet])
     changed = Window.joined([window for visit in visits for window in visit.changed])
     before = Window.joined([window for visit in visits for window in visit.before])
@@ -108,7 +109,6 @@ def row_of(knob: str, apply: str, visits: Sequence[Visit], every: Sequence[Visit
     commits = [us for visit in visits for us in visit.commit_us]
     steps = [percentile(window.steps_s, STEP_PERCENT) for window in (quiet, changed)]
     gaps = [percentile(window.gaps_s, GAP_PERCENT) for window in (before, preparing)]
-    of_run = Window.joined([window for visit in every for window in visit.quiet])
     run_step_s = percentile(of_run.steps_s, STEP_PERCENT)
     num_over = sum(run_step_s is not None and step > STEP_BAR * run_step_s for step in changed.steps_s)
     return Row(
@@ -121,6 +121,7 @@ def row_of(knob: str, apply: str, visits: Sequence[Visit], every: Sequence[Visit
         run_ratio=ratio(run_step_s, steps[1]), num_over=num_over,
         over_chance=chance_of(num_over, len(changed.steps_s), 1.0 - STEP_PERCENT / 100.0), before_itl_ms=_ms(gaps[0]),
         preparing_itl_ms=_ms(gaps[1]), itl_ratio=ratio(*gaps),
+        run_itl_ratio=ratio(percentile(of_run.gaps_s, GAP_PERCENT), gaps[1]),
     )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def bench(serving: Serving, names: Sequence[str], num_rounds: int, window_s: flo
     changes = Changes(serving, window_s)
     visits: dict[str, list[Visit]] = {}
     apply: dict[str, str] = {}
-    every: list[Visit] = []
+    of_run = Window([], [])
     for turn in range(num_rounds):
         for report in reports_in_order(serving.reports, names):
             name = report["name"]
@@ -129,12 +129,12 @@ def bench(serving: Serving, names: Sequence[str], num_rounds: int, window_s: flo
                 continue
             apply[name] = str(report["apply"])
             visits.setdefault(name, []).append(changes.visit(name, other))
-            every.append(visits[name][-1])
-            print_rows([row_of(name, apply[name], visits[name], every)], file=sys.stderr)
-    rows = [row_of(name, apply[name], some, every) for name, some in visits.items()]
+            of_run = Window.joined([of_run, *visits[name][-1].quiet])
+            print_rows([row_of(name, apply[name], visits[name], of_run)], file=sys.stderr)
+    rows = [row_of(name, apply[name], some, of_run) for name, some in visits.items()]
     for kind in dict.fromkeys(apply.values()):
         of_kind = [visit for name, some in visits.items() if apply[name] == kind for visit in some]
-        rows.append(row_of(f"all {kind}", kind, of_kind, every)._replace(values=[]))
+        rows.append(row_of(f"all {kind}", kind, of_kind, of_run)._replace(values=[]))
     return rows
 
 
@@ -150,7 +150,7 @@ def reports_in_order(reports: Sequence[dict[str, Any]], names: Sequence[str]) ->
 def print_rows(rows: Sequence[Row], file: Any = None) -> None:
     columns = ("dropped", "commits", "commit us", "most us", "prepare s", "steps")
     ratios = (
-        "quiet p99.9", "changed", "ratio", "of run", "over", "chance", "p99 ITL ms", "preparing", "ratio"
+        "quiet p99.9", "changed", "ratio", "of run", "over", "chance", "p99 ITL ms", "preparing", "ratio", "of run"
     )  # fmt: skip
     print(f"{'knob':<22}{'apply':<6}" + "".join(f"{name:>11}" for name in (*columns, *ratios)), file=file)
     for row in rows:
@@ -162,7 +162,7 @@ def print_rows(rows: Sequence[Row], file: Any = None) -> None:
             )),
             f"{row.num_over}", f"{row.over_chance:.3f}",
             *("" if value is None else f"{value:.2f}" for value in (
-                row.before_itl_ms, row.preparing_itl_ms, row.itl_ratio
+                row.before_itl_ms, row.preparing_itl_ms, row.itl_ratio, row.run_itl_ratio
             )),
         )  # fmt: skip
         print(

@@ -56,19 +56,21 @@ def test_a_row_compares_windows_of_the_same_visits() -> None:
     quiet, changed = Window([0.010] * 20, [0.010] * 40), Window([0.010] * 19 + [0.030], [0.012] * 40)
     preparing = Window([], [0.015] * 40)
     visit = Visit(8, [0.0, 2.0], [10.0, 30.0], [quiet], [changed], [preparing], [quiet], 1)
-    row = row_of("kv_tokens", "warm", [visit, visit], [visit, visit])
+    row = row_of("kv_tokens", "warm", [visit, visit], quiet)
     assert (row.num_dropped, row.num_commits, row.commit_us, row.most_commit_us) == (2, 4, 20.0, 30.0)
     assert row.prepare_s == 2.0 and row.num_steps == 40 and row.quiet_step_p50_ms == pytest.approx(10.0)
     assert row.step_ratio == pytest.approx(3.0, rel=0.01) and row.itl_ratio == pytest.approx(1.5)
+    long = Window([], [0.030] * 40)
+    assert row_of("kv_tokens", "warm", [visit], long).run_itl_ratio == pytest.approx(0.5)
     few = visit._replace(preparing=[], before=[])
-    assert row_of("policy", "live", [few], [few]).itl_ratio is None
+    assert row_of("policy", "live", [few], quiet).itl_ratio is None
 
 
 def test_a_row_counts_steps_that_are_longer_than_the_whole_run_allows() -> None:
     steady = Window([0.010] * 20, [0.010] * 40)
     visit = Visit("on", [0.0], [1.0], [steady], [Window([0.010] * 97 + [0.011, 0.013, 0.020], [])], [], [], 0)
-    slow = visit._replace(quiet=[Window([0.020] * 20, [])], changed=[steady])
-    alone, beside = (row_of("prefix_cache", "warm", [visit], every) for every in ([visit], [visit, slow]))
+    slower = Window([0.010] * 20 + [0.020] * 20, [])
+    alone, beside = (row_of("prefix_cache", "warm", [visit], of_run) for of_run in (steady, slower))
     assert alone.num_over == 2 and alone.over_chance == pytest.approx(chance_of(2, 100, 0.001))
     assert alone.run_ratio == alone.step_ratio == pytest.approx(2.0, rel=0.05)
     assert beside.num_over == 0 and beside.over_chance == 1.0 and beside.step_ratio == alone.step_ratio
