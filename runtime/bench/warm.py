@@ -287,6 +287,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timer = time.thread_time if options.clock == "cpu" else time.perf_counter
     bench = Bench(Executor(loaded, options.kv_tokens, config), config, options.seed, timer)
     texts = held_out(options.model, options.text, bench.executor.max_model_len)
+    if not texts:
+        parser.error(
+            f"the tokenizer in {options.model} makes fewer than two tokens of the text. Formats are compared on text: "
+            "add the model's tokenizer to its folder, or name a longer text with --text."
+        )
     formats = bench_formats(bench, options.batches, options.turns, texts)
     pool = bench_pool(bench, max(options.batches), options.turns)
     blocks = bench_blocks(bench, max(options.batches), options.turns)
