@@ -317,9 +317,8 @@ def _agrees(form: Form, module: nn.Linear, limit: float) -> bool:
         expected = form.plain(x)
         try:
             error = (form.forward(x) - expected).abs().max()
-        except (
-            Exception
-        ) as refused:  # a shape that the kernel does not take; of a compiler or a driver, anything
+        # A shape that the kernel does not take; of a compiler or a driver, anything.
+        except Exception as refused:
             log.info("%s", str(refused).partition("\n")[0])
             return False
         if not error <= max(limit, 4 * torch.finfo(x.dtype).eps) * expected.abs().max().clamp(min=1e-6):

@@ -48,7 +48,8 @@ class Row(NamedTuple):
 
     A knob's windows hold some hundred steps, so their p99.9 is the longest of them. So also: `run_ratio` and
     `run_itl_ratio`, against the quiet windows of the whole run; `num_over`, of its steps those longer than STEP_BAR
-    times the p99.9 of these; and `over_chance` of as many or more, if one step in a thousand were as long.
+    times the p99.9 of these; and `over_chance` of as many or more, if one step in a thousand were as long and steps
+    did not depend on one another. That p99.9 is taken as known, but rests on few steps itself: seven of 7,000.
     """
 
     knob: str
