@@ -75,6 +75,7 @@ class DecodeGraphs:
         self._scalars = torch.zeros(4, rows, dtype=torch.int64, device=device)
         self._drawn = torch.zeros(MAX_DRAWN, dtype=torch.int64, device=device)  # by the last step
         self._drawn_by: int | None = None  # where the graph lies that wrote them there, if one did
+        self.replayed_rows: int | None = None  # of the graph that the last step replayed, if it did
         self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=device)
         # In turns: one may still be on its way when the next step is written.
         self._host_scalars = [torch.zeros(4, rows, dtype=torch.int64).pin_memory() for _ in range(2)]
@@ -121,11 +122,11 @@ class DecodeGraphs:
             self._drawn[: len(drawn)].copy_(drawn)
         if captured is None:
             logits, drawn = self._decoded(run, self._inputs(key.num_rows))
-            self._drawn_by = None  # others may come to lie where this is
+            self._drawn_by = self.replayed_rows = None  # others may come to lie where this is
         else:
             captured.graph.replay()
             logits, drawn = captured.out
-            self._drawn_by = drawn.data_ptr()
+            self._drawn_by, self.replayed_rows = drawn.data_ptr(), key.num_rows
         return Decoded(logits[:num_rows], drawn[:, :num_rows])
 
     def prepare(

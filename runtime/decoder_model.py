@@ -119,8 +119,9 @@ class DecoderModel(PagedModel):
             decoded = graphs.replay(packed, pools_in_force, self.weights_key, self._decode, self.drawn)
             if decoded is not None:
                 logits, self.greedy = decoded
+                self.graph_rows = graphs.replayed_rows
                 return logits
-        self.greedy = None
+        self.greedy = self.graph_rows = None
         return super().forward(packed, pools)
 
     def step_of(self, packed: PackedBatch) -> StepTensors:

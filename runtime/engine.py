@@ -374,6 +374,7 @@ class Engine:
             "num_decode": batch.num_decode, "num_prefill_rows": batch.num_prefill_rows,
             "num_prefill_tokens": batch.num_prefill_tokens, "num_drafted": batch.num_drafted,
             "context_tokens": batch.context_tokens, "attention_pairs": batch.attention_pairs, **self._load(),
+            "device_s": executed.device_s, "graph_rows": executed.graph_rows,
             "config_id": tick.config.config_id, "slice_id": tick.slice_id, "threads": executed.threads,
         }  # fmt: skip
 

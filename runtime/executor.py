@@ -43,7 +43,8 @@ LAID_OUT_SHARE = 0.3  # of free memory, for copies of weights that a CPU multipl
 class Executed(NamedTuple):
     """`tokens`: those drawn, row after row, None where the logits were not numbers; `logprobs` by place among them.
 
-    `scores`: of the batch's scored piece, None where it has none or its logits were not numbers.
+    `scores`: of the batch's scored piece, None where it has none or its logits were not numbers. `device_s`: by the
+    device's own clock, None on a CPU. `graph_rows`: those of the CUDA graph that was replayed, if one was.
     """
 
     tokens: list[int | None]
@@ -51,11 +52,13 @@ class Executed(NamedTuple):
     forward_s: float
     threads: int
     scores: list[PromptLogprob] | None = None
+    device_s: float | None = None
+    graph_rows: int | None = None
 
 
 class Launched(NamedTuple):
     """A step under way. `drawn`: as `draw` returns it, on the host once `read` has happened (None: it has).
-    `requests`: by drawn token."""
+    `requests`: by drawn token. `begun`: when the device came to it."""
 
     batch: Batch
     requests: list[Request]
@@ -64,6 +67,8 @@ class Launched(NamedTuple):
     read: torch.cuda.Event | None
     started: float
     threads: int
+    begun: torch.cuda.Event | None = None
+    graph_rows: int | None = None
 
 
 _NOTHING = torch.empty(2, 0, dtype=torch.int64)
@@ -143,7 +148,9 @@ class Executor:
         threads = config.threads_prefill if batch.num_prefill_rows else config.threads_decode
         self._use_threads(threads)
         started = time.perf_counter()
+        begun = _recorded() if self._device.type == "cuda" else None
         logits = self._model.forward(packed)
+        graph_rows = self._model.graph_rows
         requests = batch.drawing_requests()
         drawn = self._draw(logits[: len(requests)], requests) if requests else _NOTHING
         self._model.drawn = drawn[0]
@@ -151,9 +158,7 @@ class Executor:
             return Launched(batch, requests, logits, drawn, None, started, threads)
         on_host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
         on_host.copy_(drawn, non_blocking=True)
-        read = torch.cuda.Event()
-        read.record()
-        return Launched(batch, requests, logits, on_host, read, started, threads)
+        return Launched(batch, requests, logits, on_host, _recorded(), started, threads, begun, graph_rows)
 
     def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         greedy = self._model.greedy
@@ -170,7 +175,10 @@ class Executor:
         ended = time.perf_counter()
         forward_s = ended - max(launched.started, self._landed)
         self._landed = ended
-        return Executed(tokens, logprobs, forward_s, threads, scores)
+        device_s = None
+        if launched.begun is not None and launched.read is not None:
+            device_s = launched.begun.elapsed_time(launched.read) / 1e3
+        return Executed(tokens, logprobs, forward_s, threads, scores, device_s, launched.graph_rows)
 
     def rest(self) -> None:
         """Nothing is left to compute for now: what was held for the last requests is given back."""
@@ -263,6 +271,13 @@ class Executor:
         if threads != self._threads:
             torch.set_num_threads(threads)
             self._threads = threads
+
+
+def _recorded() -> torch.cuda.Event:
+    """Of the stream in use. It keeps the time: two of them say how long the device took for what lies between."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def served(loaded: LoadedModel, tiers: str = "ABC") -> PagedModel:

@@ -77,6 +77,8 @@ class PagedModel:
         self.kv_dtype = "auto"  # of the pools in force
         # The likeliest tokens of the step just computed, as `draw` returns them, where it has them already.
         self.greedy: Tensor | None = None
+        # Rows of the graph that computed it, padding among them; None where it was launched kernel by kernel.
+        self.graph_rows: int | None = None
         self.kernels = PLAIN
         self.replaced_kernels: tuple[str, ...] = ()  # that failed their check; plain twins do their work
         # Names the weights in force, for what was prepared with them.

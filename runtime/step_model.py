@@ -102,11 +102,24 @@ class StepModel:
 
 
 @dataclass(frozen=True)
-class StepModelFit:
-    """The fitted model and how far it may be trusted. Errors are of the held-out steps, as ratios.
+class StepError:
+    """How far held-out steps lie from their predictions, as ratios. `relative_error`: the median distance of a step.
+    `bias`: that of all of them together, which is what requests feel: +0.05 predicts five percent too much."""
 
-    `relative_error` is the median distance of a step from its prediction; `bias` that of all of them together,
-    which is what requests feel: +0.05 predicts five percent too much. `regime` tells what the log contained.
+    num_steps: int
+    relative_error: float
+    bias: float
+
+    @classmethod
+    def of(cls, predicted: Floats, actual: Floats) -> "StepError":
+        distance = float(np.median(np.abs(predicted / actual - 1.0)))
+        return cls(actual.size, distance, float(predicted.sum() / actual.sum() - 1.0))
+
+
+@dataclass(frozen=True)
+class StepModelFit:
+    """The fitted model and how far it may be trusted: `relative_error` and `bias` of the held-out steps, and the same
+    by what computed them, from the most frequent on (`computed_by`). `regime` tells what the log contained.
     """
 
     model: StepModel
@@ -114,6 +127,7 @@ class StepModelFit:
     bias: float
     num_steps: int
     regime: Regime
+    errors: Mapping[str, StepError]
 
 
 def fit_step_model(steps: Sequence[StepRecord], identity: Mapping[str, Any]) -> StepModelFit:
@@ -123,7 +137,7 @@ def fit_step_model(steps: Sequence[StepRecord], identity: Mapping[str, Any]) -> 
         TooFewSteps: fewer than 50 usable steps.
     """
     shape = StepModel.of_shape(identity)
-    columns, seconds = _columns(steps, shape)
+    columns, seconds, usable = _columns(steps, shape)
     if len(seconds) < MIN_STEPS:
         raise TooFewSteps(
             f"A step model needs at least {MIN_STEPS} steps, but got {len(seconds)}. Serve some requests first."
@@ -133,6 +147,9 @@ def fit_step_model(steps: Sequence[StepRecord], identity: Mapping[str, Any]) -> 
     fitted = _fit(columns[kept], seconds[kept])
     predicted = _predict(columns[num_fitted:], fitted)
     actual = seconds[num_fitted:]
+    found = StepError.of(predicted, actual)
+    held_out = np.array([computed_by(steps[at]) for at in usable[num_fitted:]])
+    kinds = sorted(set(held_out.tolist()), key=lambda kind: -int((held_out == kind).sum()))
     computing = _computes(columns[kept], fitted)
     regime: Regime = (
         "both" if 0.01 < computing.mean() < 0.99 else "compute" if computing.mean() >= 0.99 else "memory"
@@ -140,15 +157,27 @@ def fit_step_model(steps: Sequence[StepRecord], identity: Mapping[str, Any]) -> 
     a, b, c, d, e = (float(value) for value in fitted)
     return StepModelFit(
         model=replace(shape, a=a, b=b, c=c, d=d, e=e),
-        relative_error=float(np.median(np.abs(predicted / actual - 1.0))),
-        bias=float(predicted.sum() / actual.sum() - 1.0),
+        relative_error=found.relative_error,
+        bias=found.bias,
         num_steps=len(seconds),
         regime=regime,
+        errors={kind: StepError.of(predicted[held_out == kind], actual[held_out == kind]) for kind in kinds},
     )
 
 
-def _columns(steps: Sequence[StepRecord], shape: StepModel) -> tuple[Floats, Floats]:
-    """[steps, 5] what a, b, c, d, e are multiplied with, and [steps] seconds. Steps without work are left out."""
+def computed_by(step: StepRecord) -> str:
+    """What computed it: a graph, by its rows, or kernel by kernel `decode`, `mixed` (with pieces of prompts) or
+    `prompt` (with nothing else)."""
+    if (graph_rows := step.get("graph_rows")) is not None:
+        return f"graph of {graph_rows}"
+    if not step["num_prefill_rows"]:
+        return "decode"
+    return "mixed" if step["num_decode"] else "prompt"
+
+
+def _columns(steps: Sequence[StepRecord], shape: StepModel) -> tuple[Floats, Floats, NDArray[np.int_]]:
+    """[steps, 5] what a, b, c, d, e are multiplied with, [steps] seconds, and [steps] their places. Steps without work
+    are left out."""
     rows = np.array(
         [
             (
@@ -162,12 +191,13 @@ def _columns(steps: Sequence[StepRecord], shape: StepModel) -> tuple[Floats, Flo
         ],
         dtype=float,
     ).reshape(-1, 5)
-    rows = rows[np.isfinite(rows).all(axis=1) & (rows[:, 0] > 0) & (rows[:, 4] > 0)]
+    usable = np.flatnonzero(np.isfinite(rows).all(axis=1) & (rows[:, 0] > 0) & (rows[:, 4] > 0))
+    rows = rows[usable]
     tokens, context, pairs, sequences, seconds = rows.T
     flop = tokens * shape.flop_per_token + pairs * shape.attention_flop_per_pair
     constant = np.ones_like(flop)
     columns = (flop, constant * shape.weight_bytes, context * shape.kv_bytes_per_token, constant, sequences)
-    return np.stack(columns, axis=1), seconds
+    return np.stack(columns, axis=1), seconds, usable
 
 
 def _computes(columns: Floats, coefficients: Floats) -> NDArray[np.bool_]:

@@ -7,7 +7,7 @@ number, so that a reader that dies between reading and storing loses nothing.
 import json
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Self
 
 from runtime.record_spool import RecordSpool
@@ -22,6 +22,8 @@ class StepRecord:
     """One step of the engine. `at` is its end; `step_s` is the whole loop iteration, `forward_s` the model alone.
 
     `context_tokens` sums the cached tokens that the rows attend to; `attention_pairs` sums new tokens times context.
+    `device_s`: by the GPU's own clock, from when it came to the step; what it waited for the host in between is in it.
+    `graph_rows`: of the CUDA graph that was replayed, padding among them. Both None where there is no such thing.
     """
 
     at: float
@@ -38,15 +40,18 @@ class StepRecord:
     config_id: str
     slice_id: str | None
     threads: int
+    device_s: float | None = None
+    graph_rows: int | None = None
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """Reads a drained record; keys that this version does not know are left out.
 
         Raises:
-            KeyError: a field is missing.
+            KeyError: a field is missing that every version writes.
         """
-        return cls(**{known.name: record[known.name] for known in fields(cls)})
+        known = (one for one in fields(cls) if one.name in record or one.default is MISSING)
+        return cls(**{one.name: record[one.name] for one in known})
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ KEPT_UNUSED = 2
 FREE_SHARE = 0.8  # of free memory that a preparation may take
 PAUSE_S = 0.001  # between two layers, so that the steps beside get the core
 # On a GPU nothing has a lower priority than steps: a layer is waited for, then so many times as long, but not longer.
-GPU_PAUSES, MAX_PAUSE_S = 2.0, 0.02
+GPU_PAUSES, MAX_PAUSE_S = 4.0, 0.04
 
 
 class PoolKey(NamedTuple):

@@ -18,7 +18,7 @@ Json = dict[str, Any]
 Which = Literal["journal", "metrics"]  # of the two files
 SCHEMA_VERSIONS: dict[Which, int] = {
     "journal": 2,
-    "metrics": 2,
+    "metrics": 3,
 }  # newest Alembic revision, and the file's user_version
 
 # Without names, later revisions could not drop or change a constraint.
@@ -444,7 +444,7 @@ class RequestTiming(MetricsBase):
 
 
 class Step(MetricsBase):
-    """One step of the engine: what the step-time model is fitted on."""
+    """One step of the engine: what the step-time model is fitted on. The last two are of steps on a GPU alone."""
 
     __tablename__ = "step"
     __table_args__ = (Index("step_at", "at"),)
@@ -465,6 +465,8 @@ class Step(MetricsBase):
     threads: Mapped[int]
     config_id: Mapped[str]
     slice_id: Mapped[str | None] = mapped_column(default=None)
+    device_s: Mapped[float | None] = mapped_column(default=None)
+    graph_rows: Mapped[int | None] = mapped_column(default=None)
 
 
 class RuntimeEvent(MetricsBase):

@@ -2,7 +2,8 @@
 
     ceilings: copy bandwidth, reading weights, GEMM ──▶ the floor of each cell
     shape x workload: wall time, prefill and decode apart, tokens a second, share of the floor
-    traffic: latencies of arrivals by the clock, through the serving engine
+    traffic: latencies of arrivals by the clock, through the serving engine; where the time between two tokens goes, and
+        how far the model of a step's time is off
     start: seconds from the start of a process to its first token
 
 Random weights and token ids; greedy; nothing ends early. Each part takes minutes; `--shape` and `--workload` choose
@@ -14,6 +15,7 @@ import gc
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,12 +29,14 @@ from runtime.bench.loads import WORKLOADS
 from runtime.bench.serving import Serving
 from runtime.bench.shapes import SHAPES, save_random, source_of
 from runtime.bench.start import START_BAR_S, print_starts, read_once, start_once
-from runtime.bench.traffic import ROWS, TRAFFIC_MODEL_LEN, Scale, print_rows, traffic
+from runtime.bench.step_log import fitted_on, itl_parts, print_itl, print_step_model
+from runtime.bench.traffic import ROWS, TRAFFIC_MODEL_LEN, Row, Scale, print_rows, traffic
 from runtime.bench.waterfall import print_waterfalls, waterfall
 from runtime.bench.words import patches_of
 from runtime.host import cpu_model
 from runtime.knobs import KnobValue
 from runtime.loader import resolve_device, resolve_dtype
+from runtime.step_weights import weights_of
 
 BATCHES = ("b1", "b32", "b256", "mix300")
 CELLS: dict[str, dict[str, Sequence[str]]] = {  # by part: workloads of shapes
@@ -167,16 +171,34 @@ def traffic_part(
     options: argparse.Namespace, knobs: Mapping[str, KnobValue], variants: Sequence[Mapping[str, KnobValue]]
 ) -> dict[str, Any]:
     shape = (options.shape or ["llama-8b"])[0]
-    load = source_of(options.model, shape, options.device_found, options.dtype_found, TRAFFIC_MODEL_LEN)
-    serving = Serving(load(), knobs)
+    ceilings = measure_ceilings(options.device_found, options.dtype_found)
+    loaded = source_of(options.model, shape, options.device_found, options.dtype_found, TRAFFIC_MODEL_LEN)()
+    serving, weights = Serving(loaded, knobs), weights_of(loaded.model)
+    identity = serving.executor.identity()
     scale = Scale(options.rate, options.seconds, options.at_once, options.scale)
-    rows = traffic(serving, options.rows, variants, scale, options.seed, lambda row: print_rows([row]))
+    logs: list[dict[str, Any]] = []
+
+    def tell(row: Row) -> None:
+        print_rows([row])
+        gaps_s = [gap for answer in serving.answers.values() for gap in answer.gaps_s()]
+        parts = itl_parts(serving.records, gaps_s, weights, identity["kv_bytes_per_token"], ceilings)
+        if parts is not None:
+            print_itl(row.row, parts)
+        if (fit := fitted_on(serving.records, identity)) is not None:
+            print_step_model(row.row, serving.records, fit)
+        logs.append({
+            "row": row.row, "itl": None if parts is None else parts._asdict(),
+            "step_model": None if fit is None else asdict(fit),
+        })  # fmt: skip
+
+    rows = traffic(serving, options.rows, variants, scale, options.seed, tell)
     print()
     print_rows(rows)
     return {
+        **told(ceilings),
         "model": serving.executor.identity()["model"]["name"], "config": serving.config.values(),
         "kv_tokens": serving.executor.pool.num_tokens, "scale": scale._asdict(),
-        "rows": [{**row._asdict(), "missed": row.missed()} for row in rows],
+        "rows": [{**row._asdict(), "missed": row.missed()} for row in rows], "step_logs": logs,
     }  # fmt: skip
 
 

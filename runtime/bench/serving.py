@@ -72,6 +72,7 @@ class Serving:
         self.vocab_size: int = loaded.identity["vocab_size"]
         self.answers: dict[str, Answer] = {}
         self.steps: list[StepEnd] = []
+        self.records: list[dict[str, Any]] = []  # of the same steps, as the step log has them
         self.num_failed = 0
         self._why_failed = ""
         self._draw: Draw | None = None  # what follows a request that has ended
@@ -177,6 +178,7 @@ class Serving:
         """Of requests and steps that are over."""
         self.answers = {id: one for id, one in self.answers.items() if one.finish_reason is None}
         self.steps.clear()
+        self.records.clear()
 
     def _take(self, frame: Frame) -> None:
         encode(frame)  # as it would be sent: the engine's step pays for it
@@ -189,6 +191,7 @@ class Serving:
                 if self._busy_since is not None:
                     began = max(began, self._busy_since)
                 self.steps.append(StepEnd(now, now - began))
+                self.records.append(frame["record"])
             case "failed":
                 self.num_failed += 1
                 self._why_failed = str(frame["message"])

@@ -177,7 +177,7 @@ def traffic(
     told: Callable[[Row], Any],
 ) -> list[Row]:
     """Each row under each variant: knobs that are changed for it, live, and changed back. `told`: called with each row
-    when it is there."""
+    when it is there, while `serving` still has its answers and steps."""
     rows = []
     for name in names:
         for variant in variants:
@@ -193,10 +193,10 @@ def traffic(
                 step_p99_ms=percentile_ms(step_s, 99), longest_step_ms=percentile_ms(step_s, 100),
             )  # fmt: skip
             rows.append(row)
+            told(row)
             serving.reconfigure({knob: before[knob] for knob in variant})
             serving.engine.scheduler.forget_prefixes()  # the next variant brings the same tokens
             serving.forget()
-            told(rows[-1])
     return rows
 
 

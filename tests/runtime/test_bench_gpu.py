@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from runtime.bench.cells import Step, floor_s
 from runtime.bench.serving import Answer, percentile_ms
 from runtime.bench.shapes import random_model
 from runtime.bench.start import start_of
+from runtime.bench.step_log import itl_parts
 from runtime.bench.traffic import Row
 from runtime.bench.waterfall import Kernel, busy_of, kind_of
 from runtime.bench.words import patches_of
@@ -69,6 +71,36 @@ def test_gaps_of_an_answer_are_those_that_end_in_the_window() -> None:
     assert answer.ttft_s == 1.0 and answer.tpot_s == pytest.approx(2.25 / 4)
     assert answer.gaps_s() == [0.5, 1.5, 0.25] and answer.gaps_s(2.5, 4.0) == [1.5]
     assert percentile_ms(answer.gaps_s(), 100) == 1500.0 and percentile_ms([], 99) is None
+
+
+def logged(num_decode: int, prompts: int, device_s: float, step_s: float) -> dict[str, Any]:
+    return {
+        "num_decode": num_decode, "num_prefill_rows": prompts, "context_tokens": 10 * num_decode, "step_s": step_s,
+        "forward_s": step_s, "device_s": device_s,
+    }  # fmt: skip
+
+
+def test_the_time_between_two_tokens_is_told_apart() -> None:
+    """Two steps of 2 rows and one of 4 that only decode, one of 3 beside a prompt, one without rows that decode."""
+    steps = [logged(2, 0, 0.010, 0.011), logged(2, 0, 0.010, 0.011), logged(4, 0, 0.020, 0.021)]
+    steps += [logged(3, 1, 0.050, 0.053), logged(0, 1, 0.300, 0.300)]
+    weights = Weights(shared_bytes=200, routed_bytes=0, chosen_share=1.0, num_active=100)
+    ceilings = Ceilings(copy_bytes_per_s=1e5, read_bytes_per_s=1.0, gemm_flop_per_s=1.0)
+    parts = itl_parts(steps, [0.040, 0.050], weights, 4, ceilings)
+    assert parts is not None and parts.itl_ms == pytest.approx(45.0)
+    assert parts.decode_ms == pytest.approx((2 * 10 + 2 * 10 + 4 * 20 + 3 * 15) / 11), (
+        "15 ms lie between 2 and 4 rows"
+    )
+    assert parts.prompts_ms == pytest.approx(3 * 35 / 11) and parts.host_ms == pytest.approx(
+        (2 + 2 + 4 + 9) / 11
+    )
+    assert parts.queue_ms == pytest.approx(45.0 - parts.decode_ms - parts.prompts_ms - parts.host_ms)
+    assert parts.weights_floor_ms == pytest.approx(2.0)
+    assert parts.kv_floor_ms == pytest.approx(1e3 * 4 * (2 * 20 + 2 * 20 + 4 * 40) / 8 / 1e5)
+    assert itl_parts(steps[3:], [0.040], weights, 4, ceilings) is None, (
+        "nothing says what decoding alone takes"
+    )
+    assert itl_parts(steps, [], weights, 4, ceilings) is None
 
 
 def test_the_floor_is_the_longer_one_of_bytes_and_arithmetic_step_by_step() -> None:
@@ -168,6 +200,13 @@ def test_traffic_is_served_under_each_variant(capsys: pytest.CaptureFixture[str]
     assert [row["variant"]["prefill_chunk"] for row in rows] == [64, 32] * 3
     assert all(row["num_dropped"] == 0 and row["ttft_p95_ms"] > 0 for row in rows)
     assert rows[2]["hit_ratio"] > 0.5 and rows[0]["hit_ratio"] is None and rows[4]["itl_p99_ms"] > 0
+    logs = found["step_logs"]
+    assert isinstance(logs, list) and [log["row"] for log in logs] == [row["row"] for row in rows]
+    fitted = [log["step_model"] for log in logs if log["step_model"] is not None]
+    assert fitted and all({"decode", "mixed"} & set(one["errors"]) for one in fitted)
+    split = next(log["itl"] for log in logs if log["itl"] is not None)
+    parts = [split[f"{name}_ms"] for name in ("decode", "prompts", "host", "queue")]
+    assert sum(parts) == pytest.approx(split["itl_ms"]) and split["weights_floor_ms"] > 0
     config = found["config"]
     assert (config["max_num_seqs"], config["prefill_chunk"]) == (8, 256)  # type: ignore[index]
 

@@ -96,6 +96,7 @@ def test_each_step_sends_its_tokens_in_one_frame_and_one_record(folder: Path) ->
     rows = [(r["num_decode"], r["num_prefill_rows"], r["num_prefill_tokens"]) for r in records]
     assert rows == [(0, 2, 23), (1, 1, 12), (2, 0, 0)]
     assert records[2]["context_tokens"] == records[2]["attention_pairs"] == 9 + 29
+    assert all(r["device_s"] is r["graph_rows"] is None for r in records), "there is no such thing on a CPU"
     assert all(0 < r["forward_s"] < r["step_s"] for r in records) and records[2]["kv_used_tokens"] == 0
 
 

@@ -385,7 +385,7 @@ from runtime.request import Request, SamplingParams
 from runtime.scheduler import Scheduler
 
 executor, runner, _ = engine_parts(random_model("qwen3-0.6b", torch.device("cuda"), torch.bfloat16, 1024), None, {})
-warm, pool, compiled = executor.warm, executor.pool, []
+warm, pool, compiled, replayed = executor.warm, executor.pool, [], set()
 knobs.runtime.jit_post_compile_hook = lambda **told: compiled.append(told["repr"])
 
 def serve(config):
@@ -399,8 +399,11 @@ def serve(config):
             if turn in (3, 5):
                 scheduler.add(Request.of_tokens(f"late {turn}", [5] * 333, 3, 0.0))
             batch = scheduler.schedule(0.0)
-            tokens = executor.execute(batch, scheduler.pack(batch), config).tokens
-            scheduler.finish_step(batch, tokens, 0.0)
+            executed = executor.execute(batch, scheduler.pack(batch), config)
+            assert 0 < executed.device_s < 1.1 * executed.forward_s, "by the device's clock and by ours"
+            assert executed.graph_rows is None or executed.graph_rows >= batch.num_decode > 0
+            replayed.add(executed.graph_rows)
+            scheduler.finish_step(batch, executed.tokens, 0.0)
         for request in list(scheduler.running):
             scheduler.cancel(request.id)
         pool = scheduler.pool
@@ -416,6 +419,7 @@ for change in CHANGES:
     compiled.clear()
     serve(config)
     assert not executor._model._graphs._refused
+assert replayed >= {None, 1, 2, 4, 8, 16, 24, 48, 96}, replayed
 """
 
 
@@ -614,6 +618,9 @@ def test_after_a_change_the_first_steps_are_run_before_any_is_captured(
     def counted(self: DecodeGraphs, *given: Any) -> Decoded | None:
         decoded = replay(self, *given)
         num_graphs.append(len(self._graphs))
+        num_rows = len(given[0].token_ids)
+        assert (self.replayed_rows or 0) >= (num_rows if self._graphs else 0), "rows of the graph"
+        assert self._graphs or self.replayed_rows is None
         return decoded
 
     monkeypatch.setattr(DecodeGraphs, "replay", counted)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from runtime.errors import TooFewSteps
-from runtime.step_model import StepModel, fit_step_model
+from runtime.step_model import StepModel, computed_by, fit_step_model
 
 IDENTITY = {"model": {"num_parameters": 8e6, "weight_bytes": 32e6, "num_layers": 6, "hidden_size": 256}}
 TRUE = replace(StepModel.of_shape(IDENTITY), a=1 / 60e9, b=1 / 10e9, c=1 / 4e9, d=1.5e-3, e=2e-4)
@@ -72,6 +72,29 @@ def test_error_is_that_of_the_last_fifth_which_was_not_fitted():
         step["step_s"] *= 1.5
     fit = fit_step_model(log, IDENTITY)
     assert fit.bias == pytest.approx(1 / 1.5 - 1, abs=0.03) and fit.relative_error > 0.25
+
+
+def test_the_error_is_told_by_what_computed_the_steps():
+    log = step_log(TRUE, 2000, noise=0.01)
+    for step in log:
+        if step["num_decode"] and not step["num_prefill_rows"]:
+            step["graph_rows"] = 8 if step["num_decode"] <= 8 else 16
+        if step["num_decode"] > 8:
+            step["step_s"] *= 1.2 if step.get("graph_rows") else 1.0
+    fit = fit_step_model(log, IDENTITY)
+    assert set(fit.errors) == {"graph of 8", "graph of 16", "mixed", "prompt"}
+    assert sum(one.num_steps for one in fit.errors.values()) == 400, "the held-out fifth"
+    assert [one.num_steps for one in fit.errors.values()] == sorted(
+        (one.num_steps for one in fit.errors.values()), reverse=True
+    )
+    assert fit.errors["graph of 16"].bias < fit.errors["graph of 8"].bias - 0.05, (
+        "what they take and it cannot know"
+    )
+    weighed = sum(one.num_steps * one.relative_error for one in fit.errors.values()) / 400
+    assert weighed == pytest.approx(fit.relative_error, abs=0.05)
+    assert [
+        computed_by({"num_decode": num, "num_prefill_rows": 0, "graph_rows": None}) for num in (1, 3)
+    ] == ["decode"] * 2
 
 
 def test_too_few_steps_are_refused_and_empty_ones_not_counted():

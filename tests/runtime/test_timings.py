@@ -102,6 +102,16 @@ def test_a_step_record_leaves_out_what_it_does_not_know() -> None:
     assert StepRecord.of({**values, "seq": 9, "later": 1}) == StepRecord(**values)  # type: ignore[arg-type]
 
 
+def test_a_step_record_of_an_older_version_lacks_what_only_a_gpu_tells() -> None:
+    values = dict.fromkeys(StepRecord.__slots__, 1)
+    del values["device_s"], values["graph_rows"]
+    told = StepRecord.of(values)
+    assert told.device_s is told.graph_rows is None and told.threads == 1
+    del values["threads"]
+    with pytest.raises(KeyError, match="threads"):
+        StepRecord.of(values)
+
+
 def test_only_arrivals_after_the_burn_in_are_counted_in_a_slice() -> None:
     ledger = SliceLedger()
     ledger.start("s1", start_at=100.0, end_at=160.0, burn_in_s=10.0)

@@ -50,6 +50,8 @@ STEP: dict[str, Any] = {
     "config_id": "c",
     "slice_id": None,
     "threads": 2,
+    "device_s": 0.014,
+    "graph_rows": 8,
 }
 EVENT: dict[str, Any] = {
     "seq": 3,
@@ -166,3 +168,12 @@ def test_however_answers_overlap_each_record_stands_once(store: Store, starts: l
         found = [seq for (seq,) in session.query(RuntimeEvent.seq).filter_by(boot_id=f"{boot}")]
         session.query(RuntimeEvent).delete()
     assert sorted(found) == sorted(expected)
+
+
+def test_a_step_on_a_cpu_has_no_time_of_a_device(store: Store) -> None:
+    """Nor has one of an older runtime, whose records lie on the disk."""
+    older = {name: value for name, value in STEP.items() if name not in ("device_s", "graph_rows")}
+    told = [{**STEP, "device_s": None, "graph_rows": None}, {**older, "seq": 3}]
+    assert store.save_drained("boot", told, 3, 0, now=11.0) == Drained(0, 2, 0, 0)
+    with store.metrics() as session:
+        assert [(row.device_s, row.graph_rows) for row in session.query(Step)] == [(None, None)] * 2
