@@ -1,10 +1,13 @@
 """How long one step takes: the engine's own arithmetic, with coefficients fitted on its own step log.
 
-    t = max(a * FLOP, b * weight_bytes + c * KV_bytes) + d + e * sequences        seconds
+    t = max(a * FLOP, b * weight_bytes) + c * KV_bytes + d + e * sequences        seconds
 
-Either the step computes (prompts) or it waits for memory (decoding reads the weights once and every
-sequence's cache); beside that a constant and a cost per sequence for scheduling, sampling and sending.
+Products compute (prompts) or wait for the weights (decoding); attention is computed by itself and reads every
+sequence's cache; beside that a constant and a cost per sequence for scheduling, sampling and sending.
 The model ranks and predicts; it never decides.
+
+A GPU keeps the time of each step, and that is what is fitted. The host's clock would charge the launch of a step with
+pieces of prompts to the step before it, which lands only afterwards.
 
 The factors that turn tokens into FLOP and bytes come from the model's shape. Errors in them are absorbed by
 a, b and c: only the predictions mean anything. For one model `b * weight_bytes` and `d` are both constants;
@@ -61,8 +64,8 @@ class StepModel:
         compute_s = self.a * (
             num_tokens * self.flop_per_token + attention_pairs * self.attention_flop_per_pair
         )
-        memory_s = self.b * self.weight_bytes + self.c * context_tokens * self.kv_bytes_per_token
-        return max(compute_s, memory_s) + self.d + self.e * num_seqs
+        cache_s = self.c * context_tokens * self.kv_bytes_per_token
+        return max(compute_s, self.b * self.weight_bytes) + cache_s + self.d + self.e * num_seqs
 
     @property
     def attention_cost(self) -> float:
@@ -119,7 +122,8 @@ class StepError:
 @dataclass(frozen=True)
 class StepModelFit:
     """The fitted model and how far it may be trusted: `relative_error` and `bias` of the held-out steps, and the same
-    by what computed them, from the most frequent on (`computed_by`). `regime` tells what the log contained.
+    by what computed them, from the most frequent on (`computed_by`). `bias` is against the time that all of them took
+    together, between steps too. `regime` tells what the log contained.
     """
 
     model: StepModel
@@ -137,17 +141,16 @@ def fit_step_model(steps: Sequence[StepRecord], identity: Mapping[str, Any]) -> 
         TooFewSteps: fewer than 50 usable steps.
     """
     shape = StepModel.of_shape(identity)
-    columns, seconds, usable = _columns(steps, shape)
+    columns, seconds, taken, usable = _columns(steps, shape)
     if len(seconds) < MIN_STEPS:
         raise TooFewSteps(
             f"A step model needs at least {MIN_STEPS} steps, but got {len(seconds)}. Serve some requests first."
         )
     num_fitted = int(len(seconds) * (1.0 - HELD_OUT_SHARE))
     kept = np.unique(np.linspace(0, num_fitted - 1, min(num_fitted, MAX_FITTED_STEPS)).astype(int))
-    fitted = _fit(columns[kept], seconds[kept])
+    fitted = _fit(columns[kept], seconds[kept], taken[kept])
     predicted = _predict(columns[num_fitted:], fitted)
     actual = seconds[num_fitted:]
-    found = StepError.of(predicted, actual)
     held_out = np.array([computed_by(steps[at]) for at in usable[num_fitted:]])
     kinds = sorted(set(held_out.tolist()), key=lambda kind: -int((held_out == kind).sum()))
     computing = _computes(columns[kept], fitted)
@@ -157,8 +160,8 @@ def fit_step_model(steps: Sequence[StepRecord], identity: Mapping[str, Any]) -> 
     a, b, c, d, e = (float(value) for value in fitted)
     return StepModelFit(
         model=replace(shape, a=a, b=b, c=c, d=d, e=e),
-        relative_error=found.relative_error,
-        bias=found.bias,
+        relative_error=StepError.of(predicted, actual).relative_error,
+        bias=float(predicted.sum() / taken[num_fitted:].sum() - 1.0),
         num_steps=len(seconds),
         regime=regime,
         errors={kind: StepError.of(predicted[held_out == kind], actual[held_out == kind]) for kind in kinds},
@@ -175,9 +178,11 @@ def computed_by(step: StepRecord) -> str:
     return "mixed" if step["num_decode"] else "prompt"
 
 
-def _columns(steps: Sequence[StepRecord], shape: StepModel) -> tuple[Floats, Floats, NDArray[np.int_]]:
-    """[steps, 5] what a, b, c, d, e are multiplied with, [steps] seconds, and [steps] their places. Steps without work
-    are left out."""
+def _columns(
+    steps: Sequence[StepRecord], shape: StepModel
+) -> tuple[Floats, Floats, Floats, NDArray[np.int_]]:
+    """[steps, 5] what a, b, c, d, e are multiplied with, [steps] seconds by the clock of what computed them, [steps]
+    seconds since the step before, and [steps] their places. Steps without work are left out."""
     rows = np.array(
         [
             (
@@ -186,32 +191,33 @@ def _columns(steps: Sequence[StepRecord], shape: StepModel) -> tuple[Floats, Flo
                 step["attention_pairs"],
                 step["num_decode"] + step["num_prefill_rows"],
                 step["step_s"],
+                step["step_s"] if step.get("device_s") is None else step["device_s"],
             )
             for step in steps
         ],
         dtype=float,
-    ).reshape(-1, 5)
-    usable = np.flatnonzero(np.isfinite(rows).all(axis=1) & (rows[:, 0] > 0) & (rows[:, 4] > 0))
+    ).reshape(-1, 6)
+    usable = np.flatnonzero(np.isfinite(rows).all(axis=1) & (rows[:, 0] > 0) & (rows[:, 4:] > 0).all(axis=1))
     rows = rows[usable]
-    tokens, context, pairs, sequences, seconds = rows.T
+    tokens, context, pairs, sequences, taken, seconds = rows.T
     flop = tokens * shape.flop_per_token + pairs * shape.attention_flop_per_pair
     constant = np.ones_like(flop)
     columns = (flop, constant * shape.weight_bytes, context * shape.kv_bytes_per_token, constant, sequences)
-    return np.stack(columns, axis=1), seconds, usable
+    return np.stack(columns, axis=1), seconds, taken, usable
 
 
 def _computes(columns: Floats, coefficients: Floats) -> NDArray[np.bool_]:
-    """[steps] whether the step is bound by computing rather than by memory."""
+    """[steps] whether the step's products are bound by computing rather than by reading weights."""
     parts = columns * coefficients
-    return np.asarray(parts[:, 0] > parts[:, 1] + parts[:, 2])
+    return np.asarray(parts[:, 0] > parts[:, 1])
 
 
 def _predict(columns: Floats, coefficients: Floats) -> Floats:
     parts = columns * coefficients
-    return np.maximum(parts[:, 0], parts[:, 1] + parts[:, 2]) + parts[:, 3] + parts[:, 4]
+    return np.asarray(np.maximum(parts[:, 0], parts[:, 1]) + parts[:, 2:].sum(axis=1))
 
 
-def _fit(columns: Floats, seconds: Floats) -> Floats:
+def _fit(columns: Floats, seconds: Floats, taken: Floats) -> Floats:
     """The best of several starts, polished, then brought to the level of the time really taken."""
     from scipy.optimize import least_squares
 
@@ -230,17 +236,17 @@ def _fit(columns: Floats, seconds: Floats) -> Floats:
     start = np.maximum(min(starts, key=loss), 1e-9)
     polished = least_squares(residuals, start, bounds=(0.0, np.inf), loss="soft_l1", max_nfev=100).x
     best = min(polished, start, key=loss)
-    return np.asarray(best * scale * _level(seconds, _predict(scaled, best)))
+    return np.asarray(best * scale * _level(taken, _predict(scaled, best)))
 
 
-def _level(seconds: Floats, predicted: Floats) -> float:
+def _level(taken: Floats, predicted: Floats) -> float:
     """Time taken over time predicted, in the median stretch of the log.
 
     The robust fit aims at the median step, but requests wait for the stalls too. Stalls spread over the whole
     log count in every stretch; a warm-up fills one or two stretches and does not move the median.
     """
-    stretches = np.array_split(np.arange(seconds.size), NUM_STRETCHES)
-    return float(np.median([seconds[part].sum() / predicted[part].sum() for part in stretches]))
+    stretches = np.array_split(np.arange(taken.size), NUM_STRETCHES)
+    return float(np.median([taken[part].sum() / predicted[part].sum() for part in stretches]))
 
 
 def _alternate(columns: Floats, seconds: Floats, flop_split: float) -> Floats:
@@ -264,7 +270,7 @@ def _solve(columns: Floats, seconds: Floats, computing: NDArray[np.bool_], weigh
     from scipy.optimize import nnls
 
     active = columns.copy()
-    active[computing, 1:3] = 0.0
+    active[computing, 1] = 0.0
     active[~computing, 0] = 0.0
     rows = active * (np.sqrt(weight) / seconds)[:, None]
     gram = rows.T @ rows + 1e-9 * np.eye(rows.shape[1])  # the constants b W and d may coincide

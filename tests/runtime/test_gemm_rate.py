@@ -95,5 +95,4 @@ def test_on_a_gpu_the_default_is_measured() -> None:
     cap = default_config("cuda", 4).max_batched_tokens
     assert 256 <= tokens <= cap and tokens % 128 == 0
     layer = torch.randn(28_672, 4096, device=device, dtype=torch.bfloat16)
-    first, second = flop_per_s(layer), flop_per_s(layer)
-    assert first > 5e13 and abs(first / second - 1) < 0.1
+    assert 5e13 < flop_per_s(layer) < 5e15, "what GPUs reach, so the clock waited for the product"

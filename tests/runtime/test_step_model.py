@@ -1,6 +1,7 @@
 """The step model finds the coefficients that made a log, or at least its predictions."""
 
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -72,6 +73,32 @@ def test_error_is_that_of_the_last_fifth_which_was_not_fitted():
         step["step_s"] *= 1.5
     fit = fit_step_model(log, IDENTITY)
     assert fit.bias == pytest.approx(1 / 1.5 - 1, abs=0.03) and fit.relative_error > 0.25
+
+
+def test_the_clock_of_the_device_is_fitted_where_it_was_told():
+    """One step ahead, the host charges the launch of a prompt to the step before it."""
+    log = step_log(TRUE, 2000, noise=0.02, prompts=0.2)
+    for step in log:
+        step["device_s"] = step["step_s"]
+    for step, following in pairwise(log):
+        if following["num_prefill_rows"] and not step["num_prefill_rows"]:
+            launch_s = 0.8 * following["device_s"]
+            step["step_s"] += launch_s
+            following["step_s"] -= launch_s
+    fit = fit_step_model(log, IDENTITY)
+    assert fit.relative_error < 0.03 and abs(fit.bias) < 0.03
+    for case in CASES:
+        assert fit.model.step_s(*case) == pytest.approx(TRUE.step_s(*case), rel=0.12)
+    by_host = fit_step_model([{**step, "device_s": None} for step in log], IDENTITY)
+    assert by_host.relative_error > 4 * fit.relative_error
+
+
+def test_the_model_is_brought_to_all_the_time_that_steps_took():
+    log = step_log(TRUE, 1000, noise=0.01)
+    for step in log:
+        step["device_s"], step["step_s"] = step["step_s"], 1.25 * step["step_s"]
+    fit = fit_step_model(log, IDENTITY)
+    assert abs(fit.bias) < 0.01 and fit.relative_error == pytest.approx(0.25, abs=0.02)
 
 
 def test_the_error_is_told_by_what_computed_the_steps():
