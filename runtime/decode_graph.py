@@ -46,6 +46,7 @@ class Key(NamedTuple):
     num_rows: int
     pools: Pools
     weights: str
+    backend: str = "auto"
 
 
 class Decoded(NamedTuple):
@@ -90,7 +91,8 @@ class DecodeGraphs:
         self._lacked_memory = False  # the last capture that failed
         self._woken: set[tuple[str, int]] = set()  # kv_dtype and tokens of a block
         self._launched: set[int] = set()  # numbers of rows; other weights are woken for those there are then
-        self._run_with: tuple[Pools, str] | None = None  # of the last step
+        self._run_with: tuple[Pools, str, str] | None = None  # of the last step
+        self.backend = "auto"  # `linear_backend` of the next one
         self._num_put_off = 0
         # Of captures and of nothing else: others wait for theirs. Streams of a high priority are handed out apart, and
         # what is captured on one goes before what is prepared beside.
@@ -109,9 +111,9 @@ class DecodeGraphs:
         """Returns what the next replay may overwrite. `run` is captured where it was not yet, though not right behind a
         change of pools or weights; None where that failed. `drawn`: tokens of the last step."""
         num_rows = len(packed.token_ids)
-        key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights)
-        if (pools, weights) != self._run_with:
-            self._run_with, self._num_put_off = (pools, weights), 0
+        key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights, self.backend)
+        if key[1:] != self._run_with:
+            self._run_with, self._num_put_off = key[1:], 0
         captured = self._graphs.get(key)
         if captured is None and not self._is_put_off(key):
             captured = self._try_to_capture(key, run)
@@ -138,7 +140,7 @@ class DecodeGraphs:
         if not self._graphs and self._device.type == "cuda":
             self._compile(sizes, run)
         for size in sizes[-1:] if only_largest else sizes[::-1]:
-            key = Key(size, pools, weights)
+            key = Key(size, pools, weights, self.backend)
             if key not in self._graphs and self._try_to_capture(key, run) is None and self._lacked_memory:
                 return False
         if not only_largest:

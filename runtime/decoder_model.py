@@ -1,6 +1,7 @@
 """Our decoder over the paged pool: tier A. On a GPU with Triton by kernels, and steps of one token a row as graphs."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from runtime.batch import PackedBatch
 from runtime.decode_graph import COMPILED_BUCKETS, Decoded, DecodeGraphs, Pools, padding
 from runtime.decoder import Attention, Decoder
 from runtime.fused_pass import DecodeInputs, fused_pass
+from runtime.kernels.launch import compiled_ahead
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.paged_model import (
@@ -56,16 +58,20 @@ class DecoderModel(PagedModel):
         shapes = {index: layer.attention.kv_shape for index, layer in enumerate(self.decoder.layers)}
         super().__init__(self.decoder, plain.device, shapes)
         parts = [layer.attention for layer in self.decoder.layers]
+        free: set[str] = set()
         if heads := {
             index: part.rounded_shape for index, part in enumerate(parts) if isinstance(part, Attention)
         }:
-            self._rounded_shapes, self.kv_dtypes, self.fixed_knobs = heads, ("auto", "fp8"), {}
+            self._rounded_shapes, self.kv_dtypes = heads, ("auto", "fp8")
+            free.add("kv_dtype")
         # Heads of their own are read in one piece; with a window a row alone reads no more than that.
         self._pads_like = all(isinstance(part, Attention) and part.window is None for part in parts)
         self._caches: tuple[KVPools, list[Any]] = ({}, [])
         self._fused = fused_pass(self.decoder, self.device, max_model_len)
         if self._fused is not None:
             self.kernels, self.replaced_kernels = self._fused.kernels, self._fused.replaced_kernels
+            free.add("linear_backend")
+        self.fixed_knobs = {name: value for name, value in self.fixed_knobs.items() if name not in free}
         self._graphs: DecodeGraphs | None = None
         self._max_model_len, self._max_blocks = max_model_len, -(-max_model_len // BLOCK_TOKENS)
         token_ids = probe_tokens(self.decoder.embedding.shape[0], self.device)[0].tolist()
@@ -124,6 +130,12 @@ class DecoderModel(PagedModel):
         self.greedy = self.graph_rows = None
         return super().forward(packed, pools)
 
+    def use_backend(self, linear_backend: str) -> None:
+        if self._fused is not None:
+            self._fused.linears.backend = linear_backend
+        if self._graphs is not None:
+            self._graphs.backend = linear_backend
+
     def step_of(self, packed: PackedBatch) -> StepTensors:
         has_kernel = self._fused is not None
         is_half = self.decoder.embedding.dtype in (torch.bfloat16, torch.float16)
@@ -143,10 +155,26 @@ class DecoderModel(PagedModel):
         if self._fused is None:
             return True
         self._fused.use_blocks(block_tokens)
-        self._graphs = self._graphs or DecodeGraphs(self.device, self._max_blocks)
+        if self._graphs is None:
+            self._graphs = DecodeGraphs(self.device, self._max_blocks)
+            self._graphs.backend = self._fused.linears.backend
+            self._wake_draws()
         return self._graphs.prepare(
             max_num_seqs, self._pools_in(block_tokens), self.weights_key, self._decode, only_largest
         )
+
+    def _wake_draws(self) -> None:
+        """Compiles and loads what draws tokens: of logits as they are, and of those that a request has shaped."""
+        if self.device.type != "cuda":
+            return
+        vocab_size = len(self.decoder.embedding)
+        wishes = torch.zeros(5, 1, dtype=torch.float64, device=self.device)
+        with compiled_ahead():
+            for dtype in {self.decoder.embedding.dtype, torch.float32}:
+                logits = torch.zeros(1, vocab_size, dtype=dtype, device=self.device)
+                self.kernels.greedy(logits)
+                for has_top_k, has_top_p in product((False, True), repeat=2):
+                    self.kernels.pick(logits, wishes, has_top_k, has_top_p)
 
     @property
     def captured_rows(self) -> Sequence[int]:

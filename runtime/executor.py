@@ -109,6 +109,8 @@ class Executor:
             log.warning(
                 "`kv_dtype` %s is not to be had: this model %s", config.kv_dtype, self._model.why_fixed
             )
+        fixed = self._model.fixed_knobs.get("linear_backend", config.linear_backend)
+        self._model.use_backend(str(fixed))
         lay_out_linears(self._model.model, int(LAID_OUT_SHARE * free_memory_bytes()))
         step_tokens = self._measured_step_tokens()
         fitted = Fitting(self._model, loaded.max_model_len, self.execute).fit(
@@ -148,6 +150,7 @@ class Executor:
         threads = config.threads_prefill if batch.num_prefill_rows else config.threads_decode
         self._use_threads(threads)
         started = time.perf_counter()
+        self._model.use_backend(config.linear_backend)
         begun = _recorded() if self._device.type == "cuda" else None
         logits = self._model.forward(packed)
         graph_rows = self._model.graph_rows
@@ -162,7 +165,7 @@ class Executor:
 
     def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         greedy = self._model.greedy
-        return greedy if greedy is not None and are_greedy(requests) else draw(logits, requests)
+        return greedy if greedy is not None and are_greedy(requests) else draw(logits, requests, self._model.kernels)
 
     def land(self, launched: Launched) -> Executed:
         """Waits for a step and reads what it drew."""
@@ -196,6 +199,7 @@ class Executor:
         Logarithms are taken in float32 at least, whatever the model's type.
         """
         self._use_threads(config.threads_prefill)
+        self._model.use_backend(config.linear_backend)
         with self.warm.weights_of(config):
             logits = self._model.forward(packed, area)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

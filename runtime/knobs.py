@@ -310,6 +310,18 @@ class EngineConfig:
         "what takes 39 ms.",
     )
 
+    linear_backend: str = knob(
+        "auto",
+        kind="choice",
+        choices=("auto", "cublas", "triton"),
+        unit="",
+        searched=False,  # `auto` is the faster one of each shape, by times taken when the model is loaded
+        is_later=True,
+        help="Who multiplies in linear layers of at most 256 rows, where our decoder runs on a GPU: `auto` who was "
+        "faster for that shape when the model was loaded, `cublas` the library, `triton` our kernels wherever they "
+        "were timed.",
+    )
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "EngineConfig":
         """Every knob not named keeps its declared default.

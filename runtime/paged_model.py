@@ -66,7 +66,7 @@ class PagedModel:
     tier: str
     # What this way of computing leaves one value, and in words, why. Cached values are rounded in tier A only, where
     # attention is our own, and has keys and values of its own.
-    fixed_knobs: Mapping[str, KnobValue] = {"kv_dtype": "auto"}
+    fixed_knobs: Mapping[str, KnobValue] = {"kv_dtype": "auto", "linear_backend": "auto"}
     why_fixed = "caches keys and values as its own code or its latents need them"
     kv_dtypes: Sequence[str] = ("auto",)  # what `kv_dtype` may be
 
@@ -83,6 +83,13 @@ class PagedModel:
         self.replaced_kernels: tuple[str, ...] = ()  # that failed their check; plain twins do their work
         # Names the weights in force, for what was prepared with them.
         self.weights_key = formats_from(next(model.parameters()).dtype)[0]
+
+    def why_is_fixed(self, name: str) -> str:
+        """One of `fixed_knobs`."""
+        return "knows one way to multiply" if name == "linear_backend" else self.why_fixed
+
+    def use_backend(self, linear_backend: str) -> None:
+        """From the next step on. Without effect where there is nothing to choose from."""
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -40,7 +40,7 @@ class PlainModel(PagedModel):
     # A prompt is computed whole, by `generate`, and no request finds what another one has computed.
     fixed_knobs: Mapping[str, KnobValue] = {
         "max_num_seqs": 1, "max_batched_tokens": 16384, "prefill_chunk": 16384, "prefix_cache": "off",
-        "overlap_depth": 0, "speculation_length": 0, "kv_dtype": "auto",
+        "overlap_depth": 0, "speculation_length": 0, "kv_dtype": "auto", "linear_backend": "auto",
     }  # fmt: skip
 
     def __init__(self, model: PreTrainedModel) -> None:

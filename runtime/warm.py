@@ -113,8 +113,8 @@ class WarmStates:
         for name, value in self._model.fixed_knobs.items():
             if (got := config.values()[name]) != value:
                 raise InvalidKnob(
-                    f"`{name}` must be {value} for this model, which {self._model.why_fixed}, but got {got}. Leave it "
-                    "out."
+                    f"`{name}` must be {value} for this model, which {self._model.why_is_fixed(name)}, but got {got}. "
+                    "Leave it out."
                 )
         if config.weight_format not in self.formats:
             raise InvalidKnob(

@@ -2,13 +2,14 @@
 
 `ms a step` is wall time divided by output tokens of a request, prefill included. The floor of a cell is what its
 weights and cached tokens take at the measured copy rate, or its arithmetic at the measured GEMM rate, whichever is
-longer, step by step; of routed experts what so many tokens choose on average is read. Greedy; nothing ends early; no
-prefix cache.
+longer, step by step; of routed experts what so many tokens choose on average is read. Greedy if not asked otherwise;
+nothing ends early; no prefix cache.
 """
 
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from runtime.bench.loads import Load, workload
 from runtime.bench.peers import Generate, steps_of
 from runtime.engine_start import engine_parts
 from runtime.loader import LoadedModel
-from runtime.request import Request
+from runtime.request import Request, SamplingParams
 from runtime.scheduler import Scheduler
 from runtime.step_weights import Weights, weights_of
 
@@ -57,7 +58,13 @@ class Cell(NamedTuple):
 class Bench:
     """One model in its executor, under the configuration that an engine would start with."""
 
-    def __init__(self, load: Callable[[], LoadedModel], knobs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], LoadedModel],
+        knobs: Mapping[str, Any],
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.sampling = sampling
         began = time.perf_counter()
         self.loaded = load()
         made = time.perf_counter()
@@ -73,7 +80,8 @@ class Bench:
         self.weights = weights_of(self.loaded.model)
 
     def run(self, load: Load) -> tuple[float, list[Step], list[float]]:
-        """Seconds, the steps, and the seconds to each request's first token."""
+        """Seconds, the steps, and the seconds to each request's first token. Where tokens are drawn, each request has a
+        seed of its own."""
         executor = self.executor
         config = self.config.patched({"max_num_seqs": load.num_at_once})
         scheduler = Scheduler(
@@ -81,7 +89,10 @@ class Bench:
         )
         executor.warm.install(config, scheduler)
         asked = zip(load.prompts, load.output_tokens, strict=True)
-        requests = [Request.of_tokens(str(at), ids, num, 0.0) for at, (ids, num) in enumerate(asked)]
+        requests = [
+            Request.of_tokens(str(at), ids, num, 0.0, replace(self.sampling, seed=at))
+            for at, (ids, num) in enumerate(asked)
+        ]
         steps: list[Step] = []
         began = time.perf_counter()
         for request in requests:

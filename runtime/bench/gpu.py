@@ -6,8 +6,8 @@
         how far the model of a step's time is off
     start: seconds from the start of a process to its first token
 
-Random weights and token ids; greedy; nothing ends early. Each part takes minutes; `--shape` and `--workload` choose
-cells. The last line is one JSON document.
+Random weights and token ids; greedy, unless `--sampling` says otherwise; nothing ends early. Each part takes minutes;
+`--shape` and `--workload` choose cells. The last line is one JSON document.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from runtime.bench.words import patches_of
 from runtime.host import cpu_model
 from runtime.knobs import KnobValue
 from runtime.loader import resolve_device, resolve_dtype
+from runtime.request import SamplingParams
 from runtime.step_weights import weights_of
 
 BATCHES = ("b1", "b32", "b256", "mix300")
@@ -43,6 +44,7 @@ CELLS: dict[str, dict[str, Sequence[str]]] = {  # by part: workloads of shapes
     "dense": {"qwen3-0.6b": (*BATCHES, "nano256"), "llama-8b": BATCHES},
     "deepseek": {"deepseek-v2-lite": BATCHES},
 }
+SAMPLED: dict[str, type] = {"temperature": float, "min_p": float, "top_p": float, "top_k": int}
 PARTS = (*CELLS, "traffic", "start")
 
 
@@ -51,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         (knobs,), variants = patches_of([",".join(options.knob)]), patches_of(options.variant) or [{}]
+        options.sampling_found = sampling_of(options.sampling)
     except ValueError as error:
         parser.error(str(error))
     device = resolve_device(options.device)
@@ -106,6 +109,8 @@ def parser_of() -> argparse.ArgumentParser:
         help="workloads that generate does too",
     )
     add("--knob", nargs="+", default=[], metavar="NAME=VALUE", help="knobs that are not at their default")
+    add("--sampling", nargs="+", default=[], metavar="NAME=VALUE",
+        help=f"how the tokens of cells are drawn ({', '.join(SAMPLED)}); greedy if not said")  # fmt: skip
     add(
         "--waterfall",
         action="store_true",
@@ -135,7 +140,8 @@ def cells_part(options: argparse.Namespace, knobs: Mapping[str, KnobValue]) -> d
     print(", ".join(f"{key} {value}" for key, value in told(ceilings).items()))
     cells, waterfalls = [], []
     for shape, names in cells_of(options).items():
-        bench = Bench(source_of(options.model, shape, device, dtype, MAX_MODEL_LEN), knobs)
+        load = source_of(options.model, shape, device, dtype, MAX_MODEL_LEN)
+        bench = Bench(load, knobs, options.sampling_found)
         print_touched(bench.name, bench.loaded.model)
         for name in names:
             with_generate = name in options.generate
@@ -151,9 +157,21 @@ def cells_part(options: argparse.Namespace, knobs: Mapping[str, KnobValue]) -> d
     if waterfalls:
         print_waterfalls(waterfalls)
     return {
-        **told(ceilings), "runs": options.runs, "config": config, "cells": [cell._asdict() for cell in cells],
+        **told(ceilings), "runs": options.runs, "sampling": options.sampling_found.told(), "config": config,
+        "cells": [cell._asdict() for cell in cells],
         "waterfalls": [one._asdict() for one in waterfalls],
     }  # fmt: skip
+
+
+def sampling_of(words: Sequence[str]) -> SamplingParams:
+    """Of NAME=VALUE. Raises ValueError for another name or no number."""
+    values: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in SAMPLED:
+            raise ValueError(f"--sampling takes {', '.join(SAMPLED)}, but got {word!r}.")
+        values[name] = SAMPLED[name](value)
+    return SamplingParams(**values)
 
 
 def cells_of(options: argparse.Namespace) -> Mapping[str, Sequence[str]]:

@@ -15,29 +15,28 @@ BLOCK = 4096
 
 
 def greedy(logits: Tensor) -> Tensor:
-    num_rows, vocab_size = logits.shape
-    num_blocks = triton.cdiv(vocab_size, BLOCK)
-    best = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)
-    at = torch.empty(num_rows, num_blocks, dtype=torch.int32, device=logits.device)
+    best, at = best_of_blocks(logits)
+    num_rows, num_blocks = best.shape
     out = torch.empty(2, num_rows, dtype=torch.int64, device=logits.device)
-    launch(
-        _best_of_block,
-        (num_rows, num_blocks),
-        out.device,
-        logits,
-        best,
-        at,
-        logits.stride(0),
-        VOCAB=vocab_size,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
     launch(
         _best_of_row, (num_rows,), out.device,
         best, at, out, num_rows,
         NUM_BLOCKS=num_blocks, BLOCK=triton.next_power_of_2(num_blocks), num_warps=1,
     )  # fmt: skip
     return out
+
+
+def best_of_blocks(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest logit of each BLOCK of a row, float32 [rows, blocks], infinity for NaN, and its token, int32."""
+    (num_rows, vocab_size), device = logits.shape, logits.device
+    num_blocks = triton.cdiv(vocab_size, BLOCK)
+    best = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=device)
+    at = torch.empty(num_rows, num_blocks, dtype=torch.int32, device=device)
+    launch(
+        _best_of_block, (num_rows, num_blocks), device,
+        logits, best, at, logits.stride(0), VOCAB=vocab_size, BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
+    return best, at
 
 
 @triton.jit

@@ -58,6 +58,7 @@ class LinearTable:
 
     kernels: Kernels
     choices: dict[LinearShape, Choice] = field(default_factory=dict)
+    backend: str = "auto"  # `linear_backend`: the faster one, or one of both for all that was measured
 
     def whole(self, layer: nn.Module, x: Tensor) -> Tensor:
         """x: [M, K]. Returns [M, N]."""
@@ -117,7 +118,9 @@ class LinearTable:
         if timed is None or not len(x) or not is_plain(layer):  # a step without logits has a head of no rows
             return False
         choice = self.choices.get(_shape(use, layer.weight, timed))
-        return choice is not None and choice.is_ours
+        if choice is None or self.backend == "cublas":
+            return False
+        return choice.is_ours if self.backend == "auto" else math.isfinite(choice.ours_us)
 
     def _timed(self, shape: LinearShape, weights: Sequence[Tensor]) -> Choice:
         x = _input(shape, weights[0].device)

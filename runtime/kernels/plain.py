@@ -15,6 +15,8 @@ from runtime.rounded_cache import restored, rounded
 PREFILL_TOKENS = 128  # whose scores are there at once
 INT8_LIMIT = 127  # symmetric: -128 is not used
 LEAST_INT8_ROWS = 32  # torch._int_mm wants more than 16 rows on CUDA
+LEVELS = 2.0**40  # of the likeliest token's weight
+SORTED_FIRST = 1024  # of a vocabulary
 LEAST_ROW_MAXIMUM = 1e-30  # of a row's values: one of zeros has levels too
 
 
@@ -357,6 +359,57 @@ def greedy(logits: Tensor) -> Tensor:
     """
     best, tokens = logits.max(dim=-1)  # NaN wins a max, so `best` tells of it
     return torch.stack((tokens, torch.isfinite(best).to(tokens.dtype)))
+
+
+def pick(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool) -> Tensor:
+    """A token of each row, as `greedy` returns it: the likeliest where the temperature is 0, else one drawn.
+
+    logits: [B, vocab]; wishes: float64 [5, B], in turn temperature, min-p, top-p (1: all), top-k (0: all) and a number
+    in [0, 1) that is the draw. `has_top_k`, `has_top_p`: whether any row asks for it.
+
+    Weights are whole numbers, 2^40 for the likeliest token, so that a sum of them is the same in any order. The tokens
+    that stay are ordered by weight, equals by number: no more than top-k, none with a weight below min-p, and of the
+    sum of these no more than reach top-p; the likeliest always. Of them, by number, the first is taken at which the
+    summed weights exceed the draw's share of all.
+    """
+    temperature, min_p, top_p, top_k, draw = wishes[:, :, None].unbind()
+    best, likeliest = logits.max(dim=-1)
+    heat = torch.where(temperature > 0, temperature, 1.0).float()
+    weights = ((logits.float() - best.float()[:, None]) / heat).exp()
+    is_out = weights < min_p.float()
+    levels = _levels(weights).masked_fill_(is_out, 0)
+    if has_top_k or has_top_p:
+        levels.masked_fill_(_is_cut(weights, levels.sum(-1, True), min_p.float(), top_k, top_p), 0)
+    summed = levels.cumsum_(dim=-1)
+    total = summed[:, -1:]
+    target = torch.minimum((draw * total).long(), total - 1)
+    drawn = torch.searchsorted(summed, target, right=True)[:, 0].clamp(max=weights.shape[1] - 1)
+    tokens = torch.where(temperature[:, 0] > 0, drawn, likeliest)
+    return torch.stack((tokens, torch.isfinite(best).to(tokens.dtype)))
+
+
+def _is_cut(weights: Tensor, total: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """What top-k and top-p leave out, [B, vocab]. `total`: of the levels that min-p leaves."""
+    vocab_size = weights.shape[1]
+    # A CPU sorts all of them only where the first ones do not do; a device would be waited for to know.
+    for size in (vocab_size,) if weights.is_cuda else (min(SORTED_FIRST, vocab_size), vocab_size):
+        ordered = weights.topk(size)[0] if size < vocab_size else weights.sort(dim=-1, descending=True)[0]
+        stays = (ordered >= min_p) & ((top_k == 0) | (torch.arange(size, device=weights.device) < top_k))
+        levels = _levels(ordered).masked_fill_(~stays, 0)
+        summed = levels.cumsum(dim=-1)
+        wanted = (top_p * torch.where(top_k > 0, summed[:, -1:], total)).ceil().long().clamp(min=1)
+        stays &= (top_p >= 1.0) | (summed - levels < wanted)
+        num = stays.sum(-1, True)
+        if size == vocab_size or bool((num < size).all()):
+            break
+    last = ordered.gather(1, (num - 1).clamp(min=0))
+    num_equal = num - (ordered > last).sum(-1, True)
+    is_equal = weights == last
+    return (weights < last) | (is_equal & (is_equal.cumsum(-1) > num_equal))
+
+
+def _levels(weights: Tensor) -> Tensor:
+    return (weights * LEVELS).long()
 
 
 def embed(token_ids: Tensor, drawn: Tensor, table: Tensor) -> Tensor:

@@ -504,6 +504,50 @@ for name, value in {"nan": float("nan"), "inf": float("inf"), "minus_inf": float
 add("greedy_of_minus_inf_alone", likeliest, vocab=1, fill=float("-inf"))
 
 
+def picked(
+    device: torch.device,
+    dtype: torch.dtype,
+    vocab: int,
+    temperature: float = 1.0,
+    min_p: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    spread: float = 3.0,
+    fill: float | None = None,
+) -> None:
+    """In every second row, between rows that ask for nothing or are greedy. `fill`: what stands in the first row."""
+    torch.manual_seed(0)
+    num_rows = 4
+    logits = (spread * torch.randn(num_rows, vocab + 5)).round_(decimals=1).to(device, dtype)[:, :vocab]
+    if fill is not None:
+        logits[0, vocab // 2] = fill
+    wishes = torch.zeros(5, num_rows, dtype=torch.float64)
+    wishes[0, ::2], wishes[0, 3] = temperature, 1.0
+    wishes[1, ::2], wishes[3, ::2], wishes[2] = min_p, top_k, 1.0
+    wishes[2, ::2], wishes[4] = top_p, torch.rand(num_rows, dtype=torch.float64)
+    given = wishes.to(device), top_k > 0, top_p < 1.0
+    tokens, may_be_taken = kernels().pick(logits, *given)
+    expected, expected_may = PLAIN.pick(logits, *given)
+    assert may_be_taken.tolist() == expected_may.tolist()
+    is_other = (tokens != expected) & (expected_may == 1)
+    # A draw may lie so near to a border that another rounding of the exponential takes it across.
+    assert int(is_other.sum()) <= (device.type == "cuda"), (tokens.tolist(), expected.tolist())
+    assert not is_other[1], "a greedy row"
+
+
+for name, wish in {
+    "all": {}, "cool": {"temperature": 0.2}, "min_p": {"min_p": 0.2}, "top_k": {"top_k": 3}, "top_p": {"top_p": 0.8},
+    "of_none": {"top_p": 0.0}, "of_both": {"top_k": 40, "top_p": 0.9},
+    "of_three": {"min_p": 0.1, "top_k": 9, "top_p": 0.5},
+    "of_equals": {"top_k": 700, "top_p": 0.9, "spread": 0.0}, "of_nearly_all": {"top_p": 0.999, "temperature": 5.0},
+    "nan": {"fill": float("nan"), "top_p": 0.9}, "inf": {"fill": float("inf"), "top_k": 2},
+    "minus_inf": {"fill": float("-inf"), "top_p": 0.9},
+}.items():  # fmt: skip
+    add(f"pick_{name}", picked, vocab=5000, **wish)
+add("pick_of_one", picked, vocab=1, top_p=0.5)
+add("pick_of_a_block", picked, vocab=4096, top_p=0.5, top_k=20)
+
+
 def embedded(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
     torch.manual_seed(0)
     table = torch.randn(20, hidden + 8).to(device, dtype)[:, :hidden]
@@ -929,6 +973,13 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
         ),
         "norm_without_delta": lambda: kernels().add_norm(empty(2, 8192), None, empty(8192), 1e-6),
         "greedy": lambda: kernels().greedy(empty(2, 128256)),
+        "pick": lambda: kernels().pick(empty(2, 128256), empty(5, 2, dtype=torch.float64), True, True),
+        "pick_by_top_p": lambda: kernels().pick(
+            empty(2, 128256), empty(5, 2, dtype=torch.float64), False, True
+        ),
+        "pick_of_wide": lambda: kernels().pick(
+            empty(2, 151936, dtype=wide), empty(5, 2, dtype=torch.float64), True, False
+        ),
         "embed": lambda: kernels().embed(
             empty(2, dtype=torch.int64), empty(8, dtype=torch.int64), empty(9, 4096)
         ),

@@ -387,6 +387,11 @@ from runtime.scheduler import Scheduler
 executor, runner, _ = engine_parts(random_model("qwen3-0.6b", torch.device("cuda"), torch.bfloat16, 1024), None, {})
 warm, pool, compiled, replayed = executor.warm, executor.pool, [], set()
 knobs.runtime.jit_post_compile_hook = lambda **told: compiled.append(told["repr"])
+SAMPLED = [
+    SamplingParams(1.0), SamplingParams(0.7, 0.9), SamplingParams(1.0, top_k=20),
+    SamplingParams(0.5, 0.8, top_k=9, min_p=0.1), SamplingParams(logit_bias=((3, 1.0),)),
+    SamplingParams(0.9, 0.9, frequency_penalty=0.5), SamplingParams(),
+]
 
 def serve(config):
     global pool
@@ -394,7 +399,8 @@ def serve(config):
         scheduler = Scheduler(pool, config, executor.max_model_len)
         warm.install(config, scheduler)
         for row in range(num_rows):
-            scheduler.add(Request.of_tokens(str(row), [7] * (1 + 37 * row % 300), 20, 0.0))
+            asked = SAMPLED[row % len(SAMPLED)] if num_rows > 5 else SamplingParams()
+            scheduler.add(Request.of_tokens(str(row), [7] * (1 + 37 * row % 300), 20, 0.0, asked))
         for turn in range(8):  # and pieces beside rows that decode
             if turn in (3, 5):
                 scheduler.add(Request.of_tokens(f"late {turn}", [5] * 333, 3, 0.0))
@@ -412,9 +418,10 @@ def serve(config):
 serve(runner.champion)
 for change in CHANGES:
     config = runner.champion.patched(change)
-    assert not warm.is_ready(config, True)
-    wanted = warm.make_room(warm.missing(config), [runner.champion], True)
-    warm.add(wanted, *warm.build(wanted))
+    if "linear_backend" not in change:
+        assert not warm.is_ready(config, True)
+        wanted = warm.make_room(warm.missing(config), [runner.champion], True)
+        warm.add(wanted, *warm.build(wanted))
     assert warm.is_ready(config, True)
     compiled.clear()
     serve(config)
@@ -425,7 +432,12 @@ assert replayed >= {None, 1, 2, 4, 8, 16, 24, 48, 96}, replayed
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "changes", [[], [{"kv_block": "16"}, {"kv_dtype": "fp8"}, {"weight_format": "int8"}]]
+    "changes",
+    [
+        [],
+        [{"linear_backend": "triton"}, {"linear_backend": "cublas"}],
+        [{"kv_block": "16"}, {"kv_dtype": "fp8"}, {"weight_format": "int8"}],
+    ],
 )
 def test_an_engine_compiles_nothing_once_it_serves(changes: list[dict[str, str]]) -> None:
     """In a process of its own, where nobody has compiled anything before: not at first, and not over other pools that
@@ -562,6 +574,27 @@ def test_replayed_steps_give_the_same_tokens_also_one_ahead(repeating: None, fam
     expected, _ = serve(decoder(family), 0)
     tokens, num_replayed = serve(with_graphs(decoder(family)), depth)
     assert tokens == expected and num_replayed > 5
+
+
+def test_each_backend_of_linear_layers_has_graphs_of_its_own(repeating: None) -> None:
+    """And goes back to those that there were. On a CPU nothing is timed, so all of them multiply alike."""
+    expected, _ = serve(decoder("qwen3"), 0)
+    model = with_graphs(decoder("qwen3"))
+    assert model._graphs is not None and model._fused is not None
+    captured = []
+    for backend in ("auto", "triton", "auto"):
+        model.use_backend(backend)
+        assert model._fused.linears.backend == backend
+        scheduler, requests = mixed_steps(40)
+        if not model.pools:
+            model.allocate(40)
+        while (batch := scheduler.schedule(0.0)) is not None:
+            logits = model.forward(scheduler.pack(batch))
+            scheduler.finish_step(batch, sample(logits, batch.drawing_requests()), 0.0)  # type: ignore[arg-type]
+        assert [request.output_ids.tolist() for request in requests] == expected
+        captured.append({key.backend for key in model._graphs._graphs})
+    sizes = [len({key for key in model._graphs._graphs if key.backend == one}) for one in ("auto", "triton")]
+    assert captured == [{"auto"}, {"auto", "triton"}, {"auto", "triton"}] and sizes[0] == sizes[1] > 0
 
 
 @pytest.mark.parametrize("family", ["qwen2_window", "qwen3"])

@@ -298,6 +298,13 @@ def test_table_goes_by_the_next_number_of_rows_that_was_timed_and_leaves_the_res
     ours = {2, 16, 33, 64, 129, 256}
     assert chosen == {rows: rows in ours for rows in chosen}
     assert not is_in_parts(other, 16)
+    table.choices[LinearShape("parts", 8, 4, 32, torch.float32)] = Choice(math.inf, 10.0)
+    for backend, ours in {"cublas": set(), "triton": {1, 2, 16, 33, 64, 65, 128, 129, 256}}.items():
+        table.backend = backend
+        assert {rows for rows in chosen if is_in_parts(layer, rows)} == ours, (
+            "where it was timed and could be run"
+        )
+    assert not is_in_parts(other, 16)
     assert table.whole(layer, torch.ones(16, 4)).ndim == 2, "measured for another use"
     assert table.added(layer, torch.ones(0, 4)).shape == (0, 8), "a step may have no logits"
     assert not is_in_parts(nn.Linear(4, 8), 16), "the parts have no bias"

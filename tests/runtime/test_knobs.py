@@ -39,6 +39,7 @@ NAMES = (
     "kv_block",
     "kv_dtype",
     "mixed_step_tokens",
+    "linear_backend",
 )
 
 

@@ -220,10 +220,12 @@ def test_an_engine_starts_on_a_rounded_pool_of_more_tokens(folder: Path) -> None
 
 def test_models_whose_attention_is_not_ours_or_latent_keep_whole_values(tmp_path: Path) -> None:
     plain = HFModel(tiny_model("llama", torch.float32))
-    assert plain.fixed_knobs == {"kv_dtype": "auto"} == HFModel.fixed_knobs
-    assert DecoderModel(plain, 200).fixed_knobs == {}
+    assert plain.fixed_knobs == {"kv_dtype": "auto", "linear_backend": "auto"} == HFModel.fixed_knobs
+    assert DecoderModel(plain, 200).fixed_knobs == {"linear_backend": "auto"}
     folder = save_tiny_model("deepseek_v3", tmp_path / "latent")
     here = Here(folder, kv_tokens=1024, kv_dtype="fp8")
     assert here.state().kv_dtype == "auto" and here.executor.identity()["fitted_knobs"]["kv_dtype"] == "auto"
     with pytest.raises(InvalidKnob, match="`kv_dtype` must be auto for this model, which caches"):
         here.executor.warm.check(here.state().patched({"kv_dtype": "fp8"}))
+    with pytest.raises(InvalidKnob, match="`linear_backend` must be auto for this model, which knows one way to"):
+        here.executor.warm.check(here.state().patched({"linear_backend": "triton"}))

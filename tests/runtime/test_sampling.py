@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from runtime.kernels import PLAIN
 from runtime.request import Request, SamplingParams
-from runtime.sampling import sample, uniform
+from runtime.sampling import draw, sample, uniform
 
 VOCAB = 50
 
@@ -84,3 +87,61 @@ def test_uniform_numbers_are_uniform_over_positions_and_over_seeds() -> None:
         assert numbers.min() >= 0.0 and numbers.max() < 1.0
         assert np.abs(np.histogram(numbers, 10, (0, 1))[0] / 500 - 1).max() < 0.2
         assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.05
+
+
+def test_a_kernel_draws_all_rows_at_once_and_the_twin_those_that_sort_apart() -> None:
+    """The same tokens: what is greedy, shaped, whole and cut may stand side by side."""
+    calls: list[tuple[int, bool, bool]] = []
+
+    def counted(logits: Tensor, wishes: Tensor, *cuts: bool) -> Tensor:
+        calls.append((len(logits), *cuts))
+        assert wishes.is_contiguous(), "a kernel reads it by its address"
+        return PLAIN.pick(logits, wishes, *cuts)
+
+    company = [
+        SamplingParams(), SamplingParams(1.0, seed=1), SamplingParams(0.7, 0.8, 2),
+        SamplingParams(1.0, seed=3, top_k=4), SamplingParams(1.0, seed=4, min_p=0.2),
+        SamplingParams(1.3, 0.9, 5, 7, 0.01),
+        SamplingParams(logit_bias=((3, 50.0),)), SamplingParams(1.0, seed=6, top_k=VOCAB + 9),
+    ]  # fmt: skip
+    requests = [Request.of_tokens(str(at), [1], 9, 0.0, one) for at, one in enumerate(company)]
+    logits = random_logits(len(requests))
+    together = draw(logits, requests, PLAIN._replace(pick=counted))
+    assert calls == [(len(requests), True, True)]
+    assert torch.equal(draw(logits, requests), together) and together[1].all() and together[0, 6] == 3
+    alone = [draw(logits[at : at + 1], [request])[0, 0] for at, request in enumerate(requests)]
+    assert together[0].tolist() == alone
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_stays_is_what_the_processors_of_transformers_leave(seed: int) -> None:
+    """Of a thousand draws of each row, none but these, and each of these that is likely; equals by number."""
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    rng = np.random.default_rng(seed)
+    temperature, top_p, top_k, min_p = (
+        rng.uniform(0.3, 2.0),
+        rng.uniform(0.2, 0.99),
+        int(rng.integers(2, 30)),
+        0.02,
+    )
+    logits = random_logits(1, seed)
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    for processor in (MinPLogitsWarper(min_p), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)):
+        scores = processor(None, scores)
+    expected = scores.softmax(dim=-1)[0]
+    asked = [SamplingParams(temperature, top_p, at, top_k, min_p) for at in range(4000)]
+    requests = [Request.of_tokens("a", [1], 9, 0.0, one) for one in asked]
+    drawn = np.bincount(sample(logits.expand(4000, -1), requests), minlength=VOCAB) / 4000
+    assert np.abs(drawn - expected.numpy()).max() < 0.035 and not drawn[expected.numpy() == 0].any()
+
+
+def test_of_equals_at_the_cut_the_first_ones_stay() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 40] = 1.0
+    for asked, kept in (
+        (SamplingParams(1.0, top_k=3), {40, 0, 1}),
+        (SamplingParams(1e6, 0.1), {40, 0, 1, 2, 3}),
+    ):
+        requests = [Request.of_tokens("a", [1], 9, 0.0, replace(asked, seed=at)) for at in range(300)]
+        assert set(sample(logits.expand(300, -1), requests)) == kept
