@@ -84,9 +84,7 @@ SGLANG = Target(
         "stream_interval": lambda value, values, model: flag("--stream-interval", value),
         "kv_block": lambda value, values, model: flag("--page-size", value),
         "kv_dtype": _kv_dtype,
-        "linear_backend": lambda value, values, model: (
-            Told() if value == "auto" else nothing("SGLang chooses by itself who multiplies")
-        ),
+        "linear_backend": lambda value, values, model: nothing("SGLang chooses by itself who multiplies"),
         "speculation_length": lambda value, values, model: (
             nothing("SGLang drafts trees from the texts of all requests (--speculative-algorithm NGRAM)")
             if value

@@ -113,9 +113,7 @@ VLLM = Target(
         "stream_interval": lambda value, values, model: flag("--stream-interval", value),
         "kv_block": lambda value, values, model: flag("--block-size", value),
         "kv_dtype": _kv_dtype,
-        "linear_backend": lambda value, values, model: (
-            Told() if value == "auto" else nothing("vLLM chooses by itself who multiplies")
-        ),
+        "linear_backend": lambda value, values, model: nothing("vLLM chooses by itself who multiplies"),
         "speculation_length": _draft,
         "speculation_max_seqs": lambda value, values, model: nothing(
             "vLLM plans the length of a draft by batch size (num_speculative_tokens_per_batch_size in "
