@@ -30,7 +30,7 @@ def pick(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool) -> Te
     best, at = best_of_blocks(logits)
     num_rows, num_blocks = best.shape
     rows, blocks = (num_rows,), (num_rows, num_blocks)
-    size = {"NUM_BLOCKS": num_blocks, "ROW": triton.next_power_of_2(num_blocks)}
+    of_row = {"NUM_BLOCKS": num_blocks, "ROW": triton.next_power_of_2(num_blocks)}
     given, sizes = (
         (logits, best, wishes, num_rows, logits.stride(0)),
         {"VOCAB": logits.shape[1], "BLOCK": BLOCK},
@@ -41,9 +41,8 @@ def pick(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool) -> Te
 
     # By row: where it is cut, how many of those at the cut stay, what all weigh, and what top-p shall reach.
     cut, num_equal, total, wanted = (ints(num_rows) for _ in range(4))
-    above, num_above, equal = (
-        ints(*blocks) for _ in range(3)
-    )  # by block: weights above the cut, tokens, and at it
+    # By block: what weighs more than the cut, together, how many these are, and how many lie at the cut.
+    above, num_above, equal = (ints(*blocks) for _ in range(3))
     for by in ("top_k" if has_top_k else "min_p", *["top_p"] * has_top_p):
         # In turns: a pass reads what the one before it has found.
         found = [ints(num_rows) for _ in range(2)]
@@ -52,35 +51,22 @@ def pick(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool) -> Te
             launch(
                 _count, blocks, device,
                 *given, wanted, found[1 - turn % 2], parts[1 - turn % 2], found[turn % 2], parts[turn % 2], shift,
-                BY=by, **size, **sizes, num_warps=8,
+                BY=by, **of_row, **sizes, num_warps=8,
             )  # fmt: skip
         last, (cut_before, cut) = (len(SHIFTS) - 1) % 2, (cut, ints(num_rows))
         launch(
             _sum_up, blocks, device,
             *given, wanted, found[last], parts[last], cut_before, cut, above, num_above, equal,
-            BY=by, **size, **sizes, num_warps=8,
+            BY=by, **of_row, **sizes, num_warps=8,
         )  # fmt: skip
         launch(
             _settle, rows, device, wishes, num_rows, cut, above, num_above, equal, num_equal, total, wanted,
-            BY=by, **size, num_warps=1,
+            BY=by, **of_row, num_warps=1,
         )  # fmt: skip
     out = torch.empty(2, num_rows, dtype=torch.int64, device=device)
     launch(
-        _choose,
-        rows,
-        device,
-        *given,
-        at,
-        cut,
-        num_equal,
-        total,
-        above,
-        equal,
-        out,
-        **size,
-        **sizes,
-        num_warps=8,
-    )
+        _choose, rows, device, *given, at, cut, num_equal, total, above, equal, out, **of_row, **sizes, num_warps=8,
+    )  # fmt: skip
     return out
 
 
