@@ -109,8 +109,13 @@ class Executor:
             log.warning(
                 "`kv_dtype` %s is not to be had: this model %s", config.kv_dtype, self._model.why_fixed
             )
-        fixed = self._model.fixed_knobs.get("linear_backend", config.linear_backend)
-        self._model.use_backend(str(fixed))
+        if config.linear_backend != self._model.fixed_knobs.get("linear_backend", config.linear_backend):
+            log.warning(
+                "`linear_backend` %s is not to be had: this model %s",
+                config.linear_backend,
+                self._model.why_is_fixed("linear_backend"),
+            )
+        self._model.use_backend(config.linear_backend)
         lay_out_linears(self._model.model, int(LAID_OUT_SHARE * free_memory_bytes()))
         step_tokens = self._measured_step_tokens()
         fitted = Fitting(self._model, loaded.max_model_len, self.execute).fit(
@@ -157,15 +162,21 @@ class Executor:
         requests = batch.drawing_requests()
         drawn = self._draw(logits[: len(requests)], requests) if requests else _NOTHING
         self._model.drawn = drawn[0]
-        if drawn.device.type != "cuda":
+        if begun is None:
             return Launched(batch, requests, logits, drawn, None, started, threads)
-        on_host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
-        on_host.copy_(drawn, non_blocking=True)
+        on_host = _NOTHING
+        if requests:
+            on_host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+            on_host.copy_(drawn, non_blocking=True)
         return Launched(batch, requests, logits, on_host, _recorded(), started, threads, begun, graph_rows)
 
     def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         greedy = self._model.greedy
-        return greedy if greedy is not None and are_greedy(requests) else draw(logits, requests, self._model.kernels)
+        return (
+            greedy
+            if greedy is not None and are_greedy(requests)
+            else draw(logits, requests, self._model.kernels)
+        )
 
     def land(self, launched: Launched) -> Executed:
         """Waits for a step and reads what it drew."""

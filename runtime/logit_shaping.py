@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.request import Request
+from runtime.transfer import sent
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -73,8 +74,8 @@ def _pairs(row: int, tokens: Ints, values: Floats) -> tuple[Ints, Ints, Floats]:
 
 
 def _add(logits: Tensor, rows: Ints, tokens: Ints, values: Floats) -> None:
-    where, what = torch.from_numpy(np.stack((rows, tokens))).to(logits.device), torch.from_numpy(values)
-    logits.index_put_((where[0], where[1]), what.to(logits.device), accumulate=True)
+    where, what = (sent(one, logits.device) for one in (np.stack((rows, tokens)), values))
+    logits.index_put_((where[0], where[1]), what, accumulate=True)
 
 
 def _repeat(logits: Tensor, known: Sequence[tuple[int, Request]]) -> None:
@@ -90,7 +91,6 @@ def _repeat(logits: Tensor, known: Sequence[tuple[int, Request]]) -> None:
             _pairs(row, tokens, np.full(len(tokens), request.sampling.repetition_penalty, np.float32))
         )
     rows, tokens, penalties = (np.concatenate(part) for part in zip(*found, strict=True))
-    where = torch.from_numpy(np.stack((rows, tokens))).to(logits.device)
-    penalty = torch.from_numpy(penalties).to(logits.device)
+    where, penalty = (sent(one, logits.device) for one in (np.stack((rows, tokens)), penalties))
     old = logits[where[0], where[1]]
     logits[where[0], where[1]] = torch.where(old > 0, old / penalty, old * penalty)

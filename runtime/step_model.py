@@ -122,8 +122,8 @@ class StepError:
 @dataclass(frozen=True)
 class StepModelFit:
     """The fitted model and how far it may be trusted: `relative_error` and `bias` of the held-out steps, and the same
-    by what computed them, from the most frequent on (`computed_by`). `bias` is against the time that all of them took
-    together, between steps too. `regime` tells what the log contained.
+    by what computed them, from the most frequent on (`computed_by`). Errors are by the clock that was fitted; `bias` is
+    against the time that all of them took together, between steps too. `regime` tells what the log contained.
     """
 
     model: StepModel
@@ -148,8 +148,9 @@ def fit_step_model(steps: Sequence[StepRecord], identity: Mapping[str, Any]) -> 
         )
     num_fitted = int(len(seconds) * (1.0 - HELD_OUT_SHARE))
     kept = np.unique(np.linspace(0, num_fitted - 1, min(num_fitted, MAX_FITTED_STEPS)).astype(int))
-    fitted = _fit(columns[kept], seconds[kept], taken[kept])
-    predicted = _predict(columns[num_fitted:], fitted)
+    shaped, level = _fit(columns[kept], seconds[kept], taken[kept])
+    fitted = shaped * level
+    by_clock = _predict(columns[num_fitted:], shaped)  # as that of `seconds` tells it
     actual = seconds[num_fitted:]
     held_out = np.array([computed_by(steps[at]) for at in usable[num_fitted:]])
     kinds = sorted(set(held_out.tolist()), key=lambda kind: -int((held_out == kind).sum()))
@@ -160,11 +161,11 @@ def fit_step_model(steps: Sequence[StepRecord], identity: Mapping[str, Any]) -> 
     a, b, c, d, e = (float(value) for value in fitted)
     return StepModelFit(
         model=replace(shape, a=a, b=b, c=c, d=d, e=e),
-        relative_error=StepError.of(predicted, actual).relative_error,
-        bias=float(predicted.sum() / taken[num_fitted:].sum() - 1.0),
+        relative_error=StepError.of(by_clock, actual).relative_error,
+        bias=float(level * by_clock.sum() / taken[num_fitted:].sum() - 1.0),
         num_steps=len(seconds),
         regime=regime,
-        errors={kind: StepError.of(predicted[held_out == kind], actual[held_out == kind]) for kind in kinds},
+        errors={kind: StepError.of(by_clock[held_out == kind], actual[held_out == kind]) for kind in kinds},
     )
 
 
@@ -197,6 +198,10 @@ def _columns(
         ],
         dtype=float,
     ).reshape(-1, 6)
+    if any(step.get("device_s") is not None for step in steps):
+        rows[[step.get("device_s") is None for step in steps]] = (
+            np.nan
+        )  # of an older runtime: by another clock
     usable = np.flatnonzero(np.isfinite(rows).all(axis=1) & (rows[:, 0] > 0) & (rows[:, 4:] > 0).all(axis=1))
     rows = rows[usable]
     tokens, context, pairs, sequences, taken, seconds = rows.T
@@ -217,8 +222,8 @@ def _predict(columns: Floats, coefficients: Floats) -> Floats:
     return np.asarray(np.maximum(parts[:, 0], parts[:, 1]) + parts[:, 2:].sum(axis=1))
 
 
-def _fit(columns: Floats, seconds: Floats, taken: Floats) -> Floats:
-    """The best of several starts, polished, then brought to the level of the time really taken."""
+def _fit(columns: Floats, seconds: Floats, taken: Floats) -> tuple[Floats, float]:
+    """The best of several starts, polished; and by how much that is to be raised to the level of the time taken."""
     from scipy.optimize import least_squares
 
     scale = np.median(seconds) / np.maximum(
@@ -236,7 +241,7 @@ def _fit(columns: Floats, seconds: Floats, taken: Floats) -> Floats:
     start = np.maximum(min(starts, key=loss), 1e-9)
     polished = least_squares(residuals, start, bounds=(0.0, np.inf), loss="soft_l1", max_nfev=100).x
     best = min(polished, start, key=loss)
-    return np.asarray(best * scale * _level(taken, _predict(scaled, best)))
+    return np.asarray(best * scale), _level(taken, _predict(scaled, best))
 
 
 def _level(taken: Floats, predicted: Floats) -> float:

@@ -22,6 +22,9 @@ TIMED_ROWS = (1, 16, 32, 64, 128, 256)  # a batch goes by the next of them
 # what our kernels save, does not count.
 VALUES_OF_MANY_ROWS = 2**24
 WOKEN_ROWS = (
+    1,
+    2,
+    4,
     *range(8, 64, 8),
     *range(64, 512, 32),
     *range(512, 2049, 128),

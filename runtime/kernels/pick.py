@@ -13,13 +13,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from runtime.kernels import plain
 from runtime.kernels.greedy import BLOCK, best_of_blocks
 from runtime.kernels.launch import launch
 
 SHIFTS = tuple(range(28, -1, -4))  # of the 32 bits of a weight
 PLACES = tl.constexpr(16)  # thresholds of a pass, of which the first is what the pass before it has found
 FIRST_SHIFT = tl.constexpr(SHIFTS[0])
-LEVELS = tl.constexpr(2.0**40)
+LEVELS, LEAST_HEAT = tl.constexpr(plain.LEVELS), tl.constexpr(plain.LEAST_HEAT)
+ABOVE_ALL = tl.constexpr(2**30)  # bits of no weight
+SLACK = tl.constexpr(8)  # bits by which the exponential of one logit may differ from that among others
 # What `wishes` holds in turn.
 TEMPERATURE, MIN_P, TOP_P, TOP_K, DRAW = (tl.constexpr(place) for place in range(5))
 
@@ -71,6 +74,36 @@ def pick(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool) -> Te
 
 
 @triton.jit
+def _scale(
+    best: tl.tensor, wishes: tl.tensor, num_rows: int, row: int, NUM_BLOCKS: tl.constexpr, ROW: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The highest logit of a row, and what it is divided by."""
+    place = tl.arange(0, ROW)
+    highest = tl.max(
+        tl.load(best + row * NUM_BLOCKS + place, mask=place < NUM_BLOCKS, other=float("-inf")), 0
+    )
+    heat = tl.load(wishes + TEMPERATURE * num_rows + row)
+    return highest, tl.maximum(tl.where(heat > 0, heat, 1.0).to(tl.float32), LEAST_HEAT)
+
+
+@triton.jit
+def _heaviest(
+    best: tl.tensor,
+    wishes: tl.tensor,
+    num_rows: int,
+    row: int,
+    block: int,
+    NUM_BLOCKS: tl.constexpr,
+    ROW: tl.constexpr,
+) -> tl.tensor:
+    """Bits of the largest weight of a block; those of infinity where they are not known."""
+    highest, heat = _scale(best, wishes, num_rows, row, NUM_BLOCKS, ROW)
+    weight = tl.exp((tl.load(best + row * NUM_BLOCKS + block) - highest) / heat)
+    weight = tl.where(weight == weight, weight, float("inf"))
+    return weight.to(tl.int32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
 def _weights(
     logits: tl.tensor,
     best: tl.tensor,
@@ -85,12 +118,7 @@ def _weights(
     ROW: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Weights of a block as their bits, -1 outside of the vocabulary, and as whole numbers."""
-    place = tl.arange(0, ROW)
-    highest = tl.max(
-        tl.load(best + row * NUM_BLOCKS + place, mask=place < NUM_BLOCKS, other=float("-inf")), 0
-    )
-    heat = tl.load(wishes + TEMPERATURE * num_rows + row).to(tl.float32)
-    heat = tl.where(heat > 0, heat, 1.0)
+    highest, heat = _scale(best, wishes, num_rows, row, NUM_BLOCKS, ROW)
     token = block * BLOCK + tl.arange(0, BLOCK)
     inside = token < VOCAB
     found = tl.load(logits + row * stride + token, mask=inside, other=float("-inf")).to(tl.float32)
@@ -156,16 +184,23 @@ def _count(
             low = _found(found_before, parts_before, row, num_wanted, shift + 4, NUM_BLOCKS, ROW)
         if block == 0:
             tl.store(found + row, low)
-        bits, level = _weights(
-            logits, best, wishes, num_rows, stride, row, block, VOCAB, BLOCK, NUM_BLOCKS, ROW
-        )
-        for place in tl.static_range(1, PLACES):
-            is_over = bits >= low + (tl.full((), place, tl.int64) << shift)
-            if BY == "top_p":
-                counted = tl.sum(tl.where(is_over, level, 0), 0)
-            else:
-                counted = tl.sum(is_over.to(tl.int32), 0).to(tl.int64)
-            tl.store(parts + (row * NUM_BLOCKS + block) * PLACES + place, counted)
+        here = parts + (row * NUM_BLOCKS + block) * PLACES
+        one = tl.full((), 1, tl.int64) << shift
+        if _heaviest(best, wishes, num_rows, row, block, NUM_BLOCKS, ROW) + SLACK < low + one:
+            tl.store(
+                here + tl.arange(0, PLACES), tl.zeros((PLACES,), tl.int64)
+            )  # most blocks, after a few passes
+        else:
+            bits, level = _weights(
+                logits, best, wishes, num_rows, stride, row, block, VOCAB, BLOCK, NUM_BLOCKS, ROW
+            )
+            for place in tl.static_range(1, PLACES):
+                is_over = bits >= tl.minimum(low + place * one, ABOVE_ALL).to(tl.int32)
+                if BY == "top_p":
+                    counted = tl.sum(tl.where(is_over, level, 0), 0)
+                else:
+                    counted = tl.sum(is_over.to(tl.int32), 0).to(tl.int64)
+                tl.store(here + place, counted)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -16,6 +16,7 @@ PREFILL_TOKENS = 128  # whose scores are there at once
 INT8_LIMIT = 127  # symmetric: -128 is not used
 LEAST_INT8_ROWS = 32  # torch._int_mm wants more than 16 rows on CUDA
 LEVELS = 2.0**40  # of the likeliest token's weight
+LEAST_HEAT = 1e-30  # a temperature of less is none in float32
 SORTED_FIRST = 1024  # of a vocabulary
 LEAST_ROW_MAXIMUM = 1e-30  # of a row's values: one of zeros has levels too
 
@@ -374,7 +375,7 @@ def pick(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool) -> Te
     """
     temperature, min_p, top_p, top_k, draw = wishes[:, :, None].unbind()
     best, likeliest = logits.max(dim=-1)
-    heat = torch.where(temperature > 0, temperature, 1.0).float()
+    heat = torch.where(temperature > 0, temperature, 1.0).float().clamp(min=LEAST_HEAT)
     weights = ((logits.float() - best.float()[:, None]) / heat).exp()
     is_out = weights < min_p.float()
     levels = _levels(weights).masked_fill_(is_out, 0)
@@ -400,7 +401,7 @@ def _is_cut(weights: Tensor, total: Tensor, min_p: Tensor, top_k: Tensor, top_p:
         wanted = (top_p * torch.where(top_k > 0, summed[:, -1:], total)).ceil().long().clamp(min=1)
         stays &= (top_p >= 1.0) | (summed - levels < wanted)
         num = stays.sum(-1, True)
-        if size == vocab_size or bool((num < size).all()):
+        if size == vocab_size or bool(((num < size) & (top_k <= size)).all()):
             break
     last = ordered.gather(1, (num - 1).clamp(min=0))
     num_equal = num - (ordered > last).sum(-1, True)

@@ -544,6 +544,8 @@ for name, wish in {
     "minus_inf": {"fill": float("-inf"), "top_p": 0.9},
 }.items():  # fmt: skip
     add(f"pick_{name}", picked, vocab=5000, **wish)
+add("pick_of_many_equals", picked, vocab=5000, top_k=3000, top_p=0.9, spread=0.0)
+add("pick_of_least_heat", picked, vocab=5000, temperature=1e-46, top_k=3)
 add("pick_of_one", picked, vocab=1, top_p=0.5)
 add("pick_of_a_block", picked, vocab=4096, top_p=0.5, top_k=20)
 

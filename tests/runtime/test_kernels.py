@@ -398,6 +398,29 @@ def test_a_layer_whose_kernel_cannot_be_run_is_left_to_cublas(
 
 @pytest.mark.gpu
 @needs_triton
+@pytest.mark.parametrize("cuts", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("spread", [0.3, 4.0])
+def test_a_draw_is_the_same_again_and_in_any_company(cuts: tuple[bool, bool], spread: float) -> None:
+    """Kernels start while the one before them ends, and read in turns what was written in turns."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    logits = (spread * torch.randn(256, 128_256, device=device)).bfloat16()
+    wishes = torch.rand(5, 256, dtype=torch.float64, device=device)
+    wishes[0], wishes[1] = 0.5 + wishes[0], 0.01 * wishes[1]
+    wishes[2] = 0.5 + wishes[2] if cuts[1] else 1.0
+    wishes[3] = (100 * wishes[3]).ceil() if cuts[0] else 0.0
+    pick, first = kernels().pick, kernels().pick(logits, wishes, *cuts)
+    for _ in range(50):
+        assert torch.equal(pick(logits, wishes, *cuts), first)
+    for rows in (1, 3, 32):
+        parts = [pick(logits[at : at + rows], wishes[:, at : at + rows], *cuts) for at in range(0, 64, rows)]
+        assert torch.equal(torch.cat(parts, 1)[:, :64], first[:, :64])
+    expected = PLAIN.pick(logits[:64], wishes[:, :64], *cuts)
+    assert (expected[0] != first[0, :64]).sum() <= 1, "a draw near to a border"
+
+
+@pytest.mark.gpu
+@needs_triton
 def test_measured_table_multiplies_as_torch_does() -> None:
     layers = [nn.Linear(512, 1024, False, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     table = LinearTable(kernels())

@@ -139,6 +139,10 @@ def test_what_stays_is_what_the_processors_of_transformers_leave(seed: int) -> N
 def test_of_equals_at_the_cut_the_first_ones_stay() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 40] = 1.0
+    many = torch.zeros(300, 5000)
+    requests = [Request.of_tokens("a", [1], 9, 0.0, SamplingParams(1.0, 0.9, at, 3000)) for at in range(300)]
+    drawn = [token for token in sample(many, requests) if token is not None]
+    assert max(drawn) < 2700 and sum(token > 2000 for token in drawn) > 30, "nine tenths of three thousand"
     for asked, kept in (
         (SamplingParams(1.0, top_k=3), {40, 0, 1}),
         (SamplingParams(1e6, 0.1), {40, 0, 1, 2, 3}),
