@@ -55,6 +55,7 @@ class Knob:
         str, ...
     ] = ()  # choices that keep a promise to clients: never searched, and never left by a search
     needs: tuple[Need, ...] = ()  # a search proposes such a choice only together with what it needs
+    only_with: str | None = None  # a knob beside whose 0 this one means nothing, and is not searched
     searched: bool = True  # False: never moved by the search unless the settings allow it by name
     is_off_at_high: bool = (
         False  # the highest value is "off", and so is whatever an engine reports as its ceiling
@@ -265,7 +266,7 @@ class EngineConfig:
         high=64,
         log=True,
         unit="requests",
-        searched=False,  # it means nothing while `speculation_length` is 0
+        only_with="speculation_length",
         is_later=True,
         help="Running requests above which nothing is drafted: the more they are, the less a step has to spare.",
     )

@@ -36,7 +36,7 @@ def knob_table() -> str:
             str(knob.default),
             str(on_gpu[knob.name]),
             knob.apply.value,
-            "yes" if knob.searched else "no",
+            f"with `{knob.only_with}`" if knob.searched and knob.only_with else "yes" if knob.searched else "no",
             knob.help,
         ]
         for knob in KNOBS

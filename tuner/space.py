@@ -121,7 +121,8 @@ def keeping_promises(space: SearchSpace, champion: EngineConfig) -> SearchSpace:
 
 
 def meeting_needs(space: SearchSpace, champion: EngineConfig) -> SearchSpace:
-    """Without the choices that need what neither the champion has nor the space can give them."""
+    """Without the choices that need what neither the champion has nor the space can give them, and without knobs that
+    mean nothing beside it."""
     values = champion.values()
     given = {(one.name, choice) for one in space.dimensions for choice in one.choices or ()}
 
@@ -131,6 +132,9 @@ def meeting_needs(space: SearchSpace, champion: EngineConfig) -> SearchSpace:
 
     dimensions = []
     for one in space.dimensions:
+        other = knob_named(one.name).only_with
+        if other is not None and not values[other] and other not in space.names:
+            continue
         if one.choices is not None:
             one = replace(one, choices=tuple(c for c in one.choices if not is_idle(one.name, c)))
         if one.choices is None or len(one.choices) > 1:

@@ -32,6 +32,7 @@ def test_space_holds_what_the_engine_reports_as_searched():
         "threads_prefill",
         "long_prompt_threshold",
         "kv_watermark",
+        "speculation_max_seqs",
         "mixed_step_tokens",
     )
     seqs = SPACE.dimensions[0]
@@ -120,6 +121,25 @@ def test_a_choice_is_searched_only_where_what_it_needs_is_there_or_may_come():
     assert "longest_prefix" in choices_of(meeting_needs(SPACE, own), "policy")
     narrow = search_space(REPORTS, None, (), {"policy": ["fcfs", "longest_prefix"]})
     assert choices_of(meeting_needs(narrow, CHAMPION), "policy") is None  # one choice is no choice
+
+
+def test_the_limit_of_speculation_is_searched_where_there_is_any():
+    """So the tuner learns above how many requests drafts cost more than they bring."""
+    assert "speculation_max_seqs" in SPACE.names and "speculation_length" not in SPACE.names
+    assert "speculation_max_seqs" not in meeting_needs(SPACE, CHAMPION).names
+    drafting = CHAMPION.patched({"speculation_length": 4, "speculation_max_seqs": 8})
+    found = meeting_needs(SPACE, drafting)
+    assert "speculation_max_seqs" in found.names
+    region = next(
+        one for one in trust_region(found, drafting, 1).dimensions if one.name == "speculation_max_seqs"
+    )
+    assert (region.low, region.high) == (4, 16)
+    moved = projected({"speculation_max_seqs": 16}, drafting, found)
+    assert (
+        moved == drafting.patched({"speculation_max_seqs": 16}) and is_allowed(moved, drafting, found) is None
+    )
+    named = search_space(REPORTS, ["speculation_length", "speculation_max_seqs"], (), {})
+    assert meeting_needs(named, CHAMPION).names == named.names, "both may move"
 
 
 def test_a_choice_without_what_it_needs_is_never_proposed():
