@@ -168,13 +168,13 @@ class DecoderModel(PagedModel):
         if self.device.type != "cuda":
             return
         vocab_size = len(self.decoder.embedding)
-        wishes = torch.zeros(5, 1, dtype=torch.float64, device=self.device)
+        params = torch.zeros(5, 1, dtype=torch.float64, device=self.device)
         with compiled_ahead():
             for dtype in {self.decoder.embedding.dtype, torch.float32}:
                 logits = torch.zeros(1, vocab_size, dtype=dtype, device=self.device)
                 self.kernels.greedy(logits)
                 for has_top_k, has_top_p in product((False, True), repeat=2):
-                    self.kernels.pick(logits, wishes, has_top_k, has_top_p)
+                    self.kernels.sample(logits, params, has_top_k, has_top_p)
 
     @property
     def captured_rows(self) -> Sequence[int]:

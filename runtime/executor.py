@@ -105,16 +105,10 @@ class Executor:
         self._use_threads(config.threads_decode)
         if config.kv_dtype in self._model.kv_dtypes:
             self._model.kv_dtype = config.kv_dtype
-        else:
-            log.warning(
-                "`kv_dtype` %s is not to be had: this model %s", config.kv_dtype, self._model.why_fixed
-            )
-        if config.linear_backend != self._model.fixed_knobs.get("linear_backend", config.linear_backend):
-            log.warning(
-                "`linear_backend` %s is not to be had: this model %s",
-                config.linear_backend,
-                self._model.why_is_fixed("linear_backend"),
-            )
+        for name in ("kv_dtype", "linear_backend"):
+            asked, why = config.values()[name], self._model.why_is_fixed(name)
+            if asked != self._model.fixed_knobs.get(name, asked):
+                log.warning("`%s` %s is not to be had: this model %s", name, asked, why)
         self._model.use_backend(config.linear_backend)
         lay_out_linears(self._model.model, int(LAID_OUT_SHARE * free_memory_bytes()))
         step_tokens = self._measured_step_tokens()

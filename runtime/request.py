@@ -40,11 +40,6 @@ class SamplingParams:
     num_prompt_logprobs: int | None = None  # the same at each of the prompt's tokens but the first
 
     @property
-    def narrows(self) -> bool:
-        """Whether some tokens are out of the draw for their rank or probability."""
-        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
-
-    @property
     def has_penalties(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 

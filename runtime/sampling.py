@@ -2,7 +2,7 @@
 
 A draw uses one uniform number that is a hash of the request's seed and the token's position in its output.
 So a seeded request gets the same numbers whatever batch it shares and however often it was preempted. What becomes of
-that number is `pick`, a kernel where there is Triton, and its plain twin elsewhere.
+that number is `sample`, a kernel where there is Triton, and its plain twin elsewhere.
 """
 
 from collections.abc import Sequence
@@ -35,23 +35,23 @@ def draw(logits: Tensor, requests: Sequence[Request], kernels: Kernels = PLAIN) 
     asked = [request.sampling for request in requests]
     if not any(one.temperature > 0.0 for one in asked):
         return kernels.greedy(logits)
-    wishes = _wishes(requests, logits.shape[1])
-    has_top_k, has_top_p = (bool(row.any()) for row in (wishes[3] > 0.0, wishes[2] < 1.0))
-    if kernels.pick is not PLAIN.pick or not (has_top_k or has_top_p):
-        return kernels.pick(logits, sent(wishes, logits.device), has_top_k, has_top_p)
+    params = _params_of(requests, logits.shape[1])
+    has_top_k, has_top_p = (bool(row.any()) for row in (params[3] > 0.0, params[2] < 1.0))
+    if kernels.sample is not PLAIN.sample or not (has_top_k or has_top_p):
+        return kernels.sample(logits, sent(params, logits.device), has_top_k, has_top_p)
     # The twin sorts each row that it is given, so that it is given only those which need it.
-    is_cut = (wishes[3] > 0.0) | (wishes[2] < 1.0)
+    is_cut = (params[3] > 0.0) | (params[2] < 1.0)
     drawn = torch.empty(2, len(requests), dtype=torch.int64, device=logits.device)
     for rows, cuts in ((np.flatnonzero(~is_cut), False), (np.flatnonzero(is_cut), True)):
         if len(rows):
             which = sent(rows, logits.device)
-            some = logits.index_select(0, which), sent(wishes[:, rows], logits.device)
-            drawn.index_copy_(1, which, kernels.pick(*some, cuts, cuts))
+            some = logits.index_select(0, which), sent(params[:, rows], logits.device)
+            drawn.index_copy_(1, which, kernels.sample(*some, cuts, cuts))
     return drawn
 
 
-def _wishes(requests: Sequence[Request], vocab_size: int) -> NDArray[np.float64]:
-    """As `pick` reads them: [5, len(requests)]."""
+def _params_of(requests: Sequence[Request], vocab_size: int) -> NDArray[np.float64]:
+    """As `sample` reads them: [5, len(requests)]."""
     asked = [request.sampling for request in requests]
     draws = uniform([one.seed for one in asked], [request.num_output_tokens for request in requests])
     rows = [

@@ -184,6 +184,7 @@ def _columns(
 ) -> tuple[Floats, Floats, Floats, NDArray[np.int_]]:
     """[steps, 5] what a, b, c, d, e are multiplied with, [steps] seconds by the clock of what computed them, [steps]
     seconds since the step before, and [steps] their places. Steps without work are left out."""
+    has_clock = any(step.get("device_s") is not None for step in steps)
     rows = np.array(
         [
             (
@@ -192,16 +193,14 @@ def _columns(
                 step["attention_pairs"],
                 step["num_decode"] + step["num_prefill_rows"],
                 step["step_s"],
-                step["step_s"] if step.get("device_s") is None else step["device_s"],
+                step.get("device_s")
+                if has_clock
+                else step["step_s"],  # None beside others: of an older runtime
             )
             for step in steps
         ],
         dtype=float,
     ).reshape(-1, 6)
-    if any(step.get("device_s") is not None for step in steps):
-        rows[[step.get("device_s") is None for step in steps]] = (
-            np.nan
-        )  # of an older runtime: by another clock
     usable = np.flatnonzero(np.isfinite(rows).all(axis=1) & (rows[:, 0] > 0) & (rows[:, 4:] > 0).all(axis=1))
     rows = rows[usable]
     tokens, context, pairs, sequences, taken, seconds = rows.T

@@ -109,7 +109,6 @@ class TwinStage:
         is_used = error.usable and one_engine and metric != "tpot_s"
         is_used = is_used and error.noise_share <= fitted_covariates.noise_share  # what leaves less noise
         covariates = None if is_used else fitted_covariates
-        step_errors = {kind: asdict(one) for kind, one in fitted.errors.items()}
         kept = {} if covariates is None else {"covariates": covariates.to_dict()}
         several = f"The twin is not used: it replays one engine, and `replicas` is {champion.replicas}."
         told = error.reason if one_engine else several
@@ -118,7 +117,7 @@ class TwinStage:
             snapshot_id=self._snapshot_id,
             config_id=champion.config_id,
             fitted_at=now,
-            parameters=parameters.to_dict() | {"error": asdict(error), "step_errors": step_errors} | kept,
+            parameters=parameters.to_dict() | {"error": asdict(error)} | kept,
             num_steps=fitted.num_steps,
             step_error_ratio=fitted.relative_error,
             latency_error_ratio=error.relative_error,

@@ -25,6 +25,7 @@ from runtime.request import Request, SamplingParams
 from runtime.scheduler import Scheduler
 from runtime.step_weights import Weights, weights_of
 
+GREEDY = SamplingParams()
 MAX_MODEL_LEN = 4608  # the longest prompt of the workloads with its answer
 
 
@@ -62,7 +63,7 @@ class Bench:
         self,
         load: Callable[[], LoadedModel],
         knobs: Mapping[str, Any],
-        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        sampling: SamplingParams = GREEDY,
     ) -> None:
         self.sampling = sampling
         began = time.perf_counter()
@@ -88,11 +89,7 @@ class Bench:
             executor.pool, config, executor.max_model_len, attention_cost=executor.attention_cost
         )
         executor.warm.install(config, scheduler)
-        asked = zip(load.prompts, load.output_tokens, strict=True)
-        requests = [
-            Request.of_tokens(str(at), ids, num, 0.0, replace(self.sampling, seed=at))
-            for at, (ids, num) in enumerate(asked)
-        ]
+        requests = self.requests_of(load)
         steps: list[Step] = []
         began = time.perf_counter()
         for request in requests:
@@ -102,6 +99,13 @@ class Bench:
             started, ended = ended, time.perf_counter()
             steps.append(step_of(batch, ended - started))
         return ended - began, steps, [request.first_token_at or 0.0 for request in requests]
+
+    def requests_of(self, load: Load) -> list[Request]:
+        asked = zip(load.prompts, load.output_tokens, strict=True)
+        return [
+            Request.of_tokens(str(at), ids, num, 0.0, replace(self.sampling, seed=at))
+            for at, (ids, num) in enumerate(asked)
+        ]
 
     def floor_s(self, steps: Sequence[Step], ceilings: Ceilings) -> float:
         """Seconds that the steps take at least."""

@@ -44,7 +44,7 @@ CELLS: dict[str, dict[str, Sequence[str]]] = {  # by part: workloads of shapes
     "dense": {"qwen3-0.6b": (*BATCHES, "nano256"), "llama-8b": BATCHES},
     "deepseek": {"deepseek-v2-lite": BATCHES},
 }
-SAMPLED: dict[str, type] = {"temperature": float, "min_p": float, "top_p": float, "top_k": int}
+SAMPLED = {"temperature": 2.0, "min_p": 1.0, "top_p": 1.0, "top_k": 1e6}  # and what is the most of each
 PARTS = (*CELLS, "traffic", "start")
 
 
@@ -110,7 +110,7 @@ def parser_of() -> argparse.ArgumentParser:
     )
     add("--knob", nargs="+", default=[], metavar="NAME=VALUE", help="knobs that are not at their default")
     add("--sampling", nargs="+", default=[], metavar="NAME=VALUE",
-        help=f"how the tokens of cells are drawn ({', '.join(SAMPLED)}); greedy if not said")  # fmt: skip
+        help=f"how tokens of cells are drawn ({', '.join(SAMPLED)}); greedy if not said, as generate is")  # fmt: skip
     add(
         "--waterfall",
         action="store_true",
@@ -164,14 +164,17 @@ def cells_part(options: argparse.Namespace, knobs: Mapping[str, KnobValue]) -> d
 
 
 def sampling_of(words: Sequence[str]) -> SamplingParams:
-    """Of NAME=VALUE. Raises ValueError for another name or no number."""
-    values: dict[str, Any] = {}
-    for word in words:
-        name, _, value = word.partition("=")
+    """Of NAME=VALUE. Raises ValueError for another name, or a value out of its range."""
+    (values,) = patches_of([",".join(words)])
+    for name, value in values.items():
         if name not in SAMPLED:
-            raise ValueError(f"--sampling takes {', '.join(SAMPLED)}, but got {word!r}.")
-        values[name] = SAMPLED[name](value)
-    return SamplingParams(**values)
+            raise ValueError(f"--sampling takes {', '.join(SAMPLED)}, but got {name!r}")
+        is_number = isinstance(value, int) or (isinstance(value, float) and name != "top_k")
+        if not is_number or not 0 <= float(value) <= SAMPLED[name]:
+            kind = "a whole number" if name == "top_k" else "a number"
+            raise ValueError(f"{name} must be {kind} in [0, {SAMPLED[name]:g}], but got {value!r}")
+    params: dict[str, Any] = dict(values)
+    return SamplingParams(**params)
 
 
 def cells_of(options: argparse.Namespace) -> Mapping[str, Sequence[str]]:

@@ -19,7 +19,6 @@ from runtime.bench.ceilings import Ceilings, synchronize
 from runtime.bench.cells import Bench
 from runtime.bench.loads import workload
 from runtime.bench.peers import steps_of
-from runtime.request import Request
 from runtime.scheduler import Scheduler
 
 NUM_STEPS = 16
@@ -104,8 +103,8 @@ def waterfall(bench: Bench, name: str, ceilings: Ceilings, seed: int) -> Waterfa
         executor.pool, config, executor.max_model_len, attention_cost=executor.attention_cost
     )
     executor.warm.install(config, scheduler)
-    for at, (ids, num) in enumerate(zip(load.prompts, load.output_tokens, strict=True)):
-        scheduler.add(Request.of_tokens(str(at), ids, num, 0.0))
+    for request in bench.requests_of(load):
+        scheduler.add(request)
     num_steps = min(NUM_STEPS, max(load.output_tokens) // 2)
     for batch in steps_of(bench.executor, scheduler, config):
         only_decodes = not scheduler.waiting and batch.num_decode == len(scheduler.running)

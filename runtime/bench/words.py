@@ -13,7 +13,7 @@ def patches_of(words: Sequence[str]) -> list[dict[str, KnobValue]]:
 def _assigned(text: str) -> tuple[str, KnobValue]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
-        raise ValueError(f"a knob must be given as NAME=VALUE, but got {text!r}")
+        raise ValueError(f"a value must be given as NAME=VALUE, but got {text!r}")
     for kind in (int, float):
         try:
             return name, kind(value)

@@ -5,7 +5,7 @@
     move_rows.py, e4m3.py    between a cache of whole values and one of 8 bits, and how those are rounded
     int8_rows.py             what lies before and behind a product of integers
     latent_rope.py, latent_few.py, route.py, lay_out.py, expert_linear.py, weigh.py    of latents, and of experts
-    embed.py, greedy.py, pick.py    the first of a step, and the last: the likeliest tokens, or drawn ones
+    embed.py, greedy.py, sample.py    the first of a step, and the last: the likeliest tokens, or drawn ones
     expert_trials.py    what those are tried on
     splits.py           how attention is shared out among programs
     launch.py           how kernels are started, and compiled before anyone waits for them

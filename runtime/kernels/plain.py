@@ -16,7 +16,7 @@ PREFILL_TOKENS = 128  # whose scores are there at once
 INT8_LIMIT = 127  # symmetric: -128 is not used
 LEAST_INT8_ROWS = 32  # torch._int_mm wants more than 16 rows on CUDA
 LEVELS = 2.0**40  # of the likeliest token's weight
-LEAST_HEAT = 1e-30  # a temperature of less is none in float32
+LEAST_TEMPERATURE = 1e-30  # less is 0 in float32, and a request that asks for it is not greedy
 SORTED_FIRST = 1024  # of a vocabulary
 LEAST_ROW_MAXIMUM = 1e-30  # of a row's values: one of zeros has levels too
 
@@ -362,10 +362,10 @@ def greedy(logits: Tensor) -> Tensor:
     return torch.stack((tokens, torch.isfinite(best).to(tokens.dtype)))
 
 
-def pick(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool) -> Tensor:
+def sample(logits: Tensor, params: Tensor, has_top_k: bool, has_top_p: bool) -> Tensor:
     """A token of each row, as `greedy` returns it: the likeliest where the temperature is 0, else one drawn.
 
-    logits: [B, vocab]; wishes: float64 [5, B], in turn temperature, min-p, top-p (1: all), top-k (0: all) and a number
+    logits: [B, vocab]; params: float64 [5, B], in turn temperature, min-p, top-p (1: all), top-k (0: all) and a number
     in [0, 1) that is the draw. `has_top_k`, `has_top_p`: whether any row asks for it.
 
     Weights are whole numbers, 2^40 for the likeliest token, so that a sum of them is the same in any order. The tokens
@@ -373,10 +373,10 @@ def pick(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool) -> Te
     sum of these no more than reach top-p; the likeliest always. Of them, by number, the first is taken at which the
     summed weights exceed the draw's share of all.
     """
-    temperature, min_p, top_p, top_k, draw = wishes[:, :, None].unbind()
+    temperature, min_p, top_p, top_k, draw = params[:, :, None].unbind()
     best, likeliest = logits.max(dim=-1)
-    heat = torch.where(temperature > 0, temperature, 1.0).float().clamp(min=LEAST_HEAT)
-    weights = ((logits.float() - best.float()[:, None]) / heat).exp()
+    divisor = torch.where(temperature > 0, temperature, 1.0).float().clamp(min=LEAST_TEMPERATURE)
+    weights = ((logits.float() - best.float()[:, None]) / divisor).exp()
     is_out = weights < min_p.float()
     levels = _levels(weights).masked_fill_(is_out, 0)
     if has_top_k or has_top_p:

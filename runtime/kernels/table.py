@@ -76,7 +76,7 @@ class Kernels(NamedTuple):
     int8_levels: Callable[[Tensor], tuple[Tensor, Tensor]]
     # (product, steps, scale, bias, dtype)
     int8_scaled: Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
-    pick: Callable[[Tensor, Tensor, bool, bool], Tensor]  # (logits, wishes, has_top_k, has_top_p)
+    sample: Callable[[Tensor, Tensor, bool, bool], Tensor]  # (logits, params, has_top_k, has_top_p)
 
 
 PLAIN = Kernels(
@@ -105,7 +105,7 @@ PLAIN = Kernels(
     plain.restore_rows,
     plain.int8_levels,
     plain.int8_scaled,
-    plain.pick,
+    plain.sample,
 )
 
 
@@ -122,9 +122,9 @@ def _triton_kernels() -> Kernels:
     from runtime.kernels.move_rows import restore_rows, round_rows
     from runtime.kernels.paged_decode import paged_decode, paged_decode_fp8, paged_latent_decode
     from runtime.kernels.paged_prefill import paged_prefill
-    from runtime.kernels.pick import pick
     from runtime.kernels.rope_and_cache import rope_and_cache, rope_and_cache_fp8
     from runtime.kernels.route import route
+    from runtime.kernels.sample import sample
     from runtime.kernels.silu_mul import silu_mul
     from runtime.kernels.skinny_linear import skinny_gated, skinny_linear, skinny_parts
     from runtime.kernels.weigh import weigh
@@ -133,7 +133,7 @@ def _triton_kernels() -> Kernels:
         paged_decode, paged_prefill, paged_latent_decode, rope_and_cache, add_norm, silu_mul, skinny_linear,
         skinny_gated, skinny_parts, greedy, embed, latent_rope_and_cache, route, lay_out, expert_gate_up, expert_down,
         weigh, absorb_and_cache, latent_values, paged_decode_fp8, rope_and_cache_fp8,
-        round_rows, restore_rows, int8_levels, int8_scaled, pick,
+        round_rows, restore_rows, int8_levels, int8_scaled, sample,
     )  # fmt: skip
 
 
@@ -353,18 +353,18 @@ def _trials(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[
         dtype=torch.float64, device=device,
     )  # fmt: skip
     for has_top_k, has_top_p in ((False, False), (True, False), (False, True), (True, True)):
-        wishes = asked.clone()
-        wishes[2] = asked[2] if has_top_p else 1.0
-        wishes[3] = asked[3] if has_top_k else 0.0
+        params = asked.clone()
+        params[2] = asked[2] if has_top_p else 1.0
+        params[3] = asked[3] if has_top_k else 0.0
 
-        def picked(
+        def sampled(
             kernel: Callable[..., Tensor | None],
-            given: tuple[Tensor, bool, bool] = (wishes, has_top_k, has_top_p),
+            given: tuple[Tensor, bool, bool] = (params, has_top_k, has_top_p),
         ) -> list[Tensor]:
             tokens, may_be_taken = _given(kernel(logits, *given))
             return [(tokens[:, None] == torch.arange(5000, device=device)).float(), may_be_taken]
 
-        yield "pick", picked
+        yield "sample", sampled
     yield (
         "embed",
         _returned(*(torch.tensor(one, device=device) for one in ([3, -1, 0, -3], [1, 0, 2])), matrix),

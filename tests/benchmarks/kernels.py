@@ -248,23 +248,15 @@ def small_calls(
     )
     logits = 4 * normal(rows, model.vocab)  # about as peaked as those of a text
     yield "greedy", logits.nbytes, lambda of: of.greedy(logits)
-    wishes = torch.rand(5, rows, device=device, dtype=torch.float64)
-    wishes[0], wishes[1], wishes[2], wishes[3] = 1.0, 0.0, 0.9, 50
-    whole = wishes.clone()
-    whole[2], whole[3] = 1.0, 0
-    yield "pick", 3 * logits.nbytes, lambda of: of.pick(logits, whole, False, False)
-    for name, cuts in {
-        "pick top-k": (True, False),
-        "pick top-p": (False, True),
-        "pick both": (True, True),
-    }.items():
-        asked = whole.clone()
-        asked[2], asked[3] = (wishes[at] if cuts[3 - at] else whole[at] for at in (2, 3))
-        yield name, 3 * logits.nbytes, functools.partial(_picked, logits, asked, *cuts)
+    draws = torch.rand(rows, device=device, dtype=torch.float64)
+    for top_k, top_p in ((0, 1.0), (50, 1.0), (0, 0.9), (50, 0.9)):
+        params = torch.stack([torch.full_like(draws, one) for one in (1.0, 0.0, top_p, top_k)] + [draws])
+        sample = functools.partial(_sampled, logits, params, top_k > 0, top_p < 1.0)
+        yield f"sample {top_k} {top_p}", logits.nbytes, sample  # top-k and top-p
 
 
-def _picked(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool, of: Kernels) -> object:
-    return of.pick(logits, wishes, has_top_k, has_top_p)
+def _sampled(logits: Tensor, params: Tensor, has_top_k: bool, has_top_p: bool, of: Kernels) -> object:
+    return of.sample(logits, params, has_top_k, has_top_p)
 
 
 def time_linears(device: torch.device, copy_bytes_per_s: float, late: Callable[[], bool]) -> None:

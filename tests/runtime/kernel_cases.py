@@ -504,7 +504,7 @@ for name, value in {"nan": float("nan"), "inf": float("inf"), "minus_inf": float
 add("greedy_of_minus_inf_alone", likeliest, vocab=1, fill=float("-inf"))
 
 
-def picked(
+def sampled(
     device: torch.device,
     dtype: torch.dtype,
     vocab: int,
@@ -521,13 +521,13 @@ def picked(
     logits = (spread * torch.randn(num_rows, vocab + 5)).round_(decimals=1).to(device, dtype)[:, :vocab]
     if fill is not None:
         logits[0, vocab // 2] = fill
-    wishes = torch.zeros(5, num_rows, dtype=torch.float64)
-    wishes[0, ::2], wishes[0, 3] = temperature, 1.0
-    wishes[1, ::2], wishes[3, ::2], wishes[2] = min_p, top_k, 1.0
-    wishes[2, ::2], wishes[4] = top_p, torch.rand(num_rows, dtype=torch.float64)
-    given = wishes.to(device), top_k > 0, top_p < 1.0
-    tokens, may_be_taken = kernels().pick(logits, *given)
-    expected, expected_may = PLAIN.pick(logits, *given)
+    params = torch.zeros(5, num_rows, dtype=torch.float64)
+    params[0, ::2], params[0, 3] = temperature, 1.0
+    params[1, ::2], params[3, ::2], params[2] = min_p, top_k, 1.0
+    params[2, ::2], params[4] = top_p, torch.rand(num_rows, dtype=torch.float64)
+    given = params.to(device), top_k > 0, top_p < 1.0
+    tokens, may_be_taken = kernels().sample(logits, *given)
+    expected, expected_may = PLAIN.sample(logits, *given)
     assert may_be_taken.tolist() == expected_may.tolist()
     is_other = (tokens != expected) & (expected_may == 1)
     # A draw may lie so near to a border that another rounding of the exponential takes it across.
@@ -543,11 +543,11 @@ for name, wish in {
     "nan": {"fill": float("nan"), "top_p": 0.9}, "inf": {"fill": float("inf"), "top_k": 2},
     "minus_inf": {"fill": float("-inf"), "top_p": 0.9},
 }.items():  # fmt: skip
-    add(f"pick_{name}", picked, vocab=5000, **wish)
-add("pick_of_many_equals", picked, vocab=5000, top_k=3000, top_p=0.9, spread=0.0)
-add("pick_of_least_heat", picked, vocab=5000, temperature=1e-46, top_k=3)
-add("pick_of_one", picked, vocab=1, top_p=0.5)
-add("pick_of_a_block", picked, vocab=4096, top_p=0.5, top_k=20)
+    add(f"sample_{name}", sampled, vocab=5000, **wish)
+add("sample_of_many_equals", sampled, vocab=5000, top_k=3000, top_p=0.9, spread=0.0)
+add("sample_of_least_temperature", sampled, vocab=5000, temperature=1e-46, top_k=3)
+add("sample_of_one", sampled, vocab=1, top_p=0.5)
+add("sample_of_a_block", sampled, vocab=4096, top_p=0.5, top_k=20)
 
 
 def embedded(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
@@ -975,11 +975,11 @@ def compiled_cases() -> dict[str, Callable[[], object]]:
         ),
         "norm_without_delta": lambda: kernels().add_norm(empty(2, 8192), None, empty(8192), 1e-6),
         "greedy": lambda: kernels().greedy(empty(2, 128256)),
-        "pick": lambda: kernels().pick(empty(2, 128256), empty(5, 2, dtype=torch.float64), True, True),
-        "pick_by_top_p": lambda: kernels().pick(
+        "sample": lambda: kernels().sample(empty(2, 128256), empty(5, 2, dtype=torch.float64), True, True),
+        "sample_by_top_p": lambda: kernels().sample(
             empty(2, 128256), empty(5, 2, dtype=torch.float64), False, True
         ),
-        "pick_of_wide": lambda: kernels().pick(
+        "sample_of_wide": lambda: kernels().sample(
             empty(2, 151936, dtype=wide), empty(5, 2, dtype=torch.float64), True, False
         ),
         "embed": lambda: kernels().embed(

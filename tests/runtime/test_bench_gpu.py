@@ -189,6 +189,21 @@ def test_cells_serve_weights_that_were_saved(tmp_path: Path, capsys: pytest.Capt
     assert (config["prefill_chunk"], config["weight_format"]) == (16, "bfloat16")  # type: ignore[index]
 
 
+def test_cells_are_drawn_as_asked_and_what_cannot_be_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--workload", "tiny", "--runs", "1", "--sampling", "temperature=0.8", "top_p=0.9", "top_k=5"]
+    assert gpu.main([*TINY, *words]) == 0
+    assert last_line(capsys)["sampling"] == {"temperature": 0.8, "top_p": 0.9, "top_k": 5}
+    for word, told in {
+        "seed=3": "--sampling takes temperature, min_p, top_p, top_k, but got 'seed'",
+        "temperature=-1": "temperature must be a number in [0, 2], but got -1",
+        "top_k=2.5": "top_k must be a whole number in [0, 1e+06], but got 2.5",
+        "top_p": "NAME=VALUE, but got 'top_p'",
+    }.items():
+        with pytest.raises(SystemExit):
+            gpu.main([*TINY, "--sampling", word])
+        assert told in capsys.readouterr().err
+
+
 def test_traffic_is_served_under_each_variant(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--part", "traffic", "--rate", "20", "--seconds", "0.5", "--at-once", "3", "--scale", "0.02"]
     variants = ["--variant", "prefill_chunk=64", "prefill_chunk=32,long_prompt_threshold=64"]

@@ -405,17 +405,19 @@ def test_a_draw_is_the_same_again_and_in_any_company(cuts: tuple[bool, bool], sp
     device = torch.device("cuda")
     torch.manual_seed(0)
     logits = (spread * torch.randn(256, 128_256, device=device)).bfloat16()
-    wishes = torch.rand(5, 256, dtype=torch.float64, device=device)
-    wishes[0], wishes[1] = 0.5 + wishes[0], 0.01 * wishes[1]
-    wishes[2] = 0.5 + wishes[2] if cuts[1] else 1.0
-    wishes[3] = (100 * wishes[3]).ceil() if cuts[0] else 0.0
-    pick, first = kernels().pick, kernels().pick(logits, wishes, *cuts)
+    params = torch.rand(5, 256, dtype=torch.float64, device=device)
+    params[0], params[1] = 0.5 + params[0], 0.01 * params[1]
+    params[2] = 0.5 + params[2] if cuts[1] else 1.0
+    params[3] = (100 * params[3]).ceil() if cuts[0] else 0.0
+    sample, first = kernels().sample, kernels().sample(logits, params, *cuts)
     for _ in range(50):
-        assert torch.equal(pick(logits, wishes, *cuts), first)
+        assert torch.equal(sample(logits, params, *cuts), first)
     for rows in (1, 3, 32):
-        parts = [pick(logits[at : at + rows], wishes[:, at : at + rows], *cuts) for at in range(0, 64, rows)]
+        parts = [
+            sample(logits[at : at + rows], params[:, at : at + rows], *cuts) for at in range(0, 64, rows)
+        ]
         assert torch.equal(torch.cat(parts, 1)[:, :64], first[:, :64])
-    expected = PLAIN.pick(logits[:64], wishes[:, :64], *cuts)
+    expected = PLAIN.sample(logits[:64], params[:, :64], *cuts)
     assert (expected[0] != first[0, :64]).sum() <= 1, "a draw near to a border"
 
 

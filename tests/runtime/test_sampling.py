@@ -93,10 +93,10 @@ def test_a_kernel_draws_all_rows_at_once_and_the_twin_those_that_sort_apart() ->
     """The same tokens: what is greedy, shaped, whole and cut may stand side by side."""
     calls: list[tuple[int, bool, bool]] = []
 
-    def counted(logits: Tensor, wishes: Tensor, *cuts: bool) -> Tensor:
+    def counted(logits: Tensor, params: Tensor, *cuts: bool) -> Tensor:
         calls.append((len(logits), *cuts))
-        assert wishes.is_contiguous(), "a kernel reads it by its address"
-        return PLAIN.pick(logits, wishes, *cuts)
+        assert params.is_contiguous(), "a kernel reads it by its address"
+        return PLAIN.sample(logits, params, *cuts)
 
     company = [
         SamplingParams(), SamplingParams(1.0, seed=1), SamplingParams(0.7, 0.8, 2),
@@ -106,7 +106,7 @@ def test_a_kernel_draws_all_rows_at_once_and_the_twin_those_that_sort_apart() ->
     ]  # fmt: skip
     requests = [Request.of_tokens(str(at), [1], 9, 0.0, one) for at, one in enumerate(company)]
     logits = random_logits(len(requests))
-    together = draw(logits, requests, PLAIN._replace(pick=counted))
+    together = draw(logits, requests, PLAIN._replace(sample=counted))
     assert calls == [(len(requests), True, True)]
     assert torch.equal(draw(logits, requests), together) and together[1].all() and together[0, 6] == 3
     alone = [draw(logits[at : at + 1], [request])[0, 0] for at, request in enumerate(requests)]
@@ -115,7 +115,7 @@ def test_a_kernel_draws_all_rows_at_once_and_the_twin_those_that_sort_apart() ->
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_stays_is_what_the_processors_of_transformers_leave(seed: int) -> None:
-    """Of a thousand draws of each row, none but these, and each of these that is likely; equals by number."""
+    """Of four thousand draws none but these, each as often as it is likely."""
     from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     rng = np.random.default_rng(seed)

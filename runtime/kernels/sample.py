@@ -4,7 +4,7 @@
 
 A row is cut at a weight, which is found four bits at a time: each pass counts, or sums, what weighs at least as much as
 each of fifteen thresholds. Sums are of whole numbers, so the order in which programs add does not matter, and a row
-gets the same token whatever batch it shares. Contract: `pick` in `runtime.kernels.plain`.
+gets the same token whatever batch it shares. Contract: `sample` in `runtime.kernels.plain`.
 """
 
 import torch
@@ -20,22 +20,22 @@ from runtime.kernels.launch import launch
 SHIFTS = tuple(range(28, -1, -4))  # of the 32 bits of a weight
 PLACES = tl.constexpr(16)  # thresholds of a pass, of which the first is what the pass before it has found
 FIRST_SHIFT = tl.constexpr(SHIFTS[0])
-LEVELS, LEAST_HEAT = tl.constexpr(plain.LEVELS), tl.constexpr(plain.LEAST_HEAT)
+LEVELS, LEAST_TEMPERATURE = tl.constexpr(plain.LEVELS), tl.constexpr(plain.LEAST_TEMPERATURE)
 ABOVE_ALL = tl.constexpr(2**30)  # bits of no weight
 SLACK = tl.constexpr(8)  # bits by which the exponential of one logit may differ from that among others
-# What `wishes` holds in turn.
+# What `params` holds in turn; kernels call it otherwise, since Triton has a variable of that name.
 TEMPERATURE, MIN_P, TOP_P, TOP_K, DRAW = (tl.constexpr(place) for place in range(5))
 
 
-def pick(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool) -> Tensor:
+def sample(logits: Tensor, params: Tensor, has_top_k: bool, has_top_p: bool) -> Tensor:
     device = logits.device
-    wishes = wishes.contiguous()
+    params = params.contiguous()
     best, at = best_of_blocks(logits)
     num_rows, num_blocks = best.shape
     rows, blocks = (num_rows,), (num_rows, num_blocks)
     of_row = {"NUM_BLOCKS": num_blocks, "ROW": triton.next_power_of_2(num_blocks)}
     given, sizes = (
-        (logits, best, wishes, num_rows, logits.stride(0)),
+        (logits, best, params, num_rows, logits.stride(0)),
         {"VOCAB": logits.shape[1], "BLOCK": BLOCK},
     )
 
@@ -63,7 +63,7 @@ def pick(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool) -> Te
             BY=by, **of_row, **sizes, num_warps=8,
         )  # fmt: skip
         launch(
-            _settle, rows, device, wishes, num_rows, cut, above, num_above, equal, num_equal, total, wanted,
+            _settle, rows, device, params, num_rows, cut, above, num_above, equal, num_equal, total, wanted,
             BY=by, **of_row, num_warps=1,
         )  # fmt: skip
     out = torch.empty(2, num_rows, dtype=torch.int64, device=device)
@@ -75,21 +75,21 @@ def pick(logits: Tensor, wishes: Tensor, has_top_k: bool, has_top_p: bool) -> Te
 
 @triton.jit
 def _scale(
-    best: tl.tensor, wishes: tl.tensor, num_rows: int, row: int, NUM_BLOCKS: tl.constexpr, ROW: tl.constexpr
+    best: tl.tensor, asked: tl.tensor, num_rows: int, row: int, NUM_BLOCKS: tl.constexpr, ROW: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """The highest logit of a row, and what it is divided by."""
     place = tl.arange(0, ROW)
     highest = tl.max(
         tl.load(best + row * NUM_BLOCKS + place, mask=place < NUM_BLOCKS, other=float("-inf")), 0
     )
-    heat = tl.load(wishes + TEMPERATURE * num_rows + row)
-    return highest, tl.maximum(tl.where(heat > 0, heat, 1.0).to(tl.float32), LEAST_HEAT)
+    divisor = tl.load(asked + TEMPERATURE * num_rows + row)
+    return highest, tl.maximum(tl.where(divisor > 0, divisor, 1.0).to(tl.float32), LEAST_TEMPERATURE)
 
 
 @triton.jit
 def _heaviest(
     best: tl.tensor,
-    wishes: tl.tensor,
+    asked: tl.tensor,
     num_rows: int,
     row: int,
     block: int,
@@ -97,8 +97,8 @@ def _heaviest(
     ROW: tl.constexpr,
 ) -> tl.tensor:
     """Bits of the largest weight of a block; those of infinity where they are not known."""
-    highest, heat = _scale(best, wishes, num_rows, row, NUM_BLOCKS, ROW)
-    weight = tl.exp((tl.load(best + row * NUM_BLOCKS + block) - highest) / heat)
+    highest, divisor = _scale(best, asked, num_rows, row, NUM_BLOCKS, ROW)
+    weight = tl.exp((tl.load(best + row * NUM_BLOCKS + block) - highest) / divisor)
     weight = tl.where(weight == weight, weight, float("inf"))
     return weight.to(tl.int32, bitcast=True).to(tl.int64)
 
@@ -107,7 +107,7 @@ def _heaviest(
 def _weights(
     logits: tl.tensor,
     best: tl.tensor,
-    wishes: tl.tensor,
+    asked: tl.tensor,
     num_rows: int,
     stride: int,
     row: int,
@@ -118,22 +118,22 @@ def _weights(
     ROW: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Weights of a block as their bits, -1 outside of the vocabulary, and as whole numbers."""
-    highest, heat = _scale(best, wishes, num_rows, row, NUM_BLOCKS, ROW)
+    highest, divisor = _scale(best, asked, num_rows, row, NUM_BLOCKS, ROW)
     token = block * BLOCK + tl.arange(0, BLOCK)
     inside = token < VOCAB
     found = tl.load(logits + row * stride + token, mask=inside, other=float("-inf")).to(tl.float32)
-    weight = tl.exp((found - highest) / heat)
+    weight = tl.exp((found - highest) / divisor)
     weight = tl.where(weight == weight, weight, 0.0)
     level = (weight * LEVELS).to(tl.int64)
     return tl.where(inside, weight.to(tl.int32, bitcast=True), -1), tl.where(inside, level, 0)
 
 
 @triton.jit
-def _wanted(wishes: tl.tensor, wanted: tl.tensor, num_rows: int, row: int, BY: tl.constexpr) -> tl.tensor:
+def _wanted(asked: tl.tensor, wanted: tl.tensor, num_rows: int, row: int, BY: tl.constexpr) -> tl.tensor:
     """Tokens that stay, or what they shall weigh; 0 where the row does not ask for it."""
     if BY == "top_p":
         return tl.load(wanted + row)
-    return tl.load(wishes + TOP_K * num_rows + row).to(tl.int64)
+    return tl.load(asked + TOP_K * num_rows + row).to(tl.int64)
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def _found(
 def _count(
     logits: tl.tensor,
     best: tl.tensor,
-    wishes: tl.tensor,
+    asked: tl.tensor,
     num_rows: int,
     stride: int,
     wanted: tl.tensor,
@@ -177,7 +177,7 @@ def _count(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    num_wanted = _wanted(wishes, wanted, num_rows, row, BY)
+    num_wanted = _wanted(asked, wanted, num_rows, row, BY)
     if num_wanted > 0:
         low = num_wanted * 0
         if shift < FIRST_SHIFT:
@@ -186,13 +186,13 @@ def _count(
             tl.store(found + row, low)
         here = parts + (row * NUM_BLOCKS + block) * PLACES
         one = tl.full((), 1, tl.int64) << shift
-        if _heaviest(best, wishes, num_rows, row, block, NUM_BLOCKS, ROW) + SLACK < low + one:
+        if _heaviest(best, asked, num_rows, row, block, NUM_BLOCKS, ROW) + SLACK < low + one:
             tl.store(
                 here + tl.arange(0, PLACES), tl.zeros((PLACES,), tl.int64)
             )  # most blocks, after a few passes
         else:
             bits, level = _weights(
-                logits, best, wishes, num_rows, stride, row, block, VOCAB, BLOCK, NUM_BLOCKS, ROW
+                logits, best, asked, num_rows, stride, row, block, VOCAB, BLOCK, NUM_BLOCKS, ROW
             )
             for place in tl.static_range(1, PLACES):
                 is_over = bits >= tl.minimum(low + place * one, ABOVE_ALL).to(tl.int32)
@@ -207,7 +207,7 @@ def _count(
 def _sum_up(
     logits: tl.tensor,
     best: tl.tensor,
-    wishes: tl.tensor,
+    asked: tl.tensor,
     num_rows: int,
     stride: int,
     wanted: tl.tensor,
@@ -232,12 +232,12 @@ def _sum_up(
     if BY == "top_p":
         at = tl.load(cut_before + row)
     else:
-        at = tl.load(wishes + MIN_P * num_rows + row).to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
+        at = tl.load(asked + MIN_P * num_rows + row).to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
     if BY != "min_p":
-        num_wanted = _wanted(wishes, wanted, num_rows, row, BY)
+        num_wanted = _wanted(asked, wanted, num_rows, row, BY)
         if num_wanted > 0:
             at = tl.maximum(at, _found(found, parts, row, num_wanted, 0, NUM_BLOCKS, ROW))
-    bits, level = _weights(logits, best, wishes, num_rows, stride, row, block, VOCAB, BLOCK, NUM_BLOCKS, ROW)
+    bits, level = _weights(logits, best, asked, num_rows, stride, row, block, VOCAB, BLOCK, NUM_BLOCKS, ROW)
     here = row * NUM_BLOCKS + block
     tl.store(above + here, tl.sum(tl.where(bits > at, level, 0), 0))
     tl.store(num_above + here, tl.sum((bits > at).to(tl.int32), 0).to(tl.int64))
@@ -253,7 +253,7 @@ def _level_of(bits: tl.tensor) -> tl.tensor:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _settle(
-    wishes: tl.tensor,
+    asked: tl.tensor,
     num_rows: int,
     cut: tl.tensor,
     above: tl.tensor,
@@ -277,7 +277,7 @@ def _settle(
     stay = tl.sum(tl.load(equal + of_row, mask=inside, other=0), 0)
     level = _level_of(tl.load(cut + row))
     if BY == "top_k":
-        num_wanted = _wanted(wishes, wanted, num_rows, row, BY)
+        num_wanted = _wanted(asked, wanted, num_rows, row, BY)
         if num_wanted > 0:
             stay = tl.minimum(stay, num_wanted - tl.sum(tl.load(num_above + of_row, mask=inside, other=0), 0))
     if BY == "top_p":
@@ -290,7 +290,7 @@ def _settle(
     tl.store(num_equal + row, stay)
     tl.store(total + row, weighs)
     if BY != "top_p":
-        top_p = tl.load(wishes + TOP_P * num_rows + row)
+        top_p = tl.load(asked + TOP_P * num_rows + row)
         reach = tl.maximum(tl.ceil(top_p * weighs.to(tl.float64)).to(tl.int64), 1)
         tl.store(wanted + row, tl.where(top_p < 1.0, reach, 0))
 
@@ -299,7 +299,7 @@ def _settle(
 def _choose(
     logits: tl.tensor,
     best: tl.tensor,
-    wishes: tl.tensor,
+    asked: tl.tensor,
     num_rows: int,
     stride: int,
     best_at: tl.tensor,
@@ -321,7 +321,7 @@ def _choose(
         gdc_wait()
     inside, of_row = place < NUM_BLOCKS, row * NUM_BLOCKS + place
     at, stay, weigh = tl.load(cut + row), tl.load(num_equal + row), tl.load(total + row)
-    target = (tl.load(wishes + DRAW * num_rows + row) * weigh.to(tl.float64)).to(tl.int64)
+    target = (tl.load(asked + DRAW * num_rows + row) * weigh.to(tl.float64)).to(tl.int64)
     target = tl.minimum(target, weigh - 1)
     # Of equals at the cut the first ones stay.
     equals = tl.load(equal + of_row, mask=inside, other=0)
@@ -334,7 +334,7 @@ def _choose(
     stay -= tl.sum(tl.where(passed & inside, equals, 0), 0)
     target -= tl.sum(tl.where(passed & inside, masses, 0), 0)
 
-    bits, level = _weights(logits, best, wishes, num_rows, stride, row, block, VOCAB, BLOCK, NUM_BLOCKS, ROW)
+    bits, level = _weights(logits, best, asked, num_rows, stride, row, block, VOCAB, BLOCK, NUM_BLOCKS, ROW)
     is_equal = (bits == at).to(tl.int32)
     stays = (bits > at) | ((bits == at) & (tl.cumsum(is_equal, 0) <= stay))
     token = block * BLOCK + tl.sum((tl.cumsum(tl.where(stays, level, 0), 0) <= target).to(tl.int32), 0)
@@ -343,7 +343,7 @@ def _choose(
     highest = tl.max(found, 0)
     likeliest = tl.load(best_at + of_row, mask=inside, other=2**31 - 1)
     likeliest = tl.min(tl.where((found == highest) & inside, likeliest, 2**31 - 1), 0)
-    is_drawn = tl.load(wishes + TEMPERATURE * num_rows + row) > 0
+    is_drawn = tl.load(asked + TEMPERATURE * num_rows + row) > 0
     tl.store(out + row, tl.minimum(tl.where(is_drawn, token, likeliest), VOCAB - 1).to(tl.int64))
     is_finite = (highest < float("inf")) & (highest > float("-inf"))
     tl.store(out + num_rows + row, is_finite.to(tl.int64))
