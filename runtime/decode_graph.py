@@ -7,10 +7,9 @@ A graph belongs to a number of rows (a batch is padded to the next one), to the 
 multiplies; whatever a replay must know lies in tensors that never move. Padding rows write nothing and read nothing.
 """
 
-import contextlib
 import logging
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.batch import PackedBatch
+from runtime.captures import Captured, Captures, Pools, reason
 from runtime.fused_pass import DecodeInputs
 from runtime.kernels.launch import compiled_ahead
 from runtime.kv_size import is_out_of_memory
@@ -30,14 +30,6 @@ COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96)
 MAX_DRAWN = 2**14  # tokens that a step of any kind draws at most
 WARM_UPS = 2  # runs before a capture where kernels may not be compiled and loaded yet
 PUT_OFF = 1  # steps over other pools or by other weights that are run before any is captured
-
-
-class Pools(NamedTuple):
-    """What steps read and write. `identity`: that of the dict."""
-
-    identity: int
-    kv_dtype: str
-    block_tokens: int
 
 
 class Key(NamedTuple):
@@ -54,14 +46,6 @@ class Decoded(NamedTuple):
 
     logits: Tensor
     drawn: Tensor
-
-
-class Captured(NamedTuple):
-    """`memory`: the pool in which its tensors lie."""
-
-    graph: torch.cuda.CUDAGraph
-    out: Decoded
-    memory: tuple[int, int]
 
 
 Run = Callable[[DecodeInputs], Decoded]
@@ -84,19 +68,15 @@ class DecodeGraphs:
         self._turn = 0
         self._blank()
         self._shown = np.zeros((0, 0), np.int32)  # the tables that are on the device
-        self._graphs: dict[Key, Captured] = {}
+        self._graphs: dict[Key, Captured[Decoded]] = {}
         self._refused: set[Key] = set()
-        self._memory: tuple[int, int] | None = None  # shared by all graphs: one of them runs at a time
-        self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them about its streams
         self._lacked_memory = False  # the last capture that failed
         self._woken: set[tuple[str, int]] = set()  # kv_dtype and tokens of a block
         self._launched: set[int] = set()  # numbers of rows; other weights are woken for those there are then
         self._run_with: tuple[Pools, str, str] | None = None  # of the last step
         self.backend = "auto"  # `linear_backend` of the next one
         self._num_put_off = 0
-        # Of captures and of nothing else: others wait for theirs. Streams of a high priority are handed out apart, and
-        # what is captured on one goes before what is prepared beside.
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._captures = Captures(device)
 
     def takes(self, packed: PackedBatch) -> bool:
         """Whether each token of the step gets its logits: rows of one token, and those with a draft."""
@@ -166,8 +146,8 @@ class DecodeGraphs:
         self._refused = {
             key for key in self._refused if key.pools.identity != pools and key.weights != weights
         }
-        if all(captured.memory != self._memory for captured in self._graphs.values()):
-            self._memory = None  # it went with the last of them
+        if all(captured.memory != self._captures.memory for captured in self._graphs.values()):
+            self._captures.memory = None  # it went with the last of them
         self._drawn_by = None  # another graph may come to lie there
         self._run_with = None  # and others may come to be named so
 
@@ -182,7 +162,7 @@ class DecodeGraphs:
                     run(inputs)
                     run(inputs._replace(tables=inputs.tables.long()))
 
-    def _try_to_capture(self, key: Key, run: Run) -> Captured | None:
+    def _try_to_capture(self, key: Key, run: Run) -> Captured[Decoded] | None:
         """None where it fails, now or before: such steps are launched kernel by kernel."""
         if key in self._refused:
             return None
@@ -193,7 +173,7 @@ class DecodeGraphs:
                 log.info(
                     "decode steps of %d rows are run before they are captured: %s",
                     key.num_rows,
-                    _reason(error),
+                    reason(error),
                 )
         try:
             self._warm_up(key, run)
@@ -205,7 +185,7 @@ class DecodeGraphs:
             log.warning(
                 "decode steps of %d rows are not captured, so they take longer: %s",
                 key.num_rows,
-                _reason(error),
+                reason(error),
             )
             self._refused.add(key)
             return None
@@ -223,48 +203,17 @@ class DecodeGraphs:
         return True
 
     def _warm_up(self, key: Key, run: Run) -> None:
-        """Kernels are compiled and loaded, libraries take their workspace; then there is as much memory as can be: a
-        capture gives nothing back that the allocator holds."""
         self._drawn_by = None  # written to here too
         torch.cuda.synchronize(self._device)
         self._blank()
-        inputs = self._inputs(key.num_rows)
-        assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UPS):
-                self._decoded(run, inputs)
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
+        self._captures.run_apart(partial(self._decoded, run, self._inputs(key.num_rows)), WARM_UPS)
         self._launched.add(key.num_rows)
 
-    def _capture(self, key: Key, run: Run) -> Captured:
-        """Beside what the device does: nothing is waited for, and nothing given back that the allocator holds, as
-        `torch.cuda.graph` would have it."""
-        started = time.perf_counter()
-        graph, inputs = torch.cuda.CUDAGraph(), self._inputs(key.num_rows)
-        self._memory = self._memory or torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(self._stream):
-            try:
-                graph.capture_begin(self._memory, capture_error_mode="thread_local")
-                out = self._decoded(run, inputs)
-                graph.capture_end()
-            except BaseException:
-                self._give_up(graph)
-                raise
-        self._graphs[key] = Captured(graph, out, self._memory)
-        log.info("captured decode steps of %d rows in %.3f s", key.num_rows, time.perf_counter() - started)
-        return self._graphs[key]
-
-    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """A capture that fails leaves the allocator as if it went on (PyTorch 2.11), so the next ones have memory of
-        their own."""
-        self._failed.append(graph)
-        with contextlib.suppress(RuntimeError):
-            graph.capture_end()
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self._scalars.device.index, self._memory)
-        self._memory = None
+    def _capture(self, key: Key, run: Run) -> Captured[Decoded]:
+        captured = self._captures.capture(partial(self._decoded, run, self._inputs(key.num_rows)))
+        self._graphs[key] = captured
+        log.info("captured decode steps of %d rows in %.3f s", key.num_rows, captured.seconds)
+        return captured
 
     def _decoded(self, run: Run, inputs: DecodeInputs) -> Decoded:
         """What a graph does. What it draws, the next step finds without the host."""
@@ -310,7 +259,3 @@ def padding(num_rows: int, max_blocks: int, device: torch.device) -> DecodeInput
     tables = torch.zeros(BUCKETS[-1], max_blocks, dtype=torch.int32, device=device)[:num_rows]
     drawn = torch.zeros(MAX_DRAWN, dtype=torch.int64, device=device)
     return DecodeInputs(token_ids, positions, slots.fill_(-1), contexts, tables, drawn)
-
-
-def _reason(error: RuntimeError) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

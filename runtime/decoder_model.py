@@ -9,12 +9,14 @@ from torch import Tensor
 
 from runtime.bare_model import BareModel
 from runtime.batch import PackedBatch
-from runtime.decode_graph import COMPILED_BUCKETS, Decoded, DecodeGraphs, Pools, padding
+from runtime.captures import Pools
+from runtime.decode_graph import COMPILED_BUCKETS, Decoded, DecodeGraphs, padding
 from runtime.decoder import Attention, Decoder
-from runtime.fused_pass import DecodeInputs, fused_pass
+from runtime.fused_pass import DecodeInputs, MixedInputs, fused_pass
 from runtime.kernels.launch import compiled_ahead
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
+from runtime.mixed_graph import MixedGraphs
 from runtime.paged_model import (
     PROBE_TOKENS,
     KVPools,
@@ -73,6 +75,7 @@ class DecoderModel(PagedModel):
             free.add("linear_backend")
         self.fixed_knobs = {name: value for name, value in self.fixed_knobs.items() if name not in free}
         self._graphs: DecodeGraphs | None = None
+        self._mixed_graphs: MixedGraphs | None = None
         self._max_model_len, self._max_blocks = max_model_len, -(-max_model_len // BLOCK_TOKENS)
         token_ids = probe_tokens(self.decoder.embedding.shape[0], self.device)[0].tolist()
         expected = self._in_one_piece(token_ids) if isinstance(plain, BareModel) else plain.expected
@@ -117,24 +120,37 @@ class DecoderModel(PagedModel):
 
     @torch.inference_mode()
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
-        graphs = self._graphs
         if self._fused is not None:
             self._fused.use_blocks(packed.block_tokens)
-        if graphs is not None and pools is None and packed.copies is None and graphs.takes(packed):
-            pools_in_force = self._pools_in(packed.block_tokens)
-            decoded = graphs.replay(packed, pools_in_force, self.weights_key, self._decode, self.drawn)
+        self.greedy = self.graph_rows = None
+        logits = None
+        if pools is None and packed.copies is None and self._graphs is not None:
+            logits = self._replayed(packed, self._graphs)
+        return super().forward(packed, pools) if logits is None else logits
+
+    def _replayed(self, packed: PackedBatch, graphs: DecodeGraphs) -> Tensor | None:
+        """None where no graph can compute the step."""
+        pools, mixed = self._pools_in(packed.block_tokens), self._mixed_graphs
+        if graphs.takes(packed):
+            decoded = graphs.replay(packed, pools, self.weights_key, self._decode, self.drawn)
             if decoded is not None:
                 logits, self.greedy = decoded
                 self.graph_rows = graphs.replayed_rows
                 return logits
-        self.greedy = self.graph_rows = None
-        return super().forward(packed, pools)
+        elif mixed is not None and mixed.takes(packed, self.kv_dtype):
+            hidden = mixed.replay(packed, pools, self.weights_key, self._hidden, self.drawn)
+            if hidden is not None:
+                assert self._fused is not None
+                self.graph_rows = mixed.replayed_tokens
+                return self._fused.logits(hidden.index_select(0, sent(packed.last_tokens, self.device)))
+        return None
 
     def use_backend(self, linear_backend: str) -> None:
         if self._fused is not None:
             self._fused.linears.backend = linear_backend
-        if self._graphs is not None:
-            self._graphs.backend = linear_backend
+        for graphs in (self._graphs, self._mixed_graphs):
+            if graphs is not None:
+                graphs.backend = linear_backend
 
     def step_of(self, packed: PackedBatch) -> StepTensors:
         has_kernel = self._fused is not None
@@ -157,11 +173,18 @@ class DecoderModel(PagedModel):
         self._fused.use_blocks(block_tokens)
         if self._graphs is None:
             self._graphs = DecodeGraphs(self.device, self._max_blocks)
-            self._graphs.backend = self._fused.linears.backend
+            if self._fused.may_capture_pieces and self.most_mixed_tokens:
+                table = self.decoder.embedding
+                self._mixed_graphs = MixedGraphs(
+                    self.device, self.most_mixed_tokens, self._max_blocks, table.shape[1], table.dtype
+                )
+            self.use_backend(self._fused.linears.backend)
             self._wake_draws()
-        return self._graphs.prepare(
-            max_num_seqs, self._pools_in(block_tokens), self.weights_key, self._decode, only_largest
-        )
+        pools = self._pools_in(block_tokens)
+        is_done = self._graphs.prepare(max_num_seqs, pools, self.weights_key, self._decode, only_largest)
+        if self._mixed_graphs is not None and is_done and self.kv_dtype == "auto":
+            self._mixed_graphs.prepare(pools, self.weights_key, self._hidden)
+        return is_done
 
     def _wake_draws(self) -> None:
         """Compiles and loads what draws tokens: of logits as they are, and of those that a request has shaped."""
@@ -228,6 +251,8 @@ class DecoderModel(PagedModel):
             )  # its views would keep a pool in memory that has to make room for the next
         if self._graphs is not None:
             self._graphs.forget(None if pools is None else id(pools), weights_key)
+        if self._mixed_graphs is not None:
+            self._mixed_graphs.forget(None if pools is None else id(pools), weights_key)
 
     def release(self) -> None:
         self.forget(self.pools)
@@ -237,6 +262,10 @@ class DecoderModel(PagedModel):
         assert self._fused is not None
         logits = self._fused.decode(inputs, self._caches_of(self.pools))
         return Decoded(logits, self._fused.greedy(logits))
+
+    def _hidden(self, inputs: MixedInputs) -> Tensor:
+        assert self._fused is not None
+        return self._fused.mixed(inputs, self._caches_of(self.pools))
 
     def _pools_in(self, block_tokens: int) -> Pools:
         return Pools(id(self.pools), self.kv_dtype, block_tokens)

@@ -112,6 +112,8 @@ class Executor:
         self._model.use_backend(config.linear_backend)
         lay_out_linears(self._model.model, int(LAID_OUT_SHARE * free_memory_bytes()))
         step_tokens = self._measured_step_tokens()
+        # Launching larger ones is hidden behind what the device has to do.
+        self._model.most_mixed_tokens = step_tokens or 0
         fitted = Fitting(self._model, loaded.max_model_len, self.execute).fit(
             config, kv_tokens, asked_kv_tokens
         )

@@ -47,6 +47,22 @@ class DecodeInputs(NamedTuple):
     drawn: Tensor
 
 
+class MixedInputs(NamedTuple):
+    """Rows of one token each and behind them pieces of prompts, in tensors that are as large whatever the step.
+
+    `tokens`: all of them, padded; of its `contexts` and `tables` those of the first tokens, with context 0 for tokens
+    that belong to no row of one token. `contexts` [P + 1], `tables` [P + 1, blocks], `edges` int32 [P + 2]: of pieces,
+    of which those beyond the step's have no tokens. `tiles` int32 [N, 2]: as `splits.tiles_of` says, padded with those
+    of the last piece, which has none.
+    """
+
+    tokens: DecodeInputs
+    contexts: Tensor
+    tables: Tensor
+    edges: Tensor
+    tiles: Tensor
+
+
 class PiecesInputs(NamedTuple):
     """Pieces of prompts for attention over the pool. `tables`, `contexts`: of all rows of the step; `tiles`,
     `num_splits`: as `kernels.splits` says."""
@@ -100,7 +116,7 @@ class FusedPass:
     def forward(self, step: StepTensors, caches: Sequence[Any]) -> Tensor:
         """Any rows. Returns logits [last_tokens, vocab]."""
         inputs, attend, attend_last = self._mixed(step, caches[0])
-        return self._logits(self._hidden(inputs, caches, attend, attend_last, step))
+        return self.logits(self._hidden(inputs, caches, attend, attend_last, step))
 
     def decode(self, inputs: DecodeInputs, caches: Sequence[Any]) -> Tensor:
         """Rows of one token. Depends on nothing but the inputs' shapes, so that it can be captured.
@@ -108,7 +124,39 @@ class FusedPass:
         Returns logits [B, vocab].
         """
         attend = self._single(inputs)
-        return self._logits(self._hidden(inputs, caches, attend, attend, None))
+        return self.logits(self._hidden(inputs, caches, attend, attend, None))
+
+    @property
+    def may_capture_pieces(self) -> bool:
+        """Whether steps with pieces of prompts depend on nothing but their inputs' shapes: not where experts are chosen
+        or latents gathered."""
+        layers = self._decoder.layers
+        are_plain = all(isinstance(one.attention, Attention) and isinstance(one.mlp, Mlp) for one in layers)
+        return self.reads_pieces_in_place and are_plain
+
+    def mixed(self, inputs: MixedInputs, caches: Sequence[Any]) -> Tensor:
+        """Depends on nothing but the inputs' shapes, so that it can be captured. Returns the normed output of the last
+        layer, [T, hidden]."""
+        tokens, num_apart = inputs.tokens, len(inputs.tokens.contexts)
+        splits = self._splits(num_apart)
+        is_apart = (tokens.contexts > 0)[:, None]
+
+        def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
+            found = self.kernels.paged_prefill(
+                queries_of(qkv, layer), cache.rows, inputs.tables, inputs.contexts, 0, inputs.edges, inputs.tiles, 1,
+                self._block_tokens, layer.scaling, layer.window,
+            )  # fmt: skip
+            if num_apart:
+                first = found[:num_apart]
+                alone = self._decode(qkv[:num_apart], cache, layer, tokens, splits)
+                torch.where(is_apart, alone, first, out=first)
+            return found
+
+        return self._hidden(tokens, caches, attend, attend, None)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x: the normed output of the last layer, [rows, hidden]. Returns [rows, vocab]."""
+        return self.linears.whole(self._decoder.head, x)
 
     def attend_only(self, step: StepTensors | DecodeInputs, layer: Attention, cache: Any) -> None:
         """Launches what such a step launches over the cache of one layer, and multiplies no weights."""
@@ -293,9 +341,6 @@ class FusedPass:
     def greedy(self, logits: Tensor) -> Tensor:
         """The likeliest tokens, and whether each may be taken: int64 [2, rows]."""
         return self.kernels.greedy(logits)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.linears.whole(self._decoder.head, x)
 
 
 def queries_of(qkv: Tensor, layer: Attention) -> Tensor:

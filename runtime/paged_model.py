@@ -77,8 +77,9 @@ class PagedModel:
         self.kv_dtype = "auto"  # of the pools in force
         # The likeliest tokens of the step just computed, as `draw` returns them, where it has them already.
         self.greedy: Tensor | None = None
-        # Rows of the graph that computed it, padding among them; None where it was launched kernel by kernel.
+        # Tokens of the graph that computed it, padding among them; None where it was launched kernel by kernel.
         self.graph_rows: int | None = None
+        self.most_mixed_tokens = 0  # of a step with prompts that may be captured
         self.kernels = PLAIN
         self.replaced_kernels: tuple[str, ...] = ()  # that failed their check; plain twins do their work
         # Names the weights in force, for what was prepared with them.

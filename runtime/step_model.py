@@ -170,13 +170,13 @@ def fit_step_model(steps: Sequence[StepRecord], identity: Mapping[str, Any]) -> 
 
 
 def computed_by(step: StepRecord) -> str:
-    """What computed it: a graph, by its rows, or kernel by kernel `decode`, `mixed` (with pieces of prompts) or
-    `prompt` (with nothing else)."""
-    if (graph_rows := step.get("graph_rows")) is not None:
-        return f"graph of {graph_rows}"
+    """What computed it: a graph of rows that decode, by their number, or else `decode`, `mixed` (with pieces of
+    prompts) or `prompt` (with nothing else), in a graph or kernel by kernel."""
+    graph_rows = step.get("graph_rows")
     if not step["num_prefill_rows"]:
-        return "decode"
-    return "mixed" if step["num_decode"] else "prompt"
+        return "decode" if graph_rows is None else f"graph of {graph_rows}"
+    kind = "mixed" if step["num_decode"] else "prompt"
+    return kind if graph_rows is None else f"{kind}, graph"
 
 
 def _columns(

@@ -62,14 +62,14 @@ def paged_prefill(
 ) -> Tensor:
     """Attention of pieces of prompts, whose keys and values are cached already: each token sees those up to its own.
 
-    query: [first_row + tokens, kv_heads, group, D], a token of each row before `first_row`, then piece behind piece;
-    edges: int32 [pieces + 1], where each begins behind those; rows, block_tables, contexts: as in `paged_decode`, of
-    all rows. `tiles`, `num_splits`: what `splits` says; the result does not depend on them. Reads `edges` and
-    `contexts` on the host, so it cannot be captured. Returns [first_row + tokens, kv_heads * group * D], of which the
-    first are for someone else to fill.
+    query: [tokens, kv_heads, group, D], a token of each row before `first_row`, then piece behind piece; edges: int32
+    [pieces + 1], where each begins behind those; rows, block_tables, contexts: as in `paged_decode`, of all rows.
+    `tiles`, `num_splits`: what `splits` says; the result does not depend on them. Reads `edges` and `contexts` on the
+    host, so it cannot be captured. Returns [tokens, kv_heads * group * D], of which those before the first piece and
+    behind the last one are for someone else to fill.
     """
     kv_heads, dim = query.shape[1], query.shape[3]
-    found = [torch.zeros(first_row, query[0].numel(), dtype=_wide(query), device=query.device)]
+    found = query.new_zeros(len(query), query[0].numel())
     starts = [first_row + edge for edge in edges.tolist()]
     for number, (start, end) in enumerate(pairwise(starts)):
         row = first_row + number
@@ -86,8 +86,9 @@ def paged_prefill(
             visible = cached[seen.any(0)]  # what none sees may be no number
             key, value = visible.permute(1, 2, 0, 3)
             weights = _weights(part @ key[:, None].transpose(2, 3) * scaling, seen[:, seen.any(0)])
-            found.append((weights @ value[:, None]).permute(2, 0, 1, 3).flatten(1))
-    return torch.cat(found).to(query.dtype)
+            outputs = (weights @ value[:, None]).permute(2, 0, 1, 3).flatten(1)
+            found[first : first + len(outputs)] = outputs.to(query.dtype)
+    return found
 
 
 def paged_decode_fp8(

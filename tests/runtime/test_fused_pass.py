@@ -19,7 +19,8 @@ import runtime.fused_latent
 import runtime.fused_pass
 from runtime.attention import attend_plain
 from runtime.batch import Batch, PackedBatch
-from runtime.decode_graph import BUCKETS, PUT_OFF, WARM_UPS, Captured, Decoded, DecodeGraphs, Key, Run
+from runtime.captures import Captured
+from runtime.decode_graph import BUCKETS, PUT_OFF, WARM_UPS, Decoded, DecodeGraphs, Key, Run
 from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import DecodeInputs, FusedPass
 from runtime.hf_model import HFModel
@@ -407,7 +408,7 @@ def serve(config):
             batch = scheduler.schedule(0.0)
             executed = executor.execute(batch, scheduler.pack(batch), config)
             assert 0 < executed.device_s < 1.1 * executed.forward_s, "by the device's clock and by ours"
-            assert executed.graph_rows is None or executed.graph_rows >= batch.num_decode > 0
+            assert executed.graph_rows is None or executed.graph_rows >= batch.num_tokens
             replayed.add(executed.graph_rows)
             scheduler.finish_step(batch, executed.tokens, 0.0)
         for request in list(scheduler.running):
@@ -527,11 +528,11 @@ class Repeated:
 
 @pytest.fixture
 def repeating(monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(self: DecodeGraphs, key: Key, run: Run) -> Captured:
+    def capture(self: DecodeGraphs, key: Key, run: Run) -> Captured[Decoded]:
         self._drawn_by = None
         self._blank()
         graph = Repeated(partial(self._decoded, run, self._inputs(key.num_rows)))
-        self._graphs[key] = Captured(graph, graph.out, (0, 1))  # type: ignore[arg-type]
+        self._graphs[key] = Captured(graph, graph.out, (0, 1), 0.0)  # type: ignore[arg-type]
         return self._graphs[key]
 
     monkeypatch.setattr(DecodeGraphs, "_warm_up", lambda *_: None)
@@ -624,7 +625,7 @@ def test_steps_that_cannot_be_captured_are_launched_and_tried_once(
 ) -> None:
     tries: list[Key] = []
 
-    def fail(self: DecodeGraphs, key: Key, run: Run) -> Captured:
+    def fail(self: DecodeGraphs, key: Key, run: Run) -> Captured[Decoded]:
         tries.append(key)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -722,7 +723,7 @@ def test_a_step_is_run_before_it_is_captured_only_where_it_may_be_new_or_a_captu
     model = with_graphs(decoder("qwen3"))
     graphs = model._graphs
     assert graphs is not None
-    graphs._stream = SimpleNamespace(wait_stream=lambda other: None)  # type: ignore[assignment]
+    graphs._captures.stream = SimpleNamespace(wait_stream=lambda other: None)  # type: ignore[assignment]
     runs: list[int] = []
 
     def run(inputs: DecodeInputs) -> Decoded:
@@ -744,7 +745,7 @@ def test_a_step_is_run_before_it_is_captured_only_where_it_may_be_new_or_a_captu
     assert runs == [2] * (WARM_UPS + 2) + [1] and not graphs._refused
     assert ended == [(0, 0)] and Recorded.begun[-3:] == [(0, 0), (0, 1), (0, 1)]
     graphs.forget(id(model.pools), None)
-    assert graphs._graphs and graphs._memory is None, "none of those left lies in the last pool"
+    assert graphs._graphs and graphs._captures.memory is None, "none of those left lies in the last pool"
     graphs.forget(id(first), None)
     assert {key.pools.identity for key in graphs._graphs} != {id(first)}
 

@@ -1,0 +1,80 @@
+"""CUDA graphs of what launches the same kernels each time: captured once, replayed by one launch."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+
+Out = TypeVar("Out")
+
+
+class Pools(NamedTuple):
+    """What steps read and write. `identity`: that of the dict."""
+
+    identity: int
+    kv_dtype: str
+    block_tokens: int
+
+
+class Captured(NamedTuple, Generic[Out]):
+    """`memory`: the pool in which its tensors lie, `out` among them."""
+
+    graph: torch.cuda.CUDAGraph
+    out: Out
+    memory: tuple[int, int]
+    seconds: float
+
+
+class Captures:
+    """Takes captures one after the other, into memory that all of them share: one graph runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._index = device, torch.empty(0, device=device).device.index
+        self.memory: tuple[int, int] | None = None
+        self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them about its streams
+        # Of captures and of nothing else: others wait for theirs. Streams of a high priority are handed out apart, and
+        # what is captured on one goes before what is prepared beside.
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def capture(self, run: Callable[[], Out]) -> Captured[Out]:
+        """Beside what the device does: nothing is waited for, and nothing given back that the allocator holds, as
+        `torch.cuda.graph` would have it. Raises RuntimeError where it fails."""
+        started = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        self.memory = self.memory or torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(self.stream):
+            try:
+                graph.capture_begin(self.memory, capture_error_mode="thread_local")
+                out = run()
+                graph.capture_end()
+            except BaseException:
+                self._give_up(graph)
+                raise
+        return Captured(graph, out, self.memory, time.perf_counter() - started)
+
+    def run_apart(self, run: Callable[[], object], times: int) -> None:
+        """Runs it where it is captured later: kernels are compiled and loaded, libraries take their workspace. Then
+        there is as much memory as can be: a capture gives nothing back that the allocator holds."""
+        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self.stream):
+            for _ in range(times):
+                run()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """A capture that fails leaves the allocator as if it went on (PyTorch 2.11), so the next ones have memory of
+        their own."""
+        self._failed.append(graph)
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._index, self.memory)
+        self.memory = None
+
+
+def reason(error: RuntimeError) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,393 @@
+"""Steps with pieces of prompts as graphs, beside the same steps kernel by kernel. Fixtures: `test_fused_pass`."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import runtime.mixed_graph
+from runtime.batch import Batch, PackedBatch
+from runtime.captures import Captured, Captures
+from runtime.decode_graph import DecodeGraphs
+from runtime.decoder_model import DecoderModel
+from runtime.fused_pass import FusedPass
+from runtime.hf_model import HFModel
+from runtime.kernels import PLAIN
+from runtime.kernels.splits import LONG_CONTEXT
+from runtime.knobs import EngineConfig
+from runtime.kv_cache import BLOCK_TOKENS, BlockPool
+from runtime.mixed_graph import (
+    MOST_PIECES,
+    ROWS_APART,
+    Key,
+    MixedGraphs,
+    most_pieces_of,
+    num_tiles_of,
+    padded_rows,
+    padded_tokens,
+)  # fmt: skip
+from runtime.paged_model import block_rearranger, relative_error
+from runtime.request import Request, SamplingParams
+from runtime.sampling import draw, tokens_of
+from runtime.scheduler import Scheduler
+from tests.runtime.test_fused_pass import DENSE, EXACT, decoder, repeating_decoder
+from tests.runtime.tiny_models import VOCAB, tiny_model
+
+MOST_TOKENS = 192
+NUM_BLOCKS = 400
+
+
+class Repeated:
+    """A stand-in for CUDA's graph that runs what it was given again."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.replay = run  # not yet: a capture computes nothing
+
+
+@pytest.fixture(autouse=True)
+def repeating(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") is not None:
+        return
+
+    def capture(self: Captures, run: Callable[[], Any]) -> Captured[Any]:
+        self.memory = self.memory or (0, 1)
+        return Captured(Repeated(run), None, self.memory, 0.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Captures, "capture", capture)
+    monkeypatch.setattr(Captures, "run_apart", lambda self, run, times: run())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+
+
+def with_graphs(model: DecoderModel, most_tokens: int = MOST_TOKENS) -> DecoderModel:
+    """Of prompts alone: rows that decode are launched one by one, so that what is compared is theirs."""
+    model._fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
+    model._graphs = DecodeGraphs(model.device, 13)
+    model._graphs.takes = lambda packed: False  # type: ignore[method-assign]
+    model._mixed_graphs = MixedGraphs(
+        model.device, most_tokens, 13, model.decoder.embedding.shape[1], model.decoder.embedding.dtype
+    )
+    return model
+
+
+def steps(block_tokens: int = BLOCK_TOKENS, **knobs: Any) -> tuple[Scheduler, list[Request]]:
+    """Prompts of all lengths, of which some come when others have begun to decode, in pieces."""
+    rng = np.random.default_rng(0)
+    config = EngineConfig.of({"max_batched_tokens": 150, "prefill_chunk": 64, "max_num_seqs": 24, **knobs})
+    scheduler = Scheduler(BlockPool(NUM_BLOCKS, block_tokens, wants_runs=False), config, 200)
+    requests = [
+        Request.of_tokens(str(at), rng.integers(2, VOCAB, int(length)).tolist(), 12, 0.0)
+        for at, length in enumerate(rng.integers(1, 180, 48))
+    ]
+    for request in requests:
+        scheduler.add(request)
+    return scheduler, requests
+
+
+def serve(model: DecoderModel, depth: int, **knobs: Any) -> tuple[list[list[int]], list[int | None]]:
+    """Greedily, with so many steps under way while the next is launched. Tokens, and by step with prompts those of the
+    graph that was replayed."""
+    scheduler, requests = steps(**knobs)
+    model.allocate(NUM_BLOCKS)
+    under_way: list[tuple[Batch, Tensor]] = []
+    replayed: list[int | None] = []
+    while (batch := scheduler.schedule(0.0)) is not None or under_way:
+        if batch is not None:
+            packed = scheduler.pack(batch)
+            logits = model.forward(packed)
+            if batch.num_prefill_rows:
+                replayed.append(model.graph_rows)
+                assert model.graph_rows is None or model.graph_rows >= batch.num_tokens
+            drawn = torch.empty(2, 0, dtype=torch.int64)
+            if batch.sampled.any():
+                drawn = draw(logits, batch.sampled_requests())
+            model.drawn = drawn[0]
+            scheduler.advance(batch)
+            under_way.append((batch, drawn.clone()))
+        while len(under_way) > (depth if batch is not None else 0):
+            done, drawn = under_way.pop(0)
+            scheduler.settle(done, [token or 0 for token in tokens_of(drawn)], 0.0)
+    return [request.output_ids.tolist() for request in requests], replayed
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_replayed_steps_with_prompts_give_the_same_tokens_also_one_ahead(family: str, depth: int) -> None:
+    expected, _ = serve(decoder(family), 0)
+    model = with_graphs(decoder(family))
+    tokens, replayed = serve(model, depth)
+    assert tokens == expected
+    assert len(set(replayed)) > 2 and None not in replayed, "the test must reach what it claims"
+
+
+@pytest.mark.parametrize("asked", [{}, {"num_prompt_logprobs": 0}])
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_all_logits_that_somebody_wants_are_those_of_the_decoder(asked: dict[str, int], drafts: int) -> None:
+    """Of a prompt that is scored, of drafts, and where none are wanted."""
+    model, plain = with_graphs(repeating_decoder("qwen3")), repeating_decoder("qwen3")
+    scheduler = Scheduler(
+        BlockPool(NUM_BLOCKS, wants_runs=False),
+        EngineConfig.of(
+            {
+                "prefill_chunk": 64, "max_batched_tokens": 150, "speculation_length": drafts,
+                "speculation_max_seqs": 64,
+            }
+        ),
+        200,
+    )  # fmt: skip
+    for at in range(24):
+        sampling = SamplingParams(
+            num_prompt_logprobs=asked.get("num_prompt_logprobs") if at % 8 == 1 else None
+        )
+        scheduler.add(
+            Request.of_tokens(str(at), [3 + at % 4, 4, 5, 9] * (3 + 7 * at % 40), 30, 0.0, sampling)
+        )
+    for each in (model, plain):
+        each.allocate(NUM_BLOCKS)
+    wanted, num_replayed = set(), 0
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        logits = plain.forward(packed)
+        torch.testing.assert_close(model.forward(packed), logits, **EXACT)
+        if model.graph_rows is not None:
+            num_replayed += 1
+            wanted |= {"none"} if not len(packed.last_tokens) else set()
+            wanted |= {"scored"} if batch.scored is not None else set()
+            wanted |= {"drafts"} if batch.num_drafted else set()
+        tokens = logits[: len(batch.drawing_requests())].argmax(-1).tolist()
+        scheduler.finish_step(batch, tokens, 0.0)
+    assert num_replayed > 10, "the test must reach what it claims"
+    expected = {"scored"} if asked else set()
+    assert wanted - {"none"} == expected | ({"drafts"} if drafts else set())
+
+
+def test_a_size_is_captured_when_it_is_first_met() -> None:
+    model = with_graphs(decoder("qwen3"))
+    _, replayed = serve(model, 0)
+    graphs = model._mixed_graphs
+    assert graphs is not None and None not in replayed
+    assert {key.num_tokens for key in graphs._graphs} <= {64, 128, 192}
+    assert len({key.num_apart for key in graphs._graphs}) > 2
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_where_a_capture_fails_the_step_is_run_and_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, always: bool
+) -> None:
+    expected, _ = serve(decoder("qwen3"), 0)
+    model, capture = with_graphs(decoder("qwen3")), Captures.capture
+    tries: list[Key] = []
+
+    def fail(self: Captures, run: Callable[[], Any]) -> Captured[Any]:
+        tries.append(run.args[1])  # type: ignore[attr-defined]
+        if always or tries.count(tries[-1]) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return capture(self, run)
+
+    monkeypatch.setattr(Captures, "capture", fail)
+    tokens, replayed = serve(model, 1)
+    graphs = model._mixed_graphs
+    assert tokens == expected and graphs is not None
+    assert any(replayed) != always and all(tries.count(key) <= 2 for key in tries)
+    assert ("are not captured" in caplog.text) == always == bool(graphs._refused)
+    model.forget(model.pools)
+    assert not graphs._refused and not graphs._failed and not graphs._graphs
+
+
+def test_none_is_captured_where_the_largest_has_no_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = with_graphs(decoder("qwen3"))
+    graphs = model._mixed_graphs
+    assert graphs is not None
+    model.allocate(NUM_BLOCKS)
+    graphs.prepare(model._pools_in(BLOCK_TOKENS), model.weights_key, model._hidden)
+    assert [(key.num_tokens, key.num_apart) for key in graphs._graphs] == [(MOST_TOKENS, MOST_TOKENS)]
+
+    def fail(self: Captures, run: Callable[[], Any]) -> Captured[Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Captures, "capture", fail)
+    model.allocate(NUM_BLOCKS)
+    graphs.prepare(model._pools_in(BLOCK_TOKENS), model.weights_key, model._hidden)
+    assert graphs.most_tokens == 0 and "no steps with prompts are captured" in caplog.text
+    assert set(serve(model, 0)[1]) == {None}
+
+
+def test_graphs_go_with_the_pools_and_weights_that_they_read() -> None:
+    model = with_graphs(decoder("qwen3"))
+    expected, _ = serve(model, 0)
+    graphs = model._mixed_graphs
+    assert graphs is not None and graphs._graphs
+    first = id(model.pools)
+    assert {key.pools.identity for key in graphs._graphs} == {first}
+    tokens, replayed = serve(model, 0)  # which makes pools anew
+    assert tokens == expected and any(replayed)
+    assert first not in {key.pools.identity for key in graphs._graphs} or id(model.pools) == first
+    model.use_backend("triton")
+    scheduler, _ = steps()
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    model.forward(scheduler.pack(batch))
+    assert {key.backend for key in graphs._graphs} == {"auto", "triton"}
+    graphs.forget(None, model.weights_key)
+    assert not graphs._graphs and graphs._captures.memory is None
+
+
+def test_the_one_that_was_not_replayed_for_longest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_graphs(decoder("qwen3"))
+    expected, _ = serve(model, 0)
+    assert model._mixed_graphs is not None
+    sizes = len(model._mixed_graphs._graphs)
+    monkeypatch.setattr(runtime.mixed_graph, "MOST_GRAPHS", 3)
+    model = with_graphs(decoder("qwen3"))
+    assert serve(model, 0)[0] == expected
+    graphs = model._mixed_graphs
+    assert graphs is not None and len(graphs._graphs) == 3 < sizes
+
+
+@torch.inference_mode()
+def test_blocks_of_another_size_get_graphs_of_their_own() -> None:
+    outputs, model = [], with_graphs(decoder("qwen3"))
+    for each in (decoder("qwen3"), model):
+        scheduler, requests = steps()
+        each.allocate(NUM_BLOCKS)
+        sizes, number = [64, 16, 32], 0
+        while True:
+            number += 1
+            if number % 6 == 5 and sizes:
+                move = scheduler.move_to(scheduler.pool.resized(NUM_BLOCKS * 16, sizes.pop()), stays=True)
+                copy = block_rearranger(move.move, move.block_tokens, each.device)
+                for pool in each.pools.values():
+                    copy(pool, pool)
+            if (batch := scheduler.schedule(0.0)) is None:
+                break
+            logits = each.forward(scheduler.pack(batch))
+            scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
+        outputs.append([request.output_ids.tolist() for request in requests])
+    assert not sizes and outputs[0] == outputs[1]
+    assert model._mixed_graphs is not None
+    assert {key.pools.block_tokens for key in model._mixed_graphs._graphs} >= {16, 32, 64}
+
+
+def packed_of(new_tokens: list[int], contexts: list[int]) -> PackedBatch:
+    starts = np.cumsum([0, *new_tokens])
+    zeros = np.zeros(starts[-1], np.int64)
+    tables = np.zeros((len(contexts), 4), np.int32)
+    return PackedBatch(zeros, zeros, zeros, starts, np.array(contexts), tables, np.zeros(1, np.int64), 16)
+
+
+@pytest.mark.parametrize(
+    ("new_tokens", "contexts", "kv_dtype", "is_taken"),
+    [
+        ([1, 1, 30], [5, 6, 30], "auto", True),
+        ([1, 1, 30], [5, 6, 30], "fp8", False),
+        ([1, 1], [5, 6], "auto", False),
+        ([30], [LONG_CONTEXT - 1], "auto", True),
+        ([30], [LONG_CONTEXT], "auto", False),
+        ([1, 30], [9 * LONG_CONTEXT, 30], "auto", True),
+        ([MOST_TOKENS], [MOST_TOKENS], "auto", True),
+        ([MOST_TOKENS + 1], [MOST_TOKENS + 1], "auto", False),
+        ([2] * 4, [2] * 4, "auto", True),
+        ([2] * 5, [2] * 5, "auto", False),
+        ([*[1] * 60, *[2] * 8], [2] * 68, "auto", True),
+    ],
+)
+def test_steps_that_a_graph_can_compute(
+    new_tokens: list[int], contexts: list[int], kv_dtype: str, is_taken: bool
+) -> None:
+    graphs = MixedGraphs(torch.device("cpu"), MOST_TOKENS, 8, 16, torch.float32)
+    assert graphs.takes(packed_of(new_tokens, contexts), kv_dtype) == is_taken
+
+
+def test_every_step_has_room_in_the_graph_of_its_size() -> None:
+    for num_tokens in range(1, 9000):
+        size = padded_tokens(num_tokens)
+        assert num_tokens <= size and padded_tokens(size) == size and (size > 2048 or size < num_tokens + 64)
+        pieces = most_pieces_of(size)
+        assert 4 <= pieces <= MOST_PIECES
+        tiles = (num_tokens - pieces) // 64 + pieces if num_tokens >= pieces else num_tokens
+        assert num_tiles_of(size) >= tiles, "all but one of the smallest size"
+        for num_apart in (0, 1, 16, 17, 200, 512):
+            if num_apart <= num_tokens:
+                assert num_apart <= padded_rows(num_apart, num_tokens) <= size
+    assert padded_rows(0, 5) == 0 and ROWS_APART[-1] == padded_rows(512, 600)
+
+
+@pytest.mark.parametrize(
+    ("family", "may"),
+    [*((family, True) for family in DENSE), ("mixtral", False), ("deepseek_v2_lite", False)],
+)
+def test_experts_and_latents_are_launched(family: str, may: bool) -> None:
+    assert FusedPass(decoder(family).decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4).may_capture_pieces == may
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def steps_of(*models: DecoderModel, block_tokens: int) -> Iterator[tuple[list[Tensor], int | None]]:
+    """The logits of each model, of which the first says what is drawn, and the size of the graph that the second one
+    replayed."""
+    scheduler, _ = steps(block_tokens)
+    for each in models:
+        each.allocate(NUM_BLOCKS * block_tokens // BLOCK_TOKENS, block_tokens)
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        logits = [each.forward(packed).cpu() for each in models]
+        if batch.num_prefill_rows:
+            yield logits, models[1].graph_rows
+        scheduler.finish_step(batch, logits[0].argmax(-1).tolist(), 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_tokens", [16, 64, 256])
+@pytest.mark.parametrize("family", DENSE)
+def test_replayed_steps_with_prompts_are_as_close_to_exact_ones_as_the_decoders_own(
+    family: str, block_tokens: int
+) -> None:
+    reference = tiny_model(family, torch.bfloat16)
+    exact = DecoderModel(HFModel(deepcopy(reference).double()), max_model_len=200)
+    model, plain = (
+        DecoderModel(HFModel(deepcopy(reference).to("cuda")), max_model_len=200) for _ in range(2)
+    )
+    assert model._fused is not None
+    plain._fused = None
+    model.most_mixed_tokens = MOST_TOKENS
+    model.allocate(NUM_BLOCKS * block_tokens // BLOCK_TOKENS, block_tokens)
+    assert model.prepare_steps(8, block_tokens)
+    graphs = model._mixed_graphs
+    assert (graphs is not None) == model._fused.may_capture_pieces
+    errors, num_replayed = [], 0
+    for (expected, own, other), replayed in steps_of(exact, model, plain, block_tokens=block_tokens):
+        num_replayed += replayed is not None
+        errors += [
+            (relative_error(a, e), relative_error(b, e)) for a, b, e in zip(own, other, expected, strict=True)
+        ]
+    if graphs is not None:
+        assert num_replayed > 10 and not graphs._refused, "the test must reach what it claims"
+    for share in (50, 90):
+        own_error, plain_error = (float(np.percentile(part, share)) for part in zip(*errors, strict=True))
+        assert own_error < 1.5 * plain_error + 0.01
+
+
+@pytest.mark.gpu
+def test_no_kernel_is_compiled_for_them_once_steps_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    model = decoder("llama", torch.bfloat16, "cuda")
+    model.most_mixed_tokens = MOST_TOKENS
+    model.allocate(NUM_BLOCKS)
+    model.prepare_steps(24)
+    assert model._mixed_graphs is not None and list(model._mixed_graphs._graphs) == [
+        Key(MOST_TOKENS, MOST_TOKENS, model._pools_in(BLOCK_TOKENS), model.weights_key, "auto")
+    ]
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["repr"]))
+    scheduler, _ = steps()
+    while (batch := scheduler.schedule(0.0)) is not None:
+        logits = model.forward(scheduler.pack(batch))
+        scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
+    assert not compiled and len(model._mixed_graphs._graphs) > 3
