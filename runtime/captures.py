@@ -2,12 +2,16 @@
 
 import contextlib
 import time
-from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 Out = TypeVar("Out")
+
+STEPS_UNDER_WAY = 2  # at most: what was let go before them is done
+LET_GO_A_STEP = 4
 
 
 class Pools(NamedTuple):
@@ -28,11 +32,20 @@ class Captured(NamedTuple, Generic[Out]):
 
 
 class Captures:
-    """Takes captures one after the other, into memory that all of them share: one graph runs at a time."""
+    """Takes captures one after the other, into memory that all of them share: one graph runs at a time.
+
+    Graphs that nobody needs any more go a few a step, when no step that may have replayed them is under way: to destroy
+    those of all sizes at once takes tens of milliseconds, and those who are served would wait.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._index = device, torch.empty(0, device=device).device.index
         self.memory: tuple[int, int] | None = None
+        self._num_held: Counter[tuple[int, int]] = (
+            Counter()
+        )  # graphs that are not yet destroyed, by their memory
+        self._going: deque[tuple[int, Captured[Any]]] = deque()  # with the step before which they were let go
+        self._num_steps = 0
         self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them about its streams
         # Of captures and of nothing else: others wait for theirs. Streams of a high priority are handed out apart, and
         # what is captured on one goes before what is prepared beside.
@@ -42,17 +55,47 @@ class Captures:
         """Beside what the device does: nothing is waited for, and nothing given back that the allocator holds, as
         `torch.cuda.graph` would have it. Raises RuntimeError where it fails."""
         started = time.perf_counter()
+        self.memory = memory = self.memory or torch.cuda.graph_pool_handle()
+        graph, out = self._recorded(run, memory)
+        self._num_held[memory] += 1
+        return Captured(graph, out, memory, time.perf_counter() - started)
+
+    def _recorded(self, run: Callable[[], Out], memory: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Out]:
         graph = torch.cuda.CUDAGraph()
-        self.memory = self.memory or torch.cuda.graph_pool_handle()
         with torch.cuda.stream(self.stream):
             try:
-                graph.capture_begin(self.memory, capture_error_mode="thread_local")
+                graph.capture_begin(memory, capture_error_mode="thread_local")
                 out = run()
                 graph.capture_end()
             except BaseException:
                 self._give_up(graph)
                 raise
-        return Captured(graph, out, self.memory, time.perf_counter() - started)
+        return graph, out
+
+    def let_go(self, some: Iterable[Captured[Any]]) -> None:
+        """Nobody replays them from now on."""
+        self._going.extend((self._num_steps, one) for one in some)
+
+    def begin_step(self) -> None:
+        """One that may replay what was captured."""
+        self._num_steps += 1
+        for _ in range(LET_GO_A_STEP):
+            if not self._going or self._going[0][0] + STEPS_UNDER_WAY >= self._num_steps:
+                return
+            self._destroy()
+
+    def rest(self) -> None:
+        """No step is under way."""
+        while self._going:
+            self._destroy()
+
+    def _destroy(self) -> None:
+        memory = self._going.popleft()[1].memory
+        self._num_held[memory] -= 1
+        if not self._num_held[memory]:
+            del self._num_held[memory]
+            if memory == self.memory:
+                self.memory = None  # it went with the last of them
 
     def run_apart(self, run: Callable[[], object], times: int) -> None:
         """Runs it where it is captured later: kernels are compiled and loaded, libraries take their workspace. Then

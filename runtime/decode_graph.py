@@ -76,7 +76,7 @@ class DecodeGraphs:
         self._run_with: tuple[Pools, str, str] | None = None  # of the last step
         self.backend = "auto"  # `linear_backend` of the next one
         self._num_put_off = 0
-        self._captures = Captures(device)
+        self.captures = Captures(device)
 
     def takes(self, packed: PackedBatch) -> bool:
         """Whether each token of the step gets its logits: rows of one token, and those with a draft."""
@@ -142,12 +142,10 @@ class DecodeGraphs:
     def forget(self, pools: int | None, weights: str | None) -> None:
         """Drops the graphs that read pools or weights which are about to go."""
         for key in [key for key in self._graphs if key.pools.identity == pools or key.weights == weights]:
-            del self._graphs[key]
+            self.captures.let_go([self._graphs.pop(key)])
         self._refused = {
             key for key in self._refused if key.pools.identity != pools and key.weights != weights
         }
-        if all(captured.memory != self._captures.memory for captured in self._graphs.values()):
-            self._captures.memory = None  # it went with the last of them
         self._drawn_by = None  # another graph may come to lie there
         self._run_with = None  # and others may come to be named so
 
@@ -206,11 +204,11 @@ class DecodeGraphs:
         self._drawn_by = None  # written to here too
         torch.cuda.synchronize(self._device)
         self._blank()
-        self._captures.run_apart(partial(self._decoded, run, self._inputs(key.num_rows)), WARM_UPS)
+        self.captures.run_apart(partial(self._decoded, run, self._inputs(key.num_rows)), WARM_UPS)
         self._launched.add(key.num_rows)
 
     def _capture(self, key: Key, run: Run) -> Captured[Decoded]:
-        captured = self._captures.capture(partial(self._decoded, run, self._inputs(key.num_rows)))
+        captured = self.captures.capture(partial(self._decoded, run, self._inputs(key.num_rows)))
         self._graphs[key] = captured
         log.info("captured decode steps of %d rows in %.3f s", key.num_rows, captured.seconds)
         return captured

@@ -16,7 +16,7 @@ from runtime.fused_pass import DecodeInputs, MixedInputs, fused_pass
 from runtime.kernels.launch import compiled_ahead
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
-from runtime.mixed_graph import MixedGraphs
+from runtime.mixed_graph import NUM_PARTS, MixedGraphs
 from runtime.paged_model import (
     PROBE_TOKENS,
     KVPools,
@@ -122,6 +122,8 @@ class DecoderModel(PagedModel):
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
         if self._fused is not None:
             self._fused.use_blocks(packed.block_tokens)
+        for graphs in self._all_graphs:
+            graphs.captures.begin_step()
         self.greedy = self.graph_rows = None
         logits = None
         if pools is None and packed.copies is None and self._graphs is not None:
@@ -138,7 +140,7 @@ class DecoderModel(PagedModel):
                 self.graph_rows = graphs.replayed_rows
                 return logits
         elif mixed is not None and mixed.takes(packed, self.kv_dtype):
-            hidden = mixed.replay(packed, pools, self.weights_key, self._hidden, self.drawn)
+            hidden = mixed.replay(packed, pools, self.weights_key, self._mixed, self.drawn)
             if hidden is not None:
                 assert self._fused is not None
                 self.graph_rows = mixed.replayed_tokens
@@ -148,9 +150,8 @@ class DecoderModel(PagedModel):
     def use_backend(self, linear_backend: str) -> None:
         if self._fused is not None:
             self._fused.linears.backend = linear_backend
-        for graphs in (self._graphs, self._mixed_graphs):
-            if graphs is not None:
-                graphs.backend = linear_backend
+        for graphs in self._all_graphs:
+            graphs.backend = linear_backend
 
     def step_of(self, packed: PackedBatch) -> StepTensors:
         has_kernel = self._fused is not None
@@ -174,16 +175,16 @@ class DecoderModel(PagedModel):
         if self._graphs is None:
             self._graphs = DecodeGraphs(self.device, self._max_blocks)
             if self._fused.may_capture_pieces and self.most_mixed_tokens:
-                table = self.decoder.embedding
+                table, parts = self.decoder.embedding, self._fused.parts(NUM_PARTS)
                 self._mixed_graphs = MixedGraphs(
-                    self.device, self.most_mixed_tokens, self._max_blocks, table.shape[1], table.dtype
+                    self.device, self.most_mixed_tokens, self._max_blocks, table.shape[1], table.dtype, parts
                 )
             self.use_backend(self._fused.linears.backend)
             self._wake_draws()
         pools = self._pools_in(block_tokens)
         is_done = self._graphs.prepare(max_num_seqs, pools, self.weights_key, self._decode, only_largest)
         if self._mixed_graphs is not None and is_done and self.kv_dtype == "auto":
-            self._mixed_graphs.prepare(pools, self.weights_key, self._hidden)
+            self._mixed_graphs.prepare(pools, self.weights_key, self._mixed)
         return is_done
 
     def _wake_draws(self) -> None:
@@ -249,23 +250,30 @@ class DecoderModel(PagedModel):
                 {},
                 [],
             )  # its views would keep a pool in memory that has to make room for the next
-        if self._graphs is not None:
-            self._graphs.forget(None if pools is None else id(pools), weights_key)
-        if self._mixed_graphs is not None:
-            self._mixed_graphs.forget(None if pools is None else id(pools), weights_key)
+        for graphs in self._all_graphs:
+            graphs.forget(None if pools is None else id(pools), weights_key)
+
+    def rest(self) -> None:
+        for graphs in self._all_graphs:
+            graphs.captures.rest()
 
     def release(self) -> None:
         self.forget(self.pools)
+        self.rest()
         super().release()
+
+    @property
+    def _all_graphs(self) -> "list[DecodeGraphs | MixedGraphs]":
+        return [graphs for graphs in (self._graphs, self._mixed_graphs) if graphs is not None]
 
     def _decode(self, inputs: DecodeInputs) -> Decoded:
         assert self._fused is not None
         logits = self._fused.decode(inputs, self._caches_of(self.pools))
         return Decoded(logits, self._fused.greedy(logits))
 
-    def _hidden(self, inputs: MixedInputs) -> Tensor:
+    def _mixed(self, inputs: MixedInputs, x: Tensor, y: Tensor, part: range) -> None:
         assert self._fused is not None
-        return self._fused.mixed(inputs, self._caches_of(self.pools))
+        self._fused.mixed(inputs, self._caches_of(self.pools), x, y, part)
 
     def _pools_in(self, block_tokens: int) -> Pools:
         return Pools(id(self.pools), self.kv_dtype, block_tokens)

@@ -8,6 +8,7 @@ their own and dense MLPs are computed here, latents in `runtime.fused_latent`, e
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -134,9 +135,18 @@ class FusedPass:
         are_plain = all(isinstance(one.attention, Attention) and isinstance(one.mlp, Mlp) for one in layers)
         return self.reads_pieces_in_place and are_plain
 
-    def mixed(self, inputs: MixedInputs, caches: Sequence[Any]) -> Tensor:
-        """Depends on nothing but the inputs' shapes, so that it can be captured. Returns the normed output of the last
-        layer, [T, hidden]."""
+    def parts(self, num: int) -> list[range]:
+        """The layers in so many parts, or as many as there are."""
+        num_layers = len(self._decoder.layers)
+        edges = [at * num_layers // num for at in range(num + 1)]
+        return [range(*pair) for pair in pairwise(edges) if pair[0] < pair[1]]
+
+    def mixed(self, inputs: MixedInputs, caches: Sequence[Any], x: Tensor, y: Tensor, part: range) -> None:
+        """Some layers, one behind the other. Depends on nothing but the inputs' shapes, so that it can be captured.
+
+        x, y: the residual and what is normed of it, [T, hidden], as the part before has left them and in place as this
+        one leaves them: y is at last the normed output of the last layer.
+        """
         tokens, num_apart = inputs.tokens, len(inputs.tokens.contexts)
         splits = self._splits(num_apart)
         is_apart = (tokens.contexts > 0)[:, None]
@@ -152,7 +162,10 @@ class FusedPass:
                 torch.where(is_apart, alone, first, out=first)
             return found
 
-        return self._hidden(tokens, caches, attend, attend, None)
+        if not part.start:
+            x.copy_(self._embedded(tokens))
+            y.copy_(self._normed_for(x, None, 0))
+        y.copy_(self._through(x, y, part, tokens, caches, attend, attend, None))
 
     def logits(self, x: Tensor) -> Tensor:
         """x: the normed output of the last layer, [rows, hidden]. Returns [rows, vocab]."""
@@ -312,13 +325,36 @@ class FusedPass:
     ) -> Tensor:
         """`step`: None where all rows are of one token. Returns the normed output of the last layer, [T, hidden], or
         that of the step's `last_tokens`: what no logits need is left out of it behind keys and values."""
-        kernels, decoder = self.kernels, self._decoder
-        x = kernels.embed(inputs.token_ids, inputs.drawn, decoder.embedding)
-        delta: Tensor | None = None
-        for layer, cache in zip(decoder.layers, caches, strict=True):
+        x, layers = self._embedded(inputs), range(len(self._decoder.layers))
+        y = self._normed_for(x, None, 0)
+        return self._through(x, y, layers, inputs, caches, attend, attend_last, step)
+
+    def _embedded(self, inputs: DecodeInputs) -> Tensor:
+        return self.kernels.embed(inputs.token_ids, inputs.drawn, self._decoder.embedding)
+
+    def _normed_for(self, x: Tensor, delta: Tensor | None, at: int) -> Tensor:
+        """What layer `at` reads, or behind the last one the head; adds `delta` to x."""
+        layers = self._decoder.layers
+        norm = layers[at].before if at < len(layers) else self._decoder.norm
+        return self.kernels.add_norm(x, delta, norm.weight, norm.eps)
+
+    def _through(
+        self,
+        x: Tensor,
+        y: Tensor,
+        part: range,
+        inputs: DecodeInputs,
+        caches: Sequence[Any],
+        attend: Attend,
+        attend_last: Attend,
+        step: StepTensors | None,
+    ) -> Tensor:
+        """Some layers, from what the first of them reads to what the next one would; x is added to."""
+        layers = self._decoder.layers
+        for at in part:
+            layer, cache = layers[at], caches[at]
             attention, mlp = layer.attention, layer.mlp
-            kept = step.last_tokens if step is not None and layer is decoder.layers[-1] else None
-            y = kernels.add_norm(x, delta, layer.before.weight, layer.before.eps)
+            kept = step.last_tokens if step is not None and at == len(layers) - 1 else None
             if kept is not None:
                 x = x.index_select(0, kept)
             if isinstance(attention, LatentAttention):
@@ -331,12 +367,13 @@ class FusedPass:
             if not len(x):
                 return x
             delta = self.linears.added(attention.out, found)
-            y = kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
+            y = self.kernels.add_norm(x, delta, layer.between.weight, layer.between.eps)
             if isinstance(mlp, Experts):
                 delta = self._experts.forward(y, mlp)
             else:
                 delta = self.linears.added(mlp.down, self.linears.gated(mlp.gate_up, y))
-        return kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps)
+            y = self._normed_for(x, delta, at + 1)
+        return y
 
     def greedy(self, logits: Tensor) -> Tensor:
         """The likeliest tokens, and whether each may be taken: int64 [2, rows]."""

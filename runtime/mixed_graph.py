@@ -5,13 +5,14 @@
 Launching such a step kernel by kernel takes the host longer than the device takes to compute a small one: on an H200
 128 tokens of llama-8b take the device 5.3 ms and the host 12 to 40. A graph belongs to a number of tokens and to one
 of rows alone, to which a step is padded. Whose logits are wanted differs from step to step, so the head is no part of
-it. A size is captured when it is first met, which takes about as long as launching it; all of them would take a start
-seconds. Where that fails it is run kernel by kernel once, for what it launches may be new, and tried again.
+it. All sizes would take a start seconds, so that each is captured when it is met: some layers each time, as long as
+others wait for their next token meanwhile. Where that fails a size is run once more before it is tried again, for what
+it launches may be new.
 """
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -32,7 +33,9 @@ COARSE = 512
 ROWS_APART = (0, 16, 64, 128, 256, 512)
 MOST_PIECES = 32
 TOKENS_A_PIECE = 16  # on average, at least: a piece takes a tile however small it is
-MOST_GRAPHS = 128  # the one that was not replayed for longest goes
+NUM_PARTS = 4  # of the layers, each a graph of its own
+PARTS_BESIDE_OTHERS = 1  # that one step captures, where rows wait for their next token
+MOST_SIZES = 128  # the one that was not replayed for longest goes
 MOST_DRAWN = 2**14  # tokens that a step of any kind draws at most
 EDGES = MOST_PIECES + 4  # two more are used; what lies behind them begins where 16 bytes do
 
@@ -63,17 +66,23 @@ class Given(NamedTuple):
         return cls(tokens.view(3, most_tokens), contexts, narrow[:EDGES], narrow[EDGES:].view(-1, 2))
 
 
-Run = Callable[[MixedInputs], Tensor]
+Run = Callable[[MixedInputs, Tensor, Tensor, range], None]
 
 
 class MixedGraphs:
     """The graphs of one model, and the tensors from which they read their steps."""
 
     def __init__(
-        self, device: torch.device, most_tokens: int, max_blocks: int, width: int, dtype: torch.dtype
+        self,
+        device: torch.device,
+        most_tokens: int,
+        max_blocks: int,
+        width: int,
+        dtype: torch.dtype,
+        parts: Sequence[range],
     ) -> None:
         """`most_tokens`: of a step that is captured; larger ones keep the device busy while they are launched. `width`,
-        `dtype`: of hidden states."""
+        `dtype`: of hidden states; `parts`: the layers of each graph."""
         self.most_tokens = most_tokens = padded_tokens(most_tokens)
         self._device = device
         rows = ROWS_APART[-1] + MOST_PIECES + 1
@@ -83,7 +92,8 @@ class MixedGraphs:
         self._given = Given.of(self._wide, self._narrow, most_tokens)
         self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=device)
         self._drawn = torch.zeros(MOST_DRAWN, dtype=torch.int64, device=device)
-        self._hidden = torch.zeros(most_tokens, width, dtype=dtype, device=device)
+        # The residual, and what is normed of it: between two parts, and behind the last one.
+        self._x, self._y = (torch.zeros(most_tokens, width, dtype=dtype, device=device) for _ in range(2))
         # In turns: one may still be on its way when the next step is written.
         self._host = [
             tuple(torch.zeros_like(one, device="cpu").pin_memory() for one in (self._wide, self._narrow))
@@ -93,8 +103,9 @@ class MixedGraphs:
             torch.zeros(self._tables.numel(), dtype=torch.int32).pin_memory() for _ in range(2)
         ]
         self._turn = 0
-        self._captures = Captures(device)
-        self._graphs: OrderedDict[Key, Captured[Tensor]] = OrderedDict()
+        self._parts = parts
+        self.captures = Captures(device)
+        self._graphs: OrderedDict[Key, list[Captured[None]]] = OrderedDict()  # of the first parts, or of all
         self._failed: set[Key] = set()  # once
         self._refused: set[Key] = set()
         self.replayed_tokens: int | None = None  # of the graph that the last step replayed, if it did
@@ -119,20 +130,25 @@ class MixedGraphs:
         captured. `drawn`: tokens of the last step."""
         num_tokens, num_apart = len(packed.token_ids), num_single_rows(packed)
         key = Key(padded_tokens(num_tokens), padded_rows(num_apart, num_tokens), pools, weights, self.backend)
-        captured = self._graphs.get(key) or self._try_to_capture(key, run)
         if key in self._refused:
             return None
         self._show(packed, num_apart, key)
         if packed.has_pending:
             self._drawn[: len(drawn)].copy_(drawn)
-        self.replayed_tokens = None
-        if captured is None:
-            self._computed(run, key)
-        else:
-            self._graphs.move_to_end(key)
-            captured.graph.replay()
-            self.replayed_tokens = key.num_tokens
-        return self._hidden[:num_tokens]
+        captured = self._graphs_of(key)
+        num_more = PARTS_BESIDE_OTHERS if num_apart else len(self._parts)
+        is_whole = True
+        for at, part in enumerate(self._parts):
+            if at == len(captured) and num_more:
+                num_more -= 1
+                self._try_to_capture(key, part, run, captured)
+            if at < len(captured):
+                captured[at].graph.replay()
+            else:
+                is_whole = False
+                self._computed(run, key, part)
+        self.replayed_tokens = key.num_tokens if is_whole else None
+        return self._y[:num_tokens]
 
     def prepare(self, pools: Pools, weights: str, run: Run) -> None:
         """Captures the largest step, so that the others find its memory. Where there is none, no step is captured."""
@@ -142,57 +158,63 @@ class MixedGraphs:
         if not self.most_tokens or key in self._graphs:
             return
         self._blank()
+        captured = self._graphs_of(key)
         try:
-            self._captures.run_apart(partial(self._computed, run, key), 1)
-            self._capture(key, run)
+            for part in self._parts:
+                self.captures.run_apart(partial(self._computed, run, key, part), 1)
+            for part in self._parts:
+                self._capture(key, part, run, captured)
         except RuntimeError as error:
             log.warning("no steps with prompts are captured, so small ones take longer: %s", reason(error))
             self.most_tokens = 0
+            self.captures.let_go(self._graphs.pop(key))
 
     def forget(self, pools: int | None, weights: str | None) -> None:
         """Drops the graphs that read pools or weights which are about to go."""
         keys = {*self._graphs, *self._failed, *self._refused}
         gone = {key for key in keys if key.pools.identity == pools or key.weights == weights}
         for key in gone & set(self._graphs):
-            del self._graphs[key]
+            self.captures.let_go(self._graphs.pop(key))
         self._failed -= gone
         self._refused -= gone
-        if all(captured.memory != self._captures.memory for captured in self._graphs.values()):
-            self._captures.memory = None  # it went with the last of them
 
-    def _try_to_capture(self, key: Key, run: Run) -> Captured[Tensor] | None:
-        if key in self._refused:
-            return None
+    def _graphs_of(self, key: Key) -> list[Captured[None]]:
+        """Those of its parts, in order, as far as they are captured."""
+        found = self._graphs.setdefault(key, [])
+        self._graphs.move_to_end(key)
+        if len(self._graphs) > MOST_SIZES:
+            self.captures.let_go(self._graphs.popitem(last=False)[1])
+        return found
+
+    def _try_to_capture(self, key: Key, part: range, run: Run, captured: list[Captured[None]]) -> None:
         try:
-            return self._capture(key, run)
+            self._capture(key, part, run, captured)
         except RuntimeError as error:  # torch.OutOfMemoryError among them
             if key not in self._failed:
                 log.info(
                     "steps of %d tokens are run before they are captured: %s", key.num_tokens, reason(error)
                 )
                 self._failed.add(key)
-                return None
+                return
             log.warning(
                 "steps of %d tokens with prompts are not captured, so they take longer: %s",
                 key.num_tokens,
                 reason(error),
             )
             self._refused.add(key)
-            return None
+            self.captures.let_go(self._graphs.pop(key))
 
-    def _capture(self, key: Key, run: Run) -> Captured[Tensor]:
-        captured = self._captures.capture(partial(self._computed, run, key))
-        self._graphs[key] = captured
-        if len(self._graphs) > MOST_GRAPHS:
-            self._graphs.popitem(last=False)
+    def _capture(self, key: Key, part: range, run: Run, captured: list[Captured[None]]) -> None:
+        """The next part of its graphs."""
+        captured.append(self.captures.capture(partial(self._computed, run, key, part)))
         log.info(
-            "captured steps of %d tokens, %d rows alone, in %.3f s", key.num_tokens, key.num_apart, captured.seconds
+            "captured layers %d to %d of steps of %d tokens, %d rows alone, in %.3f s",
+            part.start, part.stop - 1, key.num_tokens, key.num_apart, captured[-1].seconds,
         )  # fmt: skip
-        return captured
 
-    def _computed(self, run: Run, key: Key) -> Tensor:
+    def _computed(self, run: Run, key: Key, part: range) -> None:
         """What a graph does."""
-        return self._hidden[: key.num_tokens].copy_(run(self._inputs(key)))
+        run(self._inputs(key), self._x[: key.num_tokens], self._y[: key.num_tokens], part)
 
     def _inputs(self, key: Key) -> MixedInputs:
         given, rows = self._given, ROWS_APART[-1]

@@ -326,8 +326,6 @@ class WarmStates:
             for layer, pool in before.items():
                 copy(layer, pool, after[layer])
         else:  # no room for both: each layer's old pool goes before the next layer's new one comes
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)  # graphs that may be running go too
             model.forget(self._pools.pop(self.pool))
             for layer, shape in model.shapes_of(wanted.kv_dtype).items():
                 after[layer] = model.new_pool(shape, wanted.num_slots)

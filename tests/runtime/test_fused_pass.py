@@ -19,7 +19,7 @@ import runtime.fused_latent
 import runtime.fused_pass
 from runtime.attention import attend_plain
 from runtime.batch import Batch, PackedBatch
-from runtime.captures import Captured
+from runtime.captures import STEPS_UNDER_WAY, Captured
 from runtime.decode_graph import BUCKETS, PUT_OFF, WARM_UPS, Decoded, DecodeGraphs, Key, Run
 from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import DecodeInputs, FusedPass
@@ -723,7 +723,7 @@ def test_a_step_is_run_before_it_is_captured_only_where_it_may_be_new_or_a_captu
     model = with_graphs(decoder("qwen3"))
     graphs = model._graphs
     assert graphs is not None
-    graphs._captures.stream = SimpleNamespace(wait_stream=lambda other: None)  # type: ignore[assignment]
+    graphs.captures.stream = SimpleNamespace(wait_stream=lambda other: None)  # type: ignore[assignment]
     runs: list[int] = []
 
     def run(inputs: DecodeInputs) -> Decoded:
@@ -745,7 +745,12 @@ def test_a_step_is_run_before_it_is_captured_only_where_it_may_be_new_or_a_captu
     assert runs == [2] * (WARM_UPS + 2) + [1] and not graphs._refused
     assert ended == [(0, 0)] and Recorded.begun[-3:] == [(0, 0), (0, 1), (0, 1)]
     graphs.forget(id(model.pools), None)
-    assert graphs._graphs and graphs._captures.memory is None, "none of those left lies in the last pool"
+    assert graphs.captures.memory == (0, 1), "a step that replays one may be under way"
+    for _ in range(STEPS_UNDER_WAY):
+        graphs.captures.begin_step()
+    assert graphs.captures.memory == (0, 1)
+    graphs.captures.begin_step()
+    assert graphs._graphs and graphs.captures.memory is None, "none of those left lies in the last pool"
     graphs.forget(id(first), None)
     assert {key.pools.identity for key in graphs._graphs} != {id(first)}
 
