@@ -18,6 +18,8 @@ from runtime.step_weights import Weights
 
 StepLog = Sequence[Mapping[str, Any]]
 
+NUM_LONGEST = 4
+
 
 class ItlParts(NamedTuple):
     """Milliseconds between two tokens of one request, on average over tokens; `decode` to `queue` add up to `itl_ms`.
@@ -111,3 +113,16 @@ def print_step_model(row: str, steps: StepLog, fit: StepModelFit) -> None:
         )
     held_out = sum(error.num_steps for error in fit.errors.values())
     print(f"{'all':<16}{held_out:>10}{fit.relative_error:>9.1%}{fit.bias:>+9.1%}")
+
+
+def print_longest(row: str, steps: StepLog) -> None:
+    """Those of all traffic, also of that which is not counted."""
+    print(
+        f"{'longest steps':<16}{'step ms':>10}{'device ms':>11}{'rows':>7}{'prompts':>9}{'tokens':>8}   what computed "
+        f"them, of {row}"
+    )
+    for step in sorted(steps, key=lambda step: -float(step["step_s"]))[:NUM_LONGEST]:
+        print(
+            f"{'':<16}{1e3 * step['step_s']:>10.1f}{1e3 * device_s_of(step):>11.1f}{step['num_decode']:>7}"
+            f"{step['num_prefill_rows']:>9}{step['num_prefill_tokens']:>8}   {computed_by(step)}"
+        )

@@ -208,7 +208,11 @@ def test_traffic_is_served_under_each_variant(capsys: pytest.CaptureFixture[str]
     words = ["--part", "traffic", "--rate", "20", "--seconds", "0.5", "--at-once", "3", "--scale", "0.02"]
     variants = ["--variant", "prefill_chunk=64", "prefill_chunk=32,long_prompt_threshold=64"]
     assert gpu.main([*TINY, *words, *variants, "--knob", "max_num_seqs=8"]) == 0
-    found = last_line(capsys)
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    at = [number for number, line in enumerate(lines) if line.startswith("longest steps")]
+    longest_ms = [[float(line.split()[0]) for line in lines[first + 1 : first + 5]] for first in at]
+    assert len(at) == 6 and all(some == sorted(some, reverse=True) for some in longest_ms)
     rows = found["rows"]
     assert isinstance(rows, list)
     assert [row["row"] for row in rows] == ["poisson"] * 2 + ["shared"] * 2 + ["long"] * 2
