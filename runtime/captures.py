@@ -12,6 +12,7 @@ Out = TypeVar("Out")
 
 STEPS_UNDER_WAY = 2  # at most: what was let go before them is done
 LET_GO_A_STEP = 4
+LET_GO_A_REST = 16
 
 
 class Pools(NamedTuple):
@@ -44,7 +45,7 @@ class Captures:
         self._num_held: Counter[tuple[int, int]] = (
             Counter()
         )  # graphs that are not yet destroyed, by their memory
-        self._going: deque[tuple[int, Captured[Any]]] = deque()  # with the step before which they were let go
+        self._going: deque[tuple[int, Captured[Any]]] = deque()  # by the steps before them
         self._num_steps = 0
         self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them about its streams
         # Of captures and of nothing else: others wait for theirs. Streams of a high priority are handed out apart, and
@@ -68,7 +69,7 @@ class Captures:
                 out = run()
                 graph.capture_end()
             except BaseException:
-                self._give_up(graph)
+                self._give_up(graph, memory)
                 raise
         return graph, out
 
@@ -76,8 +77,8 @@ class Captures:
         """Nobody replays them from now on."""
         self._going.extend((self._num_steps, one) for one in some)
 
-    def begin_step(self) -> None:
-        """One that may replay what was captured."""
+    def end_step(self) -> None:
+        """One was launched that may have replayed what was captured."""
         self._num_steps += 1
         for _ in range(LET_GO_A_STEP):
             if not self._going or self._going[0][0] + STEPS_UNDER_WAY >= self._num_steps:
@@ -87,6 +88,11 @@ class Captures:
     def rest(self) -> None:
         """No step is under way."""
         while self._going:
+            self._destroy()
+
+    def rest_a_little(self) -> None:
+        """The same, for no longer than a request that comes now would mind."""
+        for _ in range(min(LET_GO_A_REST, len(self._going))):
             self._destroy()
 
     def _destroy(self) -> None:
@@ -108,15 +114,21 @@ class Captures:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
 
-    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """A capture that fails leaves the allocator as if it went on (PyTorch 2.11), so the next ones have memory of
-        their own."""
-        self._failed.append(graph)
-        with contextlib.suppress(RuntimeError):
+    def _give_up(self, graph: torch.cuda.CUDAGraph, memory: tuple[int, int]) -> None:
+        """One that can be ended, as where memory ran out, gives its memory back. Behind another the allocator is left
+        as if it went on (PyTorch 2.11), so the next ones have memory of their own."""
+        try:
             graph.capture_end()
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self._index, self.memory)
-        self.memory = None
+        except RuntimeError:
+            self._failed.append(graph)
+            for give_back in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                with contextlib.suppress(RuntimeError):
+                    getattr(torch._C, give_back)(self._index, memory)
+            self.memory = None
+        else:
+            graph.reset()
+            if not self._num_held[memory]:
+                self.memory = None
 
 
 def reason(error: RuntimeError) -> str:

@@ -68,6 +68,7 @@ class DecoderModel(PagedModel):
             free.add("kv_dtype")
         # Heads of their own are read in one piece; with a window a row alone reads no more than that.
         self._pads_like = all(isinstance(part, Attention) and part.window is None for part in parts)
+        self._is_half = self.decoder.embedding.dtype in (torch.bfloat16, torch.float16)
         self._caches: tuple[KVPools, list[Any]] = ({}, [])
         self._fused = fused_pass(self.decoder, self.device, max_model_len)
         if self._fused is not None:
@@ -122,13 +123,15 @@ class DecoderModel(PagedModel):
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
         if self._fused is not None:
             self._fused.use_blocks(packed.block_tokens)
-        for graphs in self._all_graphs:
-            graphs.captures.begin_step()
         self.greedy = self.graph_rows = None
         logits = None
         if pools is None and packed.copies is None and self._graphs is not None:
             logits = self._replayed(packed, self._graphs)
-        return super().forward(packed, pools) if logits is None else logits
+        if logits is None:
+            logits = super().forward(packed, pools)
+        for graphs in self._all_graphs:  # here, where the device has something to do
+            graphs.captures.end_step()
+        return logits
 
     def _replayed(self, packed: PackedBatch, graphs: DecodeGraphs) -> Tensor | None:
         """None where no graph can compute the step."""
@@ -155,8 +158,7 @@ class DecoderModel(PagedModel):
 
     def step_of(self, packed: PackedBatch) -> StepTensors:
         has_kernel = self._fused is not None
-        is_half = self.decoder.embedding.dtype in (torch.bfloat16, torch.float16)
-        return StepTensors.of(packed, self.device, has_kernel, has_kernel and is_half, self._pads_like)
+        return StepTensors.of(packed, self.device, has_kernel, has_kernel and self._is_half, self._pads_like)
 
     def compute(self, step: StepTensors, pools: KVPools) -> Tensor:
         caches = self._caches_of(pools)
@@ -174,7 +176,7 @@ class DecoderModel(PagedModel):
         self._fused.use_blocks(block_tokens)
         if self._graphs is None:
             self._graphs = DecodeGraphs(self.device, self._max_blocks)
-            if self._fused.may_capture_pieces and self.most_mixed_tokens:
+            if self._fused.may_capture_pieces and self.most_mixed_tokens and self._is_half:
                 table, parts = self.decoder.embedding, self._fused.parts(NUM_PARTS)
                 self._mixed_graphs = MixedGraphs(
                     self.device, self.most_mixed_tokens, self._max_blocks, table.shape[1], table.dtype, parts
@@ -184,7 +186,7 @@ class DecoderModel(PagedModel):
         pools = self._pools_in(block_tokens)
         is_done = self._graphs.prepare(max_num_seqs, pools, self.weights_key, self._decode, only_largest)
         if self._mixed_graphs is not None and is_done and self.kv_dtype == "auto":
-            self._mixed_graphs.prepare(pools, self.weights_key, self._mixed)
+            is_done = self._mixed_graphs.prepare(pools, self.weights_key, self._mixed)
         return is_done
 
     def _wake_draws(self) -> None:
@@ -255,11 +257,15 @@ class DecoderModel(PagedModel):
 
     def rest(self) -> None:
         for graphs in self._all_graphs:
+            graphs.captures.rest_a_little()
+
+    def give_back(self) -> None:
+        for graphs in self._all_graphs:
             graphs.captures.rest()
 
     def release(self) -> None:
         self.forget(self.pools)
-        self.rest()
+        self.give_back()
         super().release()
 
     @property

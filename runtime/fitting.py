@@ -65,6 +65,8 @@ class Fitting:
             ModelError: there is no memory for two blocks.
         """
         self._step_bytes = self._warm_up(config)
+        if self.max_batched_tokens is not None:
+            self._model.most_mixed_tokens = min(self._model.most_mixed_tokens, self.max_batched_tokens)
         room = self._room(config)
         default = self._pool_blocks(room, kv_tokens, config)
         asked = default if asked_kv_tokens is None else self._pool_blocks(room, asked_kv_tokens, config)

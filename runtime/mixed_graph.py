@@ -24,6 +24,7 @@ from runtime.batch import PackedBatch
 from runtime.captures import Captured, Captures, Pools, reason
 from runtime.fused_pass import DecodeInputs, MixedInputs
 from runtime.kernels.splits import LONG_CONTEXT, QUERY_TILE, tiles_of
+from runtime.kv_size import is_out_of_memory
 from runtime.step_tensors import num_single_rows
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,14 @@ MOST_PIECES = 32
 TOKENS_A_PIECE = 16  # on average, at least: a piece takes a tile however small it is
 NUM_PARTS = 4  # of the layers, each a graph of its own
 PARTS_BESIDE_OTHERS = 1  # that one step captures, where rows wait for their next token
-MOST_SIZES = 128  # the one that was not replayed for longest goes
+MOST_SIZES = 256  # the one that was not replayed for longest goes
+RETRY_STEPS = (
+    256  # steps with prompts behind one for which memory was lacking, before its size is tried again
+)
 MOST_DRAWN = 2**14  # tokens that a step of any kind draws at most
-EDGES = MOST_PIECES + 4  # two more are used; what lies behind them begins where 16 bytes do
+# What lies behind these begins where 16 bytes do.
+CONTEXTS = ROWS_APART[-1] + MOST_PIECES + 2  # one more is used
+EDGES = MOST_PIECES + 4  # two more are used
 
 
 class Key(NamedTuple):
@@ -51,19 +57,21 @@ class Key(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What differs from step to step, but for tables. `tokens`: int64 [3, most tokens], ids, positions and slots;
-    `contexts`: int64 [rows + pieces]; `edges`, `tiles`: int32, as `MixedInputs` has them."""
+    """What differs from step to step, but for tables. `contexts`: int64, of rows and behind them of pieces; `tokens`:
+    int64 [3, tokens], ids, positions and slots; `edges`, `tiles`: int32, as `MixedInputs` has them."""
 
-    tokens: Tensor
     contexts: Tensor
+    tokens: Tensor
     edges: Tensor
     tiles: Tensor
 
     @classmethod
-    def of(cls, wide: Tensor, narrow: Tensor, most_tokens: int) -> "Given":
-        """Views of these two."""
-        tokens, contexts = wide.split((3 * most_tokens, len(wide) - 3 * most_tokens))
-        return cls(tokens.view(3, most_tokens), contexts, narrow[:EDGES], narrow[EDGES:].view(-1, 2))
+    def of(cls, wide: Tensor, narrow: Tensor, num_tokens: int) -> "Given":
+        """Views of the first of these two, for a graph of so many tokens."""
+        wide, narrow = wide[: wide_size(num_tokens)], narrow[: narrow_size(num_tokens)]
+        return cls(
+            wide[:CONTEXTS], wide[CONTEXTS:].view(3, num_tokens), narrow[:EDGES], narrow[EDGES:].view(-1, 2)
+        )
 
 
 Run = Callable[[MixedInputs, Tensor, Tensor, range], None]
@@ -85,12 +93,9 @@ class MixedGraphs:
         `dtype`: of hidden states; `parts`: the layers of each graph."""
         self.most_tokens = most_tokens = padded_tokens(most_tokens)
         self._device = device
-        rows = ROWS_APART[-1] + MOST_PIECES + 1
-        sizes = (3 * most_tokens + rows, EDGES + 2 * num_tiles_of(most_tokens))
-        self._wide = torch.zeros(sizes[0], dtype=torch.int64, device=device)
-        self._narrow = torch.zeros(sizes[1], dtype=torch.int32, device=device)
-        self._given = Given.of(self._wide, self._narrow, most_tokens)
-        self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=device)
+        self._wide = torch.zeros(wide_size(most_tokens), dtype=torch.int64, device=device)
+        self._narrow = torch.zeros(narrow_size(most_tokens), dtype=torch.int32, device=device)
+        self._tables = torch.zeros(CONTEXTS, max_blocks, dtype=torch.int32, device=device)
         self._drawn = torch.zeros(MOST_DRAWN, dtype=torch.int64, device=device)
         # The residual, and what is normed of it: between two parts, and behind the last one.
         self._x, self._y = (torch.zeros(most_tokens, width, dtype=dtype, device=device) for _ in range(2))
@@ -107,6 +112,11 @@ class MixedGraphs:
         self.captures = Captures(device)
         self._graphs: OrderedDict[Key, list[Captured[None]]] = OrderedDict()  # of the first parts, or of all
         self._failed: set[Key] = set()  # once
+        self._lacked_memory: dict[Key, int] = {}  # by step with prompts
+        self._num_steps = 0
+        self._known: set[tuple[str, tuple[int, int] | None]] = (
+            set()
+        )  # weights, and memory that holds their largest step
         self._refused: set[Key] = set()
         self.replayed_tokens: int | None = None  # of the graph that the last step replayed, if it did
         self.backend = "auto"  # `linear_backend` of the next one
@@ -132,11 +142,14 @@ class MixedGraphs:
         key = Key(padded_tokens(num_tokens), padded_rows(num_apart, num_tokens), pools, weights, self.backend)
         if key in self._refused:
             return None
+        self._num_steps += 1
         self._show(packed, num_apart, key)
         if packed.has_pending:
             self._drawn[: len(drawn)].copy_(drawn)
         captured = self._graphs_of(key)
-        num_more = PARTS_BESIDE_OTHERS if num_apart else len(self._parts)
+        # Rows with drafts decode too.
+        has_others = num_apart > 0 or len(packed.last_tokens) > len(packed.contexts)
+        num_more = PARTS_BESIDE_OTHERS if has_others else len(self._parts)
         is_whole = True
         for at, part in enumerate(self._parts):
             if at == len(captured) and num_more:
@@ -150,33 +163,40 @@ class MixedGraphs:
         self.replayed_tokens = key.num_tokens if is_whole else None
         return self._y[:num_tokens]
 
-    def prepare(self, pools: Pools, weights: str, run: Run) -> None:
-        """Captures the largest step, so that the others find its memory. Where there is none, no step is captured."""
-        key = Key(
-            self.most_tokens, padded_rows(ROWS_APART[-1], self.most_tokens), pools, weights, self.backend
-        )
-        if not self.most_tokens or key in self._graphs:
-            return
-        self._blank()
+    def prepare(self, pools: Pools, weights: str, run: Run) -> bool:
+        """Captures the largest step, so that the others find its memory. False where there is none."""
+        key = self._largest(pools, weights)
+        if key in self._graphs:
+            return True
         captured = self._graphs_of(key)
+        given = self._given(key)
+        for one in given:
+            one.zero_()
+        given.tokens[2] = -1
         try:
             for part in self._parts:
                 self.captures.run_apart(partial(self._computed, run, key, part), 1)
             for part in self._parts:
                 self._capture(key, part, run, captured)
         except RuntimeError as error:
-            log.warning("no steps with prompts are captured, so small ones take longer: %s", reason(error))
-            self.most_tokens = 0
+            log.warning("steps with prompts cannot be captured: %s", reason(error))
             self.captures.let_go(self._graphs.pop(key))
+            self.captures.rest()
+            return not is_out_of_memory(error)
+        self._known.add((weights, self.captures.memory))
+        return True
 
     def forget(self, pools: int | None, weights: str | None) -> None:
         """Drops the graphs that read pools or weights which are about to go."""
-        keys = {*self._graphs, *self._failed, *self._refused}
+        keys = {*self._graphs, *self._failed, *self._lacked_memory, *self._refused}
         gone = {key for key in keys if key.pools.identity == pools or key.weights == weights}
         for key in gone & set(self._graphs):
             self.captures.let_go(self._graphs.pop(key))
         self._failed -= gone
         self._refused -= gone
+        for key in gone & set(self._lacked_memory):
+            del self._lacked_memory[key]
+        self._known = {one for one in self._known if one[0] != weights}
 
     def _graphs_of(self, key: Key) -> list[Captured[None]]:
         """Those of its parts, in order, as far as they are captured."""
@@ -187,22 +207,39 @@ class MixedGraphs:
         return found
 
     def _try_to_capture(self, key: Key, part: range, run: Run, captured: list[Captured[None]]) -> None:
+        if self._num_steps < self._lacked_memory.get(key, -RETRY_STEPS) + RETRY_STEPS:
+            return
         try:
+            self._hold_largest(key, run)
             self._capture(key, part, run, captured)
-        except RuntimeError as error:  # torch.OutOfMemoryError among them
-            if key not in self._failed:
-                log.info(
-                    "steps of %d tokens are run before they are captured: %s", key.num_tokens, reason(error)
-                )
+        except RuntimeError as error:
+            told = "steps of %d tokens with prompts are run before they are captured: %s"
+            if is_out_of_memory(error):
+                self._lacked_memory[key] = self._num_steps
+            elif key not in self._failed:
                 self._failed.add(key)
-                return
-            log.warning(
-                "steps of %d tokens with prompts are not captured, so they take longer: %s",
-                key.num_tokens,
-                reason(error),
+            else:
+                told = "steps of %d tokens with prompts are not captured, so they take longer: %s"
+                self._refused.add(key)
+                self.captures.let_go(self._graphs.pop(key))
+            log.log(
+                logging.WARNING if key in self._refused else logging.INFO, told, key.num_tokens, reason(error)
             )
-            self._refused.add(key)
-            self.captures.let_go(self._graphs.pop(key))
+        else:
+            self._failed.discard(key)
+
+    def _hold_largest(self, key: Key, run: Run) -> None:
+        """The first capture by other weights, or in new memory, is of the largest step: what smaller ones would take,
+        one after the other, is no room for a larger one. It computes nothing and is not kept."""
+        if (key.weights, self.captures.memory) in self._known:
+            return
+        largest = self._largest(key.pools, key.weights)
+        self.captures.let_go([self.captures.capture(partial(self._computed, run, largest, self._parts[0]))])
+        self._known.add((key.weights, self.captures.memory))
+
+    def _largest(self, pools: Pools, weights: str) -> Key:
+        size = self.most_tokens
+        return Key(size, padded_rows(ROWS_APART[-1], size), pools, weights, self.backend)
 
     def _capture(self, key: Key, part: range, run: Run, captured: list[Captured[None]]) -> None:
         """The next part of its graphs."""
@@ -217,35 +254,35 @@ class MixedGraphs:
         run(self._inputs(key), self._x[: key.num_tokens], self._y[: key.num_tokens], part)
 
     def _inputs(self, key: Key) -> MixedInputs:
-        given, rows = self._given, ROWS_APART[-1]
-        token_ids, positions, slots = given.tokens[:, : key.num_tokens]
+        given, rows = self._given(key), ROWS_APART[-1]
+        token_ids, positions, slots = given.tokens
         alone = given.contexts[: key.num_apart], self._tables[: key.num_apart]
         return MixedInputs(
             DecodeInputs(token_ids, positions, slots, *alone, self._drawn),
             given.contexts[rows:],
             self._tables[rows:],
             given.edges[: MOST_PIECES + 2],
-            given.tiles[: num_tiles_of(key.num_tokens)],
+            given.tiles,
         )
 
-    def _blank(self) -> None:
-        """A step of nothing but padding."""
-        for one in (self._wide, self._narrow):
-            one.zero_()
-        self._given.tokens[2] = -1
+    def _given(self, key: Key) -> Given:
+        return Given.of(self._wide, self._narrow, key.num_tokens)
 
     def _show(self, packed: PackedBatch, num_apart: int, key: Key) -> None:
         """Writes the step where the graph reads it, behind what the device is doing."""
         self._turn = 1 - self._turn
-        wide, narrow = self._host[self._turn]
-        tokens, contexts, edges, tiles = (
-            one.numpy() for one in Given.of(wide, narrow, self._given.tokens.shape[1])
+        wide, narrow = (
+            one[:size]
+            for one, size in zip(
+                self._host[self._turn], (wide_size(key.num_tokens), narrow_size(key.num_tokens)), strict=True
+            )
         )
+        contexts, tokens, edges, tiles = (one.numpy() for one in Given.of(wide, narrow, key.num_tokens))
         count, rows, starts = len(packed.token_ids), ROWS_APART[-1], packed.row_starts[num_apart:]
         for at, values in enumerate((packed.token_ids, packed.positions, packed.slots)):
             tokens[at, :count] = values
-        tokens[:2, count : key.num_tokens] = 0  # also ids: one of a former step may be no token but a place
-        tokens[2, count : key.num_tokens] = -1
+        tokens[:2, count:] = 0  # also ids: one of a former step may be no token but a place
+        tokens[2, count:] = -1
         contexts[:] = 0
         contexts[:num_apart] = packed.contexts[:num_apart]
         contexts[rows : rows + len(starts) - 1] = packed.contexts[num_apart:]
@@ -254,12 +291,11 @@ class MixedGraphs:
         found = tiles_of(np.diff(starts), packed.contexts[num_apart:])
         tiles[:] = MOST_PIECES, 0
         tiles[: len(found)] = found
-        self._wide.copy_(wide, non_blocking=True)
-        self._narrow.copy_(narrow, non_blocking=True)
+        self._wide[: len(wide)].copy_(wide, non_blocking=True)
+        self._narrow[: len(narrow)].copy_(narrow, non_blocking=True)
         tables = packed.block_tables
-        pinned = self._host_tables[self._turn]
-        pinned.numpy()[: tables.size] = tables.ravel()
-        shown = pinned[: tables.size].view(tables.shape)
+        shown = self._host_tables[self._turn][: tables.size].view(tables.shape)
+        np.copyto(shown.numpy(), tables)
         for first, some in ((0, shown[:num_apart]), (rows, shown[num_apart:])):
             if len(some):
                 self._tables[first : first + len(some), : tables.shape[1]].copy_(some, non_blocking=True)
@@ -274,6 +310,16 @@ def padded_tokens(num_tokens: int) -> int:
 def padded_rows(num_apart: int, num_tokens: int) -> int:
     """Of one token, in a graph of so many tokens: as many as that, at most."""
     return min(next(size for size in ROWS_APART if size >= num_apart), padded_tokens(num_tokens))
+
+
+def wide_size(num_tokens: int) -> int:
+    """Of `Given`, in numbers of 64 bits."""
+    return CONTEXTS + 3 * num_tokens
+
+
+def narrow_size(num_tokens: int) -> int:
+    """The same of 32 bits."""
+    return EDGES + 2 * num_tiles_of(num_tokens)
 
 
 def most_pieces_of(num_tokens: int) -> int:

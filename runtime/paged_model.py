@@ -181,6 +181,9 @@ class PagedModel:
     def rest(self) -> None:
         """Nobody runs: what is held beside the pools for those who ran is given back. Nothing, in most tiers."""
 
+    def give_back(self) -> None:
+        """No step is under way: all that nobody needs any more goes now. Nothing, in most tiers."""
+
     @torch.inference_mode()
     def forward(self, packed: PackedBatch, pools: KVPools | None = None) -> Tensor:
         """Computes the step and caches its keys and values, in `pools` where given. Returns logits [last_tokens,

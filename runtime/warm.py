@@ -21,6 +21,7 @@ from runtime.errors import InvalidKnob, PrepareFailed
 from runtime.kernels.aside import compiled_aside
 from runtime.knobs import EngineConfig, KnobValue
 from runtime.kv_cache import BLOCK_TOKENS
+from runtime.kv_size import is_out_of_memory
 from runtime.paged_model import KVPools, LayerCopier, PagedModel, block_rearranger
 from runtime.scheduler import Scheduler
 from runtime.weights import WeightSet, formats_from, prepared, wake_preparations, wanted_bytes
@@ -190,6 +191,7 @@ class WarmStates:
         room = self._room_bytes()
         if needed > room:
             self.drop_unused(used)
+            self._give_back()
             room = self._room_bytes()
         if needed <= room:
             return wanted
@@ -276,6 +278,11 @@ class WarmStates:
         for key in spare_pools:
             self._model.forget(self._pools.pop(key))
 
+    def _give_back(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        self._model.give_back()
+
     def _room_bytes(self) -> int:
         return int(FREE_SHARE * self._free_bytes())
 
@@ -328,7 +335,13 @@ class WarmStates:
         else:  # no room for both: each layer's old pool goes before the next layer's new one comes
             model.forget(self._pools.pop(self.pool))
             for layer, shape in model.shapes_of(wanted.kv_dtype).items():
-                after[layer] = model.new_pool(shape, wanted.num_slots)
+                try:
+                    after[layer] = model.new_pool(shape, wanted.num_slots)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self._give_back()  # graphs of the old pool are still there
+                    after[layer] = model.new_pool(shape, wanted.num_slots)
                 copy(layer, before[layer], after[layer])
                 for part in before.pop(layer):
                     if (

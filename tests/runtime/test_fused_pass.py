@@ -716,9 +716,8 @@ def test_a_step_is_run_before_it_is_captured_only_where_it_may_be_new_or_a_captu
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", ((0, number) for number in count()).__next__)
-    monkeypatch.setattr(
-        torch._C, "_cuda_endAllocateToPool", lambda index, pool: ended.append(pool), raising=False
-    )
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda index, pool: ended.append(pool), raising=False)
     monkeypatch.setattr(Recorded, "begun", [])
     model = with_graphs(decoder("qwen3"))
     graphs = model._graphs
@@ -743,13 +742,13 @@ def test_a_step_is_run_before_it_is_captured_only_where_it_may_be_new_or_a_captu
     model.pools, Recorded.fails = model.new_pools(50), 2  # also when it is ended for good
     assert graphs.prepare(2, model._pools_in(16), "float64", run)
     assert runs == [2] * (WARM_UPS + 2) + [1] and not graphs._refused
-    assert ended == [(0, 0)] and Recorded.begun[-3:] == [(0, 0), (0, 1), (0, 1)]
+    assert ended == [(0, 0)] * 2 and Recorded.begun[-3:] == [(0, 0), (0, 1), (0, 1)]
     graphs.forget(id(model.pools), None)
     assert graphs.captures.memory == (0, 1), "a step that replays one may be under way"
     for _ in range(STEPS_UNDER_WAY):
-        graphs.captures.begin_step()
+        graphs.captures.end_step()
     assert graphs.captures.memory == (0, 1)
-    graphs.captures.begin_step()
+    graphs.captures.end_step()
     assert graphs._graphs and graphs.captures.memory is None, "none of those left lies in the last pool"
     graphs.forget(id(first), None)
     assert {key.pools.identity for key in graphs._graphs} != {id(first)}

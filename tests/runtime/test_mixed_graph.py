@@ -183,51 +183,98 @@ def test_a_size_is_captured_part_by_part_where_others_wait_meanwhile_and_else_at
     assert all(len(graphs._graphs[key]) == num_parts for key in keys if not key.num_apart)
 
 
+class Failing:
+    """Captures that fail as they are told to. `tries`: sizes and first layers, those of other sizes left out."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, graphs: MixedGraphs) -> None:
+        self.tries: list[tuple[Key, int]] = []
+        self.error: RuntimeError = RuntimeError("the capture was invalidated")
+        self.fails: Callable[[Key, int], bool] = lambda key, number: True
+        capture = Captures.capture
+
+        def fail(captures: Captures, run: Callable[[], Any]) -> Captured[Any]:
+            key, part = run.args[1:]  # type: ignore[attr-defined]
+            is_of_step = key in graphs._graphs
+            self.tries += [(key, part.start)] * is_of_step
+            if is_of_step and self.fails(key, sum(one == key for one, _ in self.tries)):
+                raise self.error
+            return capture(captures, run)
+
+        monkeypatch.setattr(Captures, "capture", fail)
+
+
 @pytest.mark.parametrize("always", [False, True])
 def test_where_a_capture_fails_the_step_is_run_and_tried_once_more(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, always: bool
 ) -> None:
     expected, _ = serve(decoder("qwen3"), 0)
-    model, capture = with_graphs(decoder("qwen3")), Captures.capture
-    tries: list[Key] = []
-
-    def fail(self: Captures, run: Callable[[], Any]) -> Captured[Any]:
-        key, part = run.args[1:]  # type: ignore[attr-defined]
-        tries.append(key)
-        if always or (part.start and tries.count(key) == 2):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return capture(self, run)
-
-    monkeypatch.setattr(Captures, "capture", fail)
+    model = with_graphs(decoder("qwen3"))
+    graphs = graphs_of(model)
+    failing = Failing(monkeypatch, graphs)
+    failing.fails = lambda key, number: always or number == 2
     tokens, replayed = serve(model, 1)
-    graphs = model._mixed_graphs
-    assert tokens == expected and graphs is not None
-    assert any(replayed) != always and all(tries.count(key) <= (2 if always else 3) for key in tries)
+    assert tokens == expected
+    tried = [sum(one == key for one, _ in failing.tries) for key in {key for key, _ in failing.tries}]
+    assert any(replayed) != always and max(tried) == (2 if always else 3)
     assert ("are not captured" in caplog.text) == always == bool(graphs._refused)
     model.forget(model.pools)
     assert not graphs._refused and not graphs._failed and not graphs._graphs
-    model.rest()
+    model.give_back()
     assert graphs.captures.memory is None
 
 
-def test_none_is_captured_where_the_largest_has_no_memory(
+def test_where_memory_is_lacking_a_size_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.mixed_graph, "RETRY_STEPS", 3)
+    expected, _ = serve(decoder("qwen3"), 0)
+    model = with_graphs(decoder("qwen3"))
+    graphs = graphs_of(model)
+    failing = Failing(monkeypatch, graphs)
+    failing.error = torch.OutOfMemoryError("CUDA out of memory")
+    failing.fails = lambda key, number: graphs._num_steps <= 8
+    tokens, replayed = serve(model, 1)
+    assert tokens == expected and not graphs._refused and not graphs._failed
+    assert not any(replayed[:8]) and any(replayed[8:]), "the test must reach what it claims"
+    assert (
+        graphs._lacked_memory and len([one for one in failing.tries if one[0] in graphs._lacked_memory]) < 30
+    )
+
+
+def test_the_largest_step_is_prepared_and_else_the_first_that_is_captured(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """By other weights, too, so that smaller ones find its memory."""
     model = with_graphs(decoder("qwen3"))
-    graphs = model._mixed_graphs
-    assert graphs is not None
+    graphs, sizes = graphs_of(model), []
+    capture = Captures.capture
+
+    def noting(captures: Captures, run: Callable[[], Any]) -> Captured[Any]:
+        sizes.append(run.args[1].num_tokens)  # type: ignore[attr-defined]
+        return capture(captures, run)
+
+    monkeypatch.setattr(Captures, "capture", noting)
     model.allocate(NUM_BLOCKS)
-    graphs.prepare(model._pools_in(BLOCK_TOKENS), model.weights_key, model._mixed)
+    assert graphs.prepare(model._pools_in(BLOCK_TOKENS), model.weights_key, model._mixed)
     assert [(key.num_tokens, key.num_apart) for key in graphs._graphs] == [(MOST_TOKENS, MOST_TOKENS)]
-
-    def fail(self: Captures, run: Callable[[], Any]) -> Captured[Any]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Captures, "capture", fail)
-    model.allocate(NUM_BLOCKS)
-    graphs.prepare(model._pools_in(BLOCK_TOKENS), model.weights_key, model._mixed)
-    assert graphs.most_tokens == 0 and "no steps with prompts are captured" in caplog.text
-    assert set(serve(model, 0)[1]) == {None}
+    assert sizes == [MOST_TOKENS] * 2
+    for name, expected in (
+        (model.weights_key, [64, 64]), ("others", [MOST_TOKENS, 64, 64]), ("others", []),
+    ):  # fmt: skip
+        sizes.clear()
+        scheduler = Scheduler(BlockPool(NUM_BLOCKS), EngineConfig.of({}), 200)
+        scheduler.add(Request.of_tokens("one", [5] * 30, 1, 0.0))
+        batch = scheduler.schedule(0.0)
+        assert batch is not None
+        model.weights_key = name
+        model.forward(scheduler.pack(batch))
+        assert sizes == expected
+    failing = Failing(monkeypatch, graphs)
+    model.weights_key = "third"
+    failing.error = torch.OutOfMemoryError("CUDA out of memory")
+    assert not graphs.prepare(model._pools_in(BLOCK_TOKENS), "third", model._mixed)
+    assert "cannot be captured: CUDA out of memory" in caplog.text
+    failing.error = RuntimeError("what else goes wrong is none of the pool's business")
+    assert graphs.prepare(model._pools_in(BLOCK_TOKENS), "third", model._mixed)
+    assert {key.weights for key in graphs._graphs} == {"float64", "others"}
 
 
 def test_graphs_go_with_the_pools_and_weights_that_they_read() -> None:
