@@ -295,6 +295,28 @@ for size in (1, 16, 64, 256):
     add(f"prefill_blocks_of_{size}", prefill, pieces=[(20, 300), (40, 40)], size=size)
 
 
+def prefill_padded(
+    device: torch.device, dtype: torch.dtype, pieces: list[tuple[int, int]], num_empty: int = 2,
+    window: int | None = None,
+) -> None:  # fmt: skip
+    """As graphs have them: tokens before and behind the pieces, pieces without tokens, and tiles of these."""
+    torch.manual_seed(0)
+    kv_heads, dim, size, before, behind = 2, 64, 64, 3, 9
+    new, contexts = (np.array(part) for part in zip(*pieces, strict=True))
+    pool = Pool(device, dtype, [*contexts.tolist(), *[0] * num_empty], 2 * kv_heads * dim, size)
+    query = torch.randn(before + int(new.sum()) + behind, kv_heads, 2, dim).to(device, dtype)
+    starts = before + np.array([0, *np.cumsum(new), *[new.sum()] * num_empty])
+    tiles = np.concatenate((tiles_of(new, contexts), [[len(pieces) + num_empty - 1, 0]] * 5))
+    edges, tiles = (torch.from_numpy(one.astype(np.int32)).to(device) for one in (starts, tiles))
+    given = (query, pool.rows, pool.tables, pool.contexts, 0, edges, tiles, 1, size, dim**-0.5, window)
+    close(*(of.paged_prefill(*given)[before:-behind] for of in (kernels(), PLAIN)))
+
+
+for window in (None, 70):
+    add(f"prefill_padded_{window}", prefill_padded, pieces=[(66, 200), (1, 1), (70, 70)], window=window)
+add("prefill_padded_of_one", prefill_padded, pieces=[(1, 65)], num_empty=1)
+
+
 def a_row_alone_gives_the_same_bits(device: torch.device, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     pool = Pool(device, dtype, [5, 200, 77, 0, 130], 2 * 32, 4)
