@@ -174,7 +174,7 @@ class MixedGraphs:
             one.zero_()
         given.tokens[2] = -1
         try:
-            for part in self._parts:
+            for part in self._parts if weights not in {name for name, _ in self._known} else ():
                 self.captures.run_apart(partial(self._computed, run, key, part), 1)
             for part in self._parts:
                 self._capture(key, part, run, captured)
