@@ -44,7 +44,7 @@ class Executed(NamedTuple):
     """`tokens`: those drawn, row after row, None where the logits were not numbers; `logprobs` by place among them.
 
     `scores`: of the batch's scored piece, None where it has none or its logits were not numbers. `device_s`: by the
-    device's own clock, None on a CPU. `graph_rows`: those of the CUDA graph that was replayed, if one was.
+    device's own clock, None on a CPU. `graph_rows`: tokens of the CUDA graph that was replayed, if one was.
     """
 
     tokens: list[int | None]

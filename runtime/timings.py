@@ -23,7 +23,7 @@ class StepRecord:
 
     `context_tokens` sums the cached tokens that the rows attend to; `attention_pairs` sums new tokens times context.
     `device_s`: by the GPU's own clock, from when it came to the step; what it waited for the host in between is in it.
-    `graph_rows`: of the CUDA graph that was replayed, padding among them. Both None where there is no such thing.
+    `graph_rows`: tokens of the CUDA graph that was replayed, padding among them. Both None where there is none.
     """
 
     at: float
