@@ -42,9 +42,7 @@ class Captures:
     def __init__(self, device: torch.device) -> None:
         self._device, self._index = device, torch.empty(0, device=device).device.index
         self.memory: tuple[int, int] | None = None
-        self._num_held: Counter[tuple[int, int]] = (
-            Counter()
-        )  # graphs that are not yet destroyed, by their memory
+        self._num_held: Counter[tuple[int, int]] = Counter()  # by memory, graphs that are not yet destroyed
         self._going: deque[tuple[int, Captured[Any]]] = deque()  # by the steps before them
         self._num_steps = 0
         self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them about its streams
@@ -86,13 +84,13 @@ class Captures:
             self._destroy()
 
     def rest(self) -> None:
-        """No step is under way."""
-        while self._going:
+        """No step is under way, but a request may come: some go."""
+        for _ in range(min(LET_GO_A_REST, len(self._going))):
             self._destroy()
 
-    def rest_a_little(self) -> None:
-        """The same, for no longer than a request that comes now would mind."""
-        for _ in range(min(LET_GO_A_REST, len(self._going))):
+    def give_back(self) -> None:
+        """No step is under way, and their memory is wanted: all go."""
+        while self._going:
             self._destroy()
 
     def _destroy(self) -> None:

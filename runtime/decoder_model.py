@@ -257,11 +257,11 @@ class DecoderModel(PagedModel):
 
     def rest(self) -> None:
         for graphs in self._all_graphs:
-            graphs.captures.rest_a_little()
+            graphs.captures.rest()
 
     def give_back(self) -> None:
         for graphs in self._all_graphs:
-            graphs.captures.rest()
+            graphs.captures.give_back()
 
     def release(self) -> None:
         self.forget(self.pools)

@@ -48,6 +48,16 @@ class DecodeInputs(NamedTuple):
     drawn: Tensor
 
 
+class Attending(NamedTuple):
+    """The tokens of a step and how they attend, in the last layer those whose logits somebody wants. `step`: None where
+    these are all."""
+
+    inputs: DecodeInputs
+    attend: Attend
+    attend_last: Attend
+    step: StepTensors | None = None
+
+
 class MixedInputs(NamedTuple):
     """Rows of one token each and behind them pieces of prompts, in tensors that are as large whatever the step.
 
@@ -116,8 +126,7 @@ class FusedPass:
 
     def forward(self, step: StepTensors, caches: Sequence[Any]) -> Tensor:
         """Any rows. Returns logits [last_tokens, vocab]."""
-        inputs, attend, attend_last = self._mixed(step, caches[0])
-        return self.logits(self._hidden(inputs, caches, attend, attend_last, step))
+        return self.logits(self._hidden(self._mixed(step, caches[0]), caches))
 
     def decode(self, inputs: DecodeInputs, caches: Sequence[Any]) -> Tensor:
         """Rows of one token. Depends on nothing but the inputs' shapes, so that it can be captured.
@@ -125,7 +134,7 @@ class FusedPass:
         Returns logits [B, vocab].
         """
         attend = self._single(inputs)
-        return self.logits(self._hidden(inputs, caches, attend, attend, None))
+        return self.logits(self._hidden(Attending(inputs, attend, attend), caches))
 
     @property
     def may_capture_pieces(self) -> bool:
@@ -165,7 +174,7 @@ class FusedPass:
         if not part.start:
             x.copy_(self._embedded(tokens))
             y.copy_(self._normed_for(x, None, 0))
-        y.copy_(self._through(x, y, part, tokens, caches, attend, attend, None))
+        y.copy_(self._through(x, y, part, Attending(tokens, attend, attend), caches))
 
     def logits(self, x: Tensor) -> Tensor:
         """x: the normed output of the last layer, [rows, hidden]. Returns [rows, vocab]."""
@@ -174,7 +183,7 @@ class FusedPass:
     def attend_only(self, step: StepTensors | DecodeInputs, layer: Attention, cache: Any) -> None:
         """Launches what such a step launches over the cache of one layer, and multiplies no weights."""
         if isinstance(step, StepTensors):
-            inputs, *attends = self._mixed(step, cache)
+            inputs, *attends, _ = self._mixed(step, cache)
         else:
             inputs, attends = step, [self._single(step)]
         width = (layer.num_heads + 2 * layer.kv_heads) * layer.dim
@@ -192,9 +201,8 @@ class FusedPass:
 
         return attend
 
-    def _mixed(self, step: StepTensors, cache: Any) -> tuple[DecodeInputs, Attend, Attend]:
-        """`cache`: of any layer. Also how all tokens attend, and how those of the last layer do whose logits are
-        wanted."""
+    def _mixed(self, step: StepTensors, cache: Any) -> Attending:
+        """`cache`: of any layer."""
         num_single = step.num_apart
         tables = (
             step.tables.int()
@@ -229,12 +237,12 @@ class FusedPass:
 
         # Scored tokens are too many to read the cache for each of them anew.
         if pieces is not None and len(step.last_tokens) <= len(step.contexts):
-            return inputs, attend, self._last(step, inputs, tables)
+            return Attending(inputs, attend, self._last(step, inputs, tables), step)
 
         def attend_last(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             return attend(qkv, cache, layer).index_select(0, step.last_tokens)
 
-        return inputs, attend, attend_last
+        return Attending(inputs, attend, attend_last, step)
 
     def _last(self, step: StepTensors, inputs: DecodeInputs, tables: Tensor) -> Attend:
         """Each of the step's last tokens as a row of its own, behind what is cached before it."""
@@ -315,19 +323,11 @@ class FusedPass:
             layer.window, splits,
         )  # fmt: skip
 
-    def _hidden(
-        self,
-        inputs: DecodeInputs,
-        caches: Sequence[Any],
-        attend: Attend,
-        attend_last: Attend,
-        step: StepTensors | None,
-    ) -> Tensor:
-        """`step`: None where all rows are of one token. Returns the normed output of the last layer, [T, hidden], or
-        that of the step's `last_tokens`: what no logits need is left out of it behind keys and values."""
-        x, layers = self._embedded(inputs), range(len(self._decoder.layers))
-        y = self._normed_for(x, None, 0)
-        return self._through(x, y, layers, inputs, caches, attend, attend_last, step)
+    def _hidden(self, how: Attending, caches: Sequence[Any]) -> Tensor:
+        """Returns the normed output of the last layer, [T, hidden], or that of the step's `last_tokens`: what no logits
+        need is left out of it behind keys and values."""
+        x, layers = self._embedded(how.inputs), range(len(self._decoder.layers))
+        return self._through(x, self._normed_for(x, None, 0), layers, how, caches)
 
     def _embedded(self, inputs: DecodeInputs) -> Tensor:
         return self.kernels.embed(inputs.token_ids, inputs.drawn, self._decoder.embedding)
@@ -338,19 +338,9 @@ class FusedPass:
         norm = layers[at].before if at < len(layers) else self._decoder.norm
         return self.kernels.add_norm(x, delta, norm.weight, norm.eps)
 
-    def _through(
-        self,
-        x: Tensor,
-        y: Tensor,
-        part: range,
-        inputs: DecodeInputs,
-        caches: Sequence[Any],
-        attend: Attend,
-        attend_last: Attend,
-        step: StepTensors | None,
-    ) -> Tensor:
+    def _through(self, x: Tensor, y: Tensor, part: range, how: Attending, caches: Sequence[Any]) -> Tensor:
         """Some layers, from what the first of them reads to what the next one would; x is added to."""
-        layers = self._decoder.layers
+        layers, step = self._decoder.layers, how.step
         for at in part:
             layer, cache = layers[at], caches[at]
             attention, mlp = layer.attention, layer.mlp
@@ -358,12 +348,12 @@ class FusedPass:
             if kept is not None:
                 x = x.index_select(0, kept)
             if isinstance(attention, LatentAttention):
-                found = self._latent.attend(y, cache, attention, inputs, step)
+                found = self._latent.attend(y, cache, attention, how.inputs, step)
                 found = found if kept is None else found.index_select(0, kept)
             else:
                 qkv = self.linears.whole(attention.qkv, y)
-                self._turn(qkv, cache, attention, inputs)
-                found = (attend if kept is None else attend_last)(qkv, cache, attention)
+                self._turn(qkv, cache, attention, how.inputs)
+                found = (how.attend if kept is None else how.attend_last)(qkv, cache, attention)
             if not len(x):
                 return x
             delta = self.linears.added(attention.out, found)

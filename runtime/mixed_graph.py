@@ -22,6 +22,7 @@ from torch import Tensor
 
 from runtime.batch import PackedBatch
 from runtime.captures import Captured, Captures, Pools, reason
+from runtime.decode_graph import MAX_DRAWN
 from runtime.fused_pass import DecodeInputs, MixedInputs
 from runtime.kernels.splits import LONG_CONTEXT, QUERY_TILE, tiles_of
 from runtime.kv_size import is_out_of_memory
@@ -37,10 +38,7 @@ TOKENS_A_PIECE = 16  # on average, at least: a piece takes a tile however small 
 NUM_PARTS = 4  # of the layers, each a graph of its own
 PARTS_BESIDE_OTHERS = 1  # that one step captures, where rows wait for their next token
 MOST_SIZES = 256  # the one that was not replayed for longest goes
-RETRY_STEPS = (
-    256  # steps with prompts behind one for which memory was lacking, before its size is tried again
-)
-MOST_DRAWN = 2**14  # tokens that a step of any kind draws at most
+RETRY_STEPS = 256  # behind one for which memory was lacking, before its size is tried again
 # What lies behind these begins where 16 bytes do.
 CONTEXTS = ROWS_APART[-1] + MOST_PIECES + 2  # one more is used
 EDGES = MOST_PIECES + 4  # two more are used
@@ -92,20 +90,15 @@ class MixedGraphs:
         """`most_tokens`: of a step that is captured; larger ones keep the device busy while they are launched. `width`,
         `dtype`: of hidden states; `parts`: the layers of each graph."""
         self.most_tokens = most_tokens = padded_tokens(most_tokens)
-        self._device = device
         self._wide = torch.zeros(wide_size(most_tokens), dtype=torch.int64, device=device)
         self._narrow = torch.zeros(narrow_size(most_tokens), dtype=torch.int32, device=device)
         self._tables = torch.zeros(CONTEXTS, max_blocks, dtype=torch.int32, device=device)
-        self._drawn = torch.zeros(MOST_DRAWN, dtype=torch.int64, device=device)
+        self._drawn = torch.zeros(MAX_DRAWN, dtype=torch.int64, device=device)
         # The residual, and what is normed of it: between two parts, and behind the last one.
         self._x, self._y = (torch.zeros(most_tokens, width, dtype=dtype, device=device) for _ in range(2))
         # In turns: one may still be on its way when the next step is written.
         self._host = [
-            tuple(torch.zeros_like(one, device="cpu").pin_memory() for one in (self._wide, self._narrow))
-            for _ in range(2)
-        ]
-        self._host_tables = [
-            torch.zeros(self._tables.numel(), dtype=torch.int32).pin_memory() for _ in range(2)
+            [_pinned_like(one) for one in (self._wide, self._narrow, self._tables.flatten())] for _ in range(2)
         ]
         self._turn = 0
         self._parts = parts
@@ -114,9 +107,8 @@ class MixedGraphs:
         self._failed: set[Key] = set()  # once
         self._lacked_memory: dict[Key, int] = {}  # by step with prompts
         self._num_steps = 0
-        self._known: set[tuple[str, tuple[int, int] | None]] = (
-            set()
-        )  # weights, and memory that holds their largest step
+        # Weights, and the memory that holds their largest step.
+        self._known: set[tuple[str, tuple[int, int] | None]] = set()
         self._refused: set[Key] = set()
         self.replayed_tokens: int | None = None  # of the graph that the last step replayed, if it did
         self.backend = "auto"  # `linear_backend` of the next one
@@ -181,7 +173,7 @@ class MixedGraphs:
         except RuntimeError as error:
             log.warning("steps with prompts cannot be captured: %s", reason(error))
             self.captures.let_go(self._graphs.pop(key))
-            self.captures.rest()
+            self.captures.give_back()
             return not is_out_of_memory(error)
         self._known.add((weights, self.captures.memory))
         return True
@@ -271,12 +263,8 @@ class MixedGraphs:
     def _show(self, packed: PackedBatch, num_apart: int, key: Key) -> None:
         """Writes the step where the graph reads it, behind what the device is doing."""
         self._turn = 1 - self._turn
-        wide, narrow = (
-            one[:size]
-            for one, size in zip(
-                self._host[self._turn], (wide_size(key.num_tokens), narrow_size(key.num_tokens)), strict=True
-            )
-        )
+        wide, narrow, flat = self._host[self._turn]
+        wide, narrow = wide[: wide_size(key.num_tokens)], narrow[: narrow_size(key.num_tokens)]
         contexts, tokens, edges, tiles = (one.numpy() for one in Given.of(wide, narrow, key.num_tokens))
         count, rows, starts = len(packed.token_ids), ROWS_APART[-1], packed.row_starts[num_apart:]
         for at, values in enumerate((packed.token_ids, packed.positions, packed.slots)):
@@ -294,11 +282,15 @@ class MixedGraphs:
         self._wide[: len(wide)].copy_(wide, non_blocking=True)
         self._narrow[: len(narrow)].copy_(narrow, non_blocking=True)
         tables = packed.block_tables
-        shown = self._host_tables[self._turn][: tables.size].view(tables.shape)
+        shown = flat[: tables.size].view(tables.shape)
         np.copyto(shown.numpy(), tables)
         for first, some in ((0, shown[:num_apart]), (rows, shown[num_apart:])):
             if len(some):
                 self._tables[first : first + len(some), : tables.shape[1]].copy_(some, non_blocking=True)
+
+
+def _pinned_like(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, device="cpu").pin_memory()
 
 
 def padded_tokens(num_tokens: int) -> int:

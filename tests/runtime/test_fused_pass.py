@@ -3,7 +3,7 @@
 import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from itertools import count, pairwise
@@ -550,13 +550,22 @@ def serve(model: DecoderModel, depth: int) -> tuple[list[list[int]], int]:
     """Greedily, with so many steps under way while the next is launched. Tokens, and how many steps were replayed."""
     scheduler, requests = mixed_steps(40)
     model.allocate(40)
-    under_way: list[tuple[Batch, Tensor]] = []
     num_replayed = 0
+    for _, packed in steps_ahead(model, scheduler, depth):
+        num_replayed += model._graphs is not None and model._graphs.takes(packed)
+    return [request.output_ids.tolist() for request in requests], num_replayed
+
+
+def steps_ahead(
+    model: DecoderModel, scheduler: Scheduler, depth: int
+) -> Iterator[tuple[Batch, PackedBatch]]:
+    """Each step when it was launched; so many are under way when the next one is."""
+    under_way: list[tuple[Batch, Tensor]] = []
     while (batch := scheduler.schedule(0.0)) is not None or under_way:
         if batch is not None:
             packed = scheduler.pack(batch)
-            num_replayed += model._graphs is not None and model._graphs.takes(packed)
             logits = model.forward(packed)
+            yield batch, packed
             drawn = torch.empty(2, 0, dtype=torch.int64)
             if batch.sampled.any():
                 drawn = draw(logits, batch.sampled_requests()) if model.greedy is None else model.greedy
@@ -566,7 +575,6 @@ def serve(model: DecoderModel, depth: int) -> tuple[list[list[int]], int]:
         while len(under_way) > (depth if batch is not None else 0):
             done, drawn = under_way.pop(0)
             scheduler.settle(done, [token or 0 for token in tokens_of(drawn)], 0.0)
-    return [request.output_ids.tolist() for request in requests], num_replayed
 
 
 @pytest.mark.parametrize("family", ["qwen2_window", "qwen3", "mixtral", *DEEPSEEK])
@@ -664,25 +672,31 @@ def test_after_a_change_the_first_steps_are_run_before_any_is_captured(
         assert not any(num_graphs[:PUT_OFF]) and num_graphs[PUT_OFF], "put off, and not for longer"
 
 
+def over_other_blocks(
+    model: DecoderModel, scheduler: Scheduler, requests: list[Request], num_blocks: int
+) -> list[list[int]]:
+    """Tokens, greedily, while the pool is cut into blocks of 32, 16 and 64 in turn."""
+    model.allocate(num_blocks)
+    sizes = [64, 16, 32]
+    for step in count():
+        if step % 6 == 5 and sizes:
+            move = scheduler.move_to(scheduler.pool.resized(num_blocks * 16, sizes.pop()), stays=True)
+            copy = block_rearranger(move.move, move.block_tokens, model.device)
+            for pool in model.pools.values():
+                copy(pool, pool)
+        if (batch := scheduler.schedule(0.0)) is None:
+            break
+        logits = model.forward(scheduler.pack(batch))
+        scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
+    assert not sizes, "the test must reach what it claims"
+    return [request.output_ids.tolist() for request in requests]
+
+
 @torch.inference_mode()
 def test_blocks_of_another_size_get_graphs_of_their_own(repeating: None) -> None:
-    outputs = []
-    for model in (decoder("qwen3"), with_graphs(decoder("qwen3"))):
-        scheduler, requests = mixed_steps(64)
-        model.allocate(64)
-        sizes = [64, 16, 32]
-        for step in count():
-            if step % 6 == 5 and sizes:
-                move = scheduler.move_to(scheduler.pool.resized(64 * 16, sizes.pop()), stays=True)
-                copy = block_rearranger(move.move, move.block_tokens, model.device)
-                for pool in model.pools.values():
-                    copy(pool, pool)
-            if (batch := scheduler.schedule(0.0)) is None:
-                break
-            logits = model.forward(scheduler.pack(batch))
-            scheduler.finish_step(batch, logits.argmax(-1).tolist(), 0.0)
-        outputs.append([request.output_ids.tolist() for request in requests])
-    assert not sizes and outputs[0] == outputs[1]
+    model = with_graphs(decoder("qwen3"))
+    outputs = [over_other_blocks(one, *mixed_steps(64), 64) for one in (decoder("qwen3"), model)]
+    assert outputs[0] == outputs[1]
     assert model._graphs is not None and {key.pools.block_tokens for key in model._graphs._graphs} >= {
         32,
         16,
