@@ -8,6 +8,7 @@ multiplies; whatever a replay must know lies in tensors that never move. Padding
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -29,6 +30,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384
 COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96)
 MAX_DRAWN = 2**14  # tokens that a step of any kind draws at most
 WARM_UPS = 2  # runs before a capture where kernels may not be compiled and loaded yet
+MOST_AHEAD = 8  # sizes that are captured for what is being prepared: those met last
 PUT_OFF = 1  # steps over other pools or by other weights that are run before any is captured
 
 
@@ -72,6 +74,7 @@ class DecodeGraphs:
         self._refused: set[Key] = set()
         self._lacked_memory = False  # the last capture that failed
         self._woken: set[tuple[str, int]] = set()  # kv_dtype and tokens of a block
+        self._met: OrderedDict[int, None] = OrderedDict()  # sizes; the last one comes last
         self._launched: set[int] = set()  # numbers of rows; other weights are woken for those there are then
         self._run_with: tuple[Pools, str, str] | None = None  # of the last step
         self.backend = "auto"  # `linear_backend` of the next one
@@ -92,6 +95,10 @@ class DecodeGraphs:
         change of pools or weights; None where that failed. `drawn`: tokens of the last step."""
         num_rows = len(packed.token_ids)
         key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights, self.backend)
+        self._met[key.num_rows] = None
+        self._met.move_to_end(key.num_rows)
+        if len(self._met) > MOST_AHEAD:
+            self._met.popitem(last=False)
         if key[1:] != self._run_with:
             self._run_with, self._num_put_off = key[1:], 0
         captured = self._graphs.get(key)
@@ -126,6 +133,21 @@ class DecodeGraphs:
         if not only_largest:
             self.take_as_awake(pools.kv_dtype, pools.block_tokens)
         return True
+
+    def capture_ahead(self, pools: Pools, weights: str, run: Run) -> bool:
+        """Captures one graph that steps over these pools and by these weights will replay, if they are of the sizes
+        that were met last. False where none is left that can be captured without a run."""
+        for size in reversed(self._met):
+            key = Key(size, pools, weights, self.backend)
+            if key in self._graphs or key in self._refused or not self._is_known(key):
+                continue
+            try:
+                self._capture(key, run)
+            except RuntimeError as error:
+                log.info("decode steps of %d rows are captured when they are met: %s", size, reason(error))
+                del self._met[size]
+            return True
+        return False
 
     @property
     def launched_rows(self) -> Sequence[int]:

@@ -189,6 +189,25 @@ class DecoderModel(PagedModel):
             is_done = self._mixed_graphs.prepare(pools, self.weights_key, self._mixed)
         return is_done
 
+    @torch.inference_mode()
+    def capture_ahead(
+        self, pools: KVPools, kv_dtype: str, block_tokens: int, weights_key: str, linear_backend: str
+    ) -> bool:
+        if self._fused is None or self._graphs is None:
+            return False
+        self._fused.use_blocks(block_tokens)  # as the next step does, and the next launch with the backend
+        self.use_backend(linear_backend)
+        in_force, (self.pools, self.kv_dtype) = (self.pools, self.kv_dtype), (pools, kv_dtype)
+        try:
+            read, mixed = self._pools_in(block_tokens), self._mixed_graphs
+            if self._graphs.capture_ahead(read, weights_key, self._decode):
+                return True
+            if mixed is None or kv_dtype != "auto":
+                return False
+            return mixed.capture_ahead(read, weights_key, self._mixed)
+        finally:
+            self.pools, self.kv_dtype = in_force
+
     def _wake_draws(self) -> None:
         """Compiles and loads what draws tokens: of logits as they are, and of those that a request has shaped."""
         if self.device.type != "cuda":

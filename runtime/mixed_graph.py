@@ -7,7 +7,7 @@ Launching such a step kernel by kernel takes the host longer than the device tak
 of rows alone, to which a step is padded. Whose logits are wanted differs from step to step, so the head is no part of
 it. All sizes would take a start seconds, so that each is captured when it is met: some layers each time, as long as
 others wait for their next token meanwhile. Where that fails a size is run once more before it is tried again, for what
-it launches may be new.
+it launches may be new. For weights or pools that are being prepared, the sizes that were met last are captured before.
 """
 
 import logging
@@ -38,6 +38,7 @@ TOKENS_A_PIECE = 16  # on average, at least: a piece takes a tile however small 
 NUM_PARTS = 4  # of the layers, each a graph of its own
 PARTS_BESIDE_OTHERS = 1  # that one step captures, where rows wait for their next token
 MOST_SIZES = 256  # the one that was not replayed for longest goes
+MOST_AHEAD = 32  # sizes that are captured for what is being prepared
 RETRY_STEPS = 256  # behind one for which memory was lacking, before its size is tried again
 # What lies behind these begins where 16 bytes do.
 CONTEXTS = ROWS_APART[-1] + MOST_PIECES + 2  # one more is used
@@ -104,6 +105,7 @@ class MixedGraphs:
         self._parts = parts
         self.captures = Captures(device)
         self._graphs: OrderedDict[Key, list[Captured[None]]] = OrderedDict()  # of the first parts, or of all
+        self._met: OrderedDict[tuple[int, int], None] = OrderedDict()  # sizes, as keys begin; the last one comes last
         self._failed: set[Key] = set()  # once
         self._lacked_memory: dict[Key, int] = {}  # by step with prompts
         self._num_steps = 0
@@ -135,6 +137,10 @@ class MixedGraphs:
         if key in self._refused:
             return None
         self._num_steps += 1
+        self._met[key[:2]] = None
+        self._met.move_to_end(key[:2])
+        if len(self._met) > MOST_AHEAD:
+            self._met.popitem(last=False)
         self._show(packed, num_apart, key)
         if packed.has_pending:
             self._drawn[: len(drawn)].copy_(drawn)
@@ -177,6 +183,19 @@ class MixedGraphs:
             return not is_out_of_memory(error)
         self._known.add((weights, self.captures.memory))
         return True
+
+    def capture_ahead(self, pools: Pools, weights: str, run: Run) -> bool:
+        """Captures one part more of what steps over these pools and by these weights will replay, if they are of the
+        sizes that were met last. False where nothing of it is left to be captured."""
+        for size in reversed(self._met):
+            key = Key(*size, pools, weights, self.backend)
+            if key in self._refused or key in self._failed or key in self._lacked_memory:
+                continue
+            captured = self._graphs_of(key)
+            if len(captured) < len(self._parts):
+                self._try_to_capture(key, self._parts[len(captured)], run, captured)
+                return True
+        return False
 
     def forget(self, pools: int | None, weights: str | None) -> None:
         """Drops the graphs that read pools or weights which are about to go."""

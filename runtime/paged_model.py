@@ -175,6 +175,13 @@ class PagedModel:
         """What that takes meanwhile, at most."""
         return 0
 
+    def capture_ahead(
+        self, pools: KVPools, kv_dtype: str, block_tokens: int, weights_key: str, linear_backend: str
+    ) -> bool:
+        """Captures a little of what steps over these pools will replay, by the weights that are installed. Between two
+        steps. False where nothing of it is left, as in most tiers."""
+        return False
+
     def forget(self, pools: KVPools | None = None, weights_key: str | None = None) -> None:
         """These pools or weights are about to go: what was made ready with them goes too."""
 

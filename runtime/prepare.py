@@ -1,7 +1,8 @@
 """Prepares configurations one after another, in a thread beside the steps.
 
 The step thread asks and polls; only the building itself runs in the other thread, at a low priority where the
-system has one for threads (Linux), so that a step never waits for it longer than for one layer.
+system has one for threads (Linux), so that a step never waits for it longer than for one layer. Behind it each poll
+captures a little of what steps will replay.
 """
 
 import contextlib
@@ -66,6 +67,7 @@ class Preparer:
         self._queue: deque[Preparation] = deque()
         self._thread: threading.Thread | None = None
         self._wanted: Wanted | None = None
+        self._is_built = False  # the first of the queue
         self._made: Any = None  # what `build` returned, or the error that it raised
 
     @property
@@ -94,13 +96,22 @@ class Preparer:
         """Takes in what was built and starts what comes next. True if anything ended."""
         ended = False
         while self._queue:
+            if self._is_built:
+                if self._warm.capture_ahead(self._queue[0].config):
+                    return ended
+                self._is_built = False
+                self._finish(self._queue.popleft())
+                ended = True
+                continue
             if self._thread is None and not self._start(self._queue[0]):
                 ended = bool(self._queue.popleft().result)
                 continue
             if self._thread is None or self._thread.is_alive():
                 return ended
-            self._end(self._queue.popleft())
-            ended = True
+            self._is_built = self._end(self._queue[0])
+            if not self._is_built:
+                self._queue.popleft()
+                ended = True
         return ended
 
     def _start(self, asked: Preparation) -> bool:
@@ -135,16 +146,17 @@ class Preparer:
         finally:
             sys.setswitchinterval(usual_s)
 
-    def _end(self, asked: Preparation) -> None:
+    def _end(self, asked: Preparation) -> bool:
+        """False if it failed."""
         assert self._thread is not None and self._wanted is not None
         self._thread.join()
         made, wanted = self._made, self._wanted
         self._thread = self._wanted = self._made = None
         if isinstance(made, RuntimeFault):
             asked.result = made
-            return
+            return False
         self._warm.add(wanted, *made)
-        self._finish(asked)
+        return True
 
     def _finish(self, asked: Preparation) -> None:
         took_s = time.perf_counter() - asked.started

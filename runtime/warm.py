@@ -1,6 +1,7 @@
 """What is ready to be swapped in at a step: weight formats and KV pools, prepared beside those in force.
 
-    missing ──make_room (step thread)──▶ build (its own thread) ──▶ ready ──install (between two steps)──▶ in force
+    missing ──make_room (step thread)──▶ build (its own thread) ──▶ capture_ahead (a little between any two steps) ──▶
+    ready ──install (between two steps)──▶ in force
 
 Kept: what the champion, a plan in force or a preparation under way names, and of the rest the KEPT_UNUSED that
 were prepared last, of each kind, for a rollback without waiting. They go earlier, oldest first, when a preparation
@@ -260,6 +261,17 @@ class WarmStates:
             self._weights[weights.format] = weights
         if wanted.pool is not None:
             self._pools[wanted.pool] = {} if pools is None else pools
+
+    def capture_ahead(self, config: EngineConfig) -> bool:
+        """Between two steps: captures a little of what they will replay under a configuration that was built, or its
+        first steps would take longer. False where nothing of it is left."""
+        pools = self._pools.get(PoolKey.of(config))
+        if not pools:
+            return False
+        with self.weights_of(config):
+            return self._model.capture_ahead(
+                pools, config.kv_dtype, config.block_tokens, config.weight_format, config.linear_backend
+            )
 
     def drop_unused(self, used: Iterable[EngineConfig], num_kept: int = 0) -> None:
         """But for what is in force or in `used`, and of the rest the `num_kept` last of each kind."""

@@ -54,7 +54,7 @@ def sample(logits: Tensor, params: Tensor, has_top_k: bool, has_top_p: bool) -> 
             launch(
                 _count, blocks, device,
                 *given, wanted, found[1 - turn % 2], parts[1 - turn % 2], found[turn % 2], parts[turn % 2], shift,
-                BY=by, **of_row, **sizes, num_warps=8,
+                BY=by, **of_row, **sizes, num_warps=4,
             )  # fmt: skip
         last, (cut_before, cut) = (len(SHIFTS) - 1) % 2, (cut, ints(num_rows))
         launch(

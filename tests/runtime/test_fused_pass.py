@@ -672,6 +672,37 @@ def test_after_a_change_the_first_steps_are_run_before_any_is_captured(
         assert not any(num_graphs[:PUT_OFF]) and num_graphs[PUT_OFF], "put off, and not for longer"
 
 
+def test_what_is_prepared_finds_the_steps_captured_that_were_met_last(
+    repeating: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = serve(decoder("qwen3"), 0)
+    model = with_graphs(decoder("qwen3"))
+    graphs, capture, fails = model._graphs, DecodeGraphs._capture, [True]
+    assert graphs is not None and serve(model, 0)[0] == expected
+    graphs._launched.update(BUCKETS)
+    met, first, others = list(graphs._met), model.pools, model.new_pools(40)
+    assert len(met) > 1 and not model.capture_ahead(others, "auto", BLOCK_TOKENS, "float64", "auto"), "not awake"
+    graphs.take_as_awake("auto", BLOCK_TOKENS)
+    captured: list[int] = []
+
+    def counted(self: DecodeGraphs, key: Key, run: Run) -> Captured[Decoded]:
+        captured.append(key.num_rows)
+        if fails:
+            raise RuntimeError(f"the capture was invalidated {fails.pop()}")
+        return capture(self, key, run)
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", counted)
+    while model.capture_ahead(others, "auto", BLOCK_TOKENS, "float64", "auto"):
+        assert model.pools is first
+    assert captured == met[::-1], "the last one first, and one that fails is left to the steps"
+    captured.clear()
+    scheduler, requests = mixed_steps(40)
+    model.pools = others
+    for _ in steps_ahead(model, scheduler, 0):
+        pass
+    assert [one.output_ids.tolist() for one in requests] == expected and captured == met[-1:]
+
+
 def over_other_blocks(
     model: DecoderModel, scheduler: Scheduler, requests: list[Request], num_blocks: int
 ) -> list[list[int]]:

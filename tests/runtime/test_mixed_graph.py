@@ -32,7 +32,7 @@ from runtime.mixed_graph import (
     padded_rows,
     padded_tokens,
 )
-from runtime.paged_model import relative_error
+from runtime.paged_model import KVPools, relative_error
 from runtime.request import Request, SamplingParams
 from runtime.scheduler import Scheduler
 from tests.runtime.test_fused_pass import (
@@ -96,11 +96,16 @@ def steps(block_tokens: int = BLOCK_TOKENS, **knobs: Any) -> tuple[Scheduler, li
     return scheduler, requests
 
 
-def serve(model: DecoderModel, depth: int, **knobs: Any) -> tuple[list[list[int]], list[int | None]]:
-    """Greedily, with so many steps under way while the next is launched. Tokens, and by step with prompts those of the
-    graph that was replayed."""
+def serve(
+    model: DecoderModel, depth: int, pools: KVPools | None = None, **knobs: Any
+) -> tuple[list[list[int]], list[int | None]]:
+    """Greedily, with so many steps under way while the next is launched, over pools that are made if not given. Tokens,
+    and by step with prompts those of the graph that was replayed."""
     scheduler, requests = steps(**knobs)
-    model.allocate(NUM_BLOCKS)
+    if pools is None:
+        model.allocate(NUM_BLOCKS)
+    else:
+        model.pools = pools
     replayed: list[int | None] = []
     for batch, _ in steps_ahead(model, scheduler, depth):
         if batch.num_prefill_rows:
@@ -292,6 +297,40 @@ def test_graphs_go_with_the_pools_and_weights_that_they_read() -> None:
     assert {key.backend for key in graphs._graphs} == {"auto", "triton"}
     graphs.forget(None, model.weights_key)
     assert not graphs._graphs and graphs.captures.memory is not None
+
+
+def test_what_is_prepared_finds_the_sizes_captured_that_were_met_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = with_graphs(decoder("qwen3"))
+    expected, replayed = serve(model, 0)
+    graphs, first = graphs_of(model), model.pools
+    met, num_before = list(graphs._met), len(graphs._graphs)
+
+    def ahead(pools: KVPools, weights: str = "float64") -> int:
+        count = 0
+        while model.capture_ahead(pools, "auto", BLOCK_TOKENS, weights, "auto"):
+            count += 1
+        assert model.pools is first and model.kv_dtype == "auto"
+        return count
+
+    others = model.new_pools(NUM_BLOCKS)
+    assert ahead(others) == len(met) * len(graphs._parts) > 8 and len(graphs._graphs) == num_before + len(met)
+    assert ahead(others) == 0, "they are there"
+    assert 0 < ahead(first) <= replayed.count(None), "parts that steps had left"
+    assert not model.capture_ahead(others, "fp8", BLOCK_TOKENS, "float64", "auto"), "never captured"
+    tokens, replayed = serve(model, 0, others)
+    assert tokens == expected and None not in replayed
+
+    model.pools = first
+    failing = Failing(monkeypatch, graphs)
+    assert ahead(others, "int8") == len(failing.tries) == len(met), "one that fails is met first"
+    monkeypatch.setattr(runtime.mixed_graph, "MOST_AHEAD", 2)
+    failing.fails = lambda key, number: False
+    graphs.forget(None, "int8")
+    assert serve(model, 0, first)[0] == expected
+    assert ahead(others, "int8") == 2 * len(graphs._parts)
+    assert [key[:2] for key in graphs._graphs][-2:] == met[:-3:-1], "the last one first"
 
 
 def test_the_one_that_was_not_replayed_for_longest_goes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from runtime.engine import Engine
 from runtime.executor import Executor
 from runtime.kernels import PLAIN
 from runtime.knobs import EngineConfig
+from runtime.kv_cache import BLOCK_TOKENS
 from runtime.link import Frame
 from runtime.loader import load_model
+from runtime.paged_model import KVPools
 from runtime.plan import PlannedSlice, PlanRunner, SlicePlan
-from runtime.weights import wanted_bytes
+from runtime.weights import linear_layers, wanted_bytes
 from tests.runtime.tiny_models import save_tiny_model
 
 DEMO = Path(__file__).parents[2] / "runtime" / "demo_model"
@@ -123,6 +126,29 @@ def test_prepares_beside_serving_and_tells_what_it_took(folder: Path) -> None:
     assert here.state() == here.runner.champion, "nothing is in force before it is committed"
     again = here.call("prepare", values=wanted)["value"]
     assert again == {**told, "prepare_s": 0.0}
+
+
+def test_what_steps_will_replay_is_captured_between_them_before_it_counts_as_prepared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Here(folder)
+    module = next(linear_layers(here.executor._model.model))
+    loaded, asked = module.forward, []
+
+    def capture_ahead(pools: KVPools, *names: Any) -> bool:
+        assert module.forward != loaded and pools is not here.executor._model.pools
+        asked.append((len([frame for frame in here.frames if frame["op"] == "step"]), names))
+        return len(asked) < 4
+
+    monkeypatch.setattr(here.executor._model, "capture_ahead", capture_ahead)
+    here.submit("one", prompts(1)[0], 100)
+    wanted = values(here, weight_format="int8", kv_tokens=2048)
+    assert here.call("prepare", values=wanted)["value"]["prepare_s"] > 0 and module.forward == loaded
+    at_steps = [at for at, _ in asked]
+    assert len(at_steps) == 4 and all(later == one + 1 for one, later in pairwise(at_steps)), "beside serving"
+    assert {names for _, names in asked} == {("auto", BLOCK_TOKENS, "int8", "auto")}
+    assert "value" in here.call("reconfigure", patch={"weight_format": "int8", "kv_tokens": 2048})
+    assert len(asked) == 4 and here.state() == EngineConfig.of(wanted)
 
 
 def test_what_differs_in_live_knobs_only_needs_no_preparation(folder: Path) -> None:
@@ -440,6 +466,39 @@ class OnGPU(Here):
 
 class ExactOnGPU(Here):
     device, dtype = torch.device("cuda"), torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("patch", [{"weight_format": "int8"}, {"kv_block": "16"}])
+def test_steps_behind_a_commit_on_a_gpu_replay_what_was_captured_beside_those_before_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, patch: dict[str, str]
+) -> None:
+    monkeypatch.setattr(Executor, "_measured_step_tokens", lambda self: 512)  # so small a model has none
+    here = OnGPU(folder, kv_tokens=8192, max_num_seqs=32, overlap_depth=1)
+    streams = iter(range(10_000))
+
+    def keep_busy(step: int = 0) -> None:
+        while len(here.scheduler.running) + len(here.scheduler.waiting) < 12:
+            at = next(streams)
+            here.submit(str(at), [5 + (7 * at + k * k) % 80 for k in range(32)], 24 + at % 9)
+
+    def records(num_steps: int) -> list[Frame]:
+        since = len(here.frames)
+        for _ in range(num_steps):
+            keep_busy()
+            here.engine.step()
+        return [frame["record"] for frame in here.frames[since:] if frame["op"] == "step"]
+
+    records(300)
+    step = here.engine.step
+    here.engine.step = lambda: (keep_busy(), step())[1]  # type: ignore[method-assign, func-returns-value]
+    assert "value" in here.call("reconfigure", patch=patch)
+    here.engine.step = step  # type: ignore[method-assign]
+    config_id = here.runner.champion.config_id
+    after = [one for one in records(40) if one["config_id"] == config_id]
+    launched = [one for one in after if one["graph_rows"] is None]
+    assert len(after) > 30 and any(one["num_prefill_rows"] for one in after)
+    assert len(launched) <= 2, "of sizes that were not met before"
 
 
 @pytest.mark.gpu
