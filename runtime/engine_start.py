@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.bytecode import keep_compiled
 from runtime.errors import InvalidKnob, PrepareFailed
 from runtime.host import num_cores
 from runtime.knobs import EngineConfig, default_config, knob_reports
@@ -40,6 +41,7 @@ def load(
 ) -> "LoadedModel":
     """The model on its device. `stage_ended` is called when all libraries are there."""
     set_environment()
+    keep_compiled("torch")
     gc.disable()  # or a quarter of the imports is walking over what they have made so far
     digest = WeightsDigest.begin(Path(options.model))  # in threads that work while torch is loaded
     import torch
