@@ -21,11 +21,9 @@ TIMED_ROWS = (1, 16, 32, 64, 128, 256)  # a batch goes by the next of them
 # With more than FEW_ROWS only products of smaller weights are timed: others take so long that launching them, which is
 # what our kernels save, does not count.
 VALUES_OF_MANY_ROWS = 2**24
-# Of small graphs, of steps with pieces of prompts, and of prompts alone.
-WOKEN_ROWS = (
-    1, 2, 4, *range(8, 64, 8), *range(64, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 512),
-)  # fmt: skip
-MOST_WOKEN_VALUES = 2**28  # of an output
+# Of small graphs, of steps with pieces of prompts, and of the rows whose logits are wanted behind a step of any size.
+WOKEN_ROWS = (*range(1, 64), *range(64, 512, 32), *range(512, 2049, 64))
+MOST_WOKEN_VALUES = 2**27  # of an output
 NUM_CALLS = 24  # of one timing, over all weights of a shape in turns, so that few are found in the L2 cache
 NUM_REPLAYS = 5
 Multiply = Callable[[Tensor, Tensor], Tensor]  # (x, weight)

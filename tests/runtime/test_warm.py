@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +140,15 @@ def test_what_steps_will_replay_is_captured_between_them_before_it_counts_as_pre
         asked.append((len([frame for frame in here.frames if frame["op"] == "step"]), names))
         return len(asked) < 4
 
+    step, ids = here.engine.step, count()
+
+    def keep_busy() -> bool:
+        if not here.scheduler.has_requests:
+            here.submit(str(next(ids)), prompts(1)[0], 100)
+        return step()
+
     monkeypatch.setattr(here.executor._model, "capture_ahead", capture_ahead)
-    here.submit("one", prompts(1)[0], 100)
+    monkeypatch.setattr(here.engine, "step", keep_busy)
     wanted = values(here, weight_format="int8", kv_tokens=2048)
     assert here.call("prepare", values=wanted)["value"]["prepare_s"] > 0 and module.forward == loaded
     at_steps = [at for at, _ in asked]
@@ -475,9 +482,9 @@ def test_steps_behind_a_commit_on_a_gpu_replay_what_was_captured_beside_those_be
 ) -> None:
     monkeypatch.setattr(Executor, "_measured_step_tokens", lambda self: 512)  # so small a model has none
     here = OnGPU(folder, kv_tokens=8192, max_num_seqs=32, overlap_depth=1)
-    streams = iter(range(10_000))
+    streams = count()
 
-    def keep_busy(step: int = 0) -> None:
+    def keep_busy() -> None:
         while len(here.scheduler.running) + len(here.scheduler.waiting) < 12:
             at = next(streams)
             here.submit(str(at), [5 + (7 * at + k * k) % 80 for k in range(32)], 24 + at % 9)
@@ -490,10 +497,10 @@ def test_steps_behind_a_commit_on_a_gpu_replay_what_was_captured_beside_those_be
         return [frame["record"] for frame in here.frames[since:] if frame["op"] == "step"]
 
     records(300)
-    step = here.engine.step
-    here.engine.step = lambda: (keep_busy(), step())[1]  # type: ignore[method-assign, func-returns-value]
-    assert "value" in here.call("reconfigure", patch=patch)
-    here.engine.step = step  # type: ignore[method-assign]
+    with monkeypatch.context() as busy:
+        step = here.engine.step
+        busy.setattr(here.engine, "step", lambda: (keep_busy(), step())[1])
+        assert "value" in here.call("reconfigure", patch=patch)
     config_id = here.runner.champion.config_id
     after = [one for one in records(40) if one["config_id"] == config_id]
     launched = [one for one in after if one["graph_rows"] is None]
