@@ -72,6 +72,7 @@ class DecodeGraphs:
         self._shown = np.zeros((0, 0), np.int32)  # the tables that are on the device
         self._graphs: dict[Key, Captured[Decoded]] = {}
         self._refused: set[Key] = set()
+        self._failed_ahead: set[Key] = set()  # left to the step that meets them
         self._lacked_memory = False  # the last capture that failed
         self._woken: set[tuple[str, int]] = set()  # kv_dtype and tokens of a block
         self._met: OrderedDict[int, None] = OrderedDict()  # sizes; the last one comes last
@@ -139,13 +140,13 @@ class DecodeGraphs:
         that were met last. False where none is left that can be captured without a run."""
         for size in reversed(self._met):
             key = Key(size, pools, weights, self.backend)
-            if key in self._graphs or key in self._refused or not self._is_known(key):
+            if key in self._graphs or key in self._refused | self._failed_ahead or not self._is_known(key):
                 continue
             try:
                 self._capture(key, run)
             except RuntimeError as error:
                 log.info("decode steps of %d rows are captured when they are met: %s", size, reason(error))
-                del self._met[size]
+                self._failed_ahead.add(key)
             return True
         return False
 
@@ -165,9 +166,10 @@ class DecodeGraphs:
         """Drops the graphs that read pools or weights which are about to go."""
         for key in [key for key in self._graphs if key.pools.identity == pools or key.weights == weights]:
             self.captures.let_go([self._graphs.pop(key)])
-        self._refused = {
-            key for key in self._refused if key.pools.identity != pools and key.weights != weights
-        }
+        self._refused, self._failed_ahead = (
+            {key for key in keys if key.pools.identity != pools and key.weights != weights}
+            for keys in (self._refused, self._failed_ahead)
+        )
         self._drawn_by = None  # another graph may come to lie there
         self._run_with = None  # and others may come to be named so
 

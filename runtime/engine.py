@@ -227,7 +227,9 @@ class Engine:
 
     def _answer_pending(self) -> None:
         """Between two steps: what was prepared beside them is taken in, and who waited for it is answered."""
-        if not self._preparer.is_busy or not self._preparer.poll():
+        if self._preparer.is_busy:
+            self._preparer.poll()
+        if not any(one.preparation.is_done for one in self._pending):  # also by a poll for another call
             return
         pending, self._pending = self._pending, []
         for one in pending:

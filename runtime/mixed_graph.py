@@ -107,6 +107,7 @@ class MixedGraphs:
         self._graphs: OrderedDict[Key, list[Captured[None]]] = OrderedDict()  # of the first parts, or of all
         self._met: OrderedDict[tuple[int, int], None] = OrderedDict()  # sizes, as keys begin; the last one comes last
         self._failed: set[Key] = set()  # once
+        self._failed_ahead: set[Key] = set()  # left to the step that meets them
         self._lacked_memory: dict[Key, int] = {}  # by step with prompts
         self._num_steps = 0
         # Weights, and the memory that holds their largest step.
@@ -189,21 +190,28 @@ class MixedGraphs:
         sizes that were met last. False where nothing of it is left to be captured."""
         for size in reversed(self._met):
             key = Key(*size, pools, weights, self.backend)
-            if key in self._refused or key in self._failed or key in self._lacked_memory:
+            if key in self._refused | self._failed_ahead:
                 continue
             captured = self._graphs_of(key)
             if len(captured) < len(self._parts):
-                self._try_to_capture(key, self._parts[len(captured)], run, captured)
+                try:
+                    self._hold_largest(key, run)
+                    self._capture(key, self._parts[len(captured)], run, captured)
+                except RuntimeError as error:
+                    told = "steps of %d tokens with prompts are captured when they are met: %s"
+                    log.info(told, key.num_tokens, reason(error))
+                    self._failed_ahead.add(key)
                 return True
         return False
 
     def forget(self, pools: int | None, weights: str | None) -> None:
         """Drops the graphs that read pools or weights which are about to go."""
-        keys = {*self._graphs, *self._failed, *self._lacked_memory, *self._refused}
+        keys = {*self._graphs, *self._failed, *self._failed_ahead, *self._lacked_memory, *self._refused}
         gone = {key for key in keys if key.pools.identity == pools or key.weights == weights}
         for key in gone & set(self._graphs):
             self.captures.let_go(self._graphs.pop(key))
         self._failed -= gone
+        self._failed_ahead -= gone
         self._refused -= gone
         for key in gone & set(self._lacked_memory):
             del self._lacked_memory[key]

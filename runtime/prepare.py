@@ -2,7 +2,7 @@
 
 The step thread asks and polls; only the building itself runs in the other thread, at a low priority where the
 system has one for threads (Linux), so that a step never waits for it longer than for one layer. Behind it each poll
-captures a little of what steps will replay.
+captures a little of what steps will replay: one size of rows alone, or a part of one with prompts.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # torch is loaded later, once the engine has set its thread e
 
 log = logging.getLogger(__name__)
 
+MOST_CAPTURES = 256  # of one preparation: sizes that steps go on to meet meanwhile are not waited for
 NICENESS = 10
 # For which a thread may keep the interpreter where another wants it. Steps give it up at each operation, and would wait
 # as long each time for what prepares beside them: Python's own 5 ms.
@@ -67,7 +68,7 @@ class Preparer:
         self._queue: deque[Preparation] = deque()
         self._thread: threading.Thread | None = None
         self._wanted: Wanted | None = None
-        self._is_built = False  # the first of the queue
+        self._is_built, self._num_captures = False, 0  # the first of the queue
         self._made: Any = None  # what `build` returned, or the error that it raised
 
     @property
@@ -81,6 +82,8 @@ class Preparer:
             InvalidKnob: this machine can never run it.
         """
         self._warm.check(config)
+        if self._is_built and self._queue[0].config == config:
+            return self._queue[0]
         asked = Preparation(config, may_move_in_turn)
         if self._warm.is_ready(config, may_move_in_turn):
             asked.result = Prepared(config, 0.0, self._warm.extra_bytes(config))
@@ -92,27 +95,24 @@ class Preparer:
         self.poll()
         return asked
 
-    def poll(self) -> bool:
-        """Takes in what was built and starts what comes next. True if anything ended."""
-        ended = False
+    def poll(self) -> None:
+        """Takes in what was built, captures a little for it, and starts what comes next."""
         while self._queue:
             if self._is_built:
-                if self._warm.capture_ahead(self._queue[0].config):
-                    return ended
-                self._is_built = False
+                if self._capture_ahead(self._queue[0].config):
+                    return
+                self._is_built, self._num_captures = False, 0
                 self._finish(self._queue.popleft())
-                ended = True
-                continue
-            if self._thread is None and not self._start(self._queue[0]):
-                ended = bool(self._queue.popleft().result)
-                continue
-            if self._thread is None or self._thread.is_alive():
-                return ended
-            self._is_built = self._end(self._queue[0])
-            if not self._is_built:
+            elif self._thread is None:
+                if self._start(self._queue[0]):
+                    return
                 self._queue.popleft()
-                ended = True
-        return ended
+            elif self._thread.is_alive():
+                return
+            else:
+                self._is_built = self._end(self._queue[0])
+                if not self._is_built:
+                    self._queue.popleft()
 
     def _start(self, asked: Preparation) -> bool:
         """False if it ended already: there is nothing left to do, or no room for it."""
@@ -145,6 +145,15 @@ class Preparer:
             self._made = PrepareFailed(f"The configuration could not be prepared: {error!r}.")
         finally:
             sys.setswitchinterval(usual_s)
+
+    def _capture_ahead(self, config: EngineConfig) -> bool:
+        """False if that was all."""
+        self._num_captures += 1
+        try:
+            return self._num_captures <= MOST_CAPTURES and self._warm.capture_ahead(config)
+        except Exception:  # a defect of ours must not end the steps, which can do without
+            log.exception("what steps will replay is not captured for a preparation")
+            return False
 
     def _end(self, asked: Preparation) -> bool:
         """False if it failed."""

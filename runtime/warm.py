@@ -3,6 +3,8 @@
     missing ──make_room (step thread)──▶ build (its own thread) ──▶ capture_ahead (a little between any two steps) ──▶
     ready ──install (between two steps)──▶ in force
 
+A plan may name what is built: where not all was captured, its first steps take longer and are right.
+
 Kept: what the champion, a plan in force or a preparation under way names, and of the rest the KEPT_UNUSED that
 were prepared last, of each kind, for a rollback without waiting. They go earlier, oldest first, when a preparation
 lacks memory. The loaded weights stay always: every format is made from them.
@@ -83,6 +85,7 @@ class WarmStates:
         self.pool = PoolKey(model.num_slots // BLOCK_TOKENS, model.kv_dtype)
         self.block_tokens, self._max_model_len = block_tokens, max_model_len
         self._served_over = {(self.pool.kv_dtype, block_tokens)}  # also where no step could be captured
+        self._bytes_for_steps = int((1.0 - FREE_SHARE) * free_bytes())
         self._max_bytes = max(max_blocks, self.pool.num_blocks) * self._block_bytes(model.kv_dtype)
         self._weights = {self.loaded_format: WeightSet.of_installed(model.model, self.loaded_format)}
         self._pools: dict[PoolKey, KVPools] = {self.pool: model.pools}
@@ -264,9 +267,10 @@ class WarmStates:
 
     def capture_ahead(self, config: EngineConfig) -> bool:
         """Between two steps: captures a little of what they will replay under a configuration that was built, or its
-        first steps would take longer. False where nothing of it is left."""
+        first steps would take longer. False where nothing of it is left, or where it would take the memory that
+        preparations leave to steps."""
         pools = self._pools.get(PoolKey.of(config))
-        if not pools:
+        if not pools or self._free_bytes() < self._bytes_for_steps:
             return False
         with self.weights_of(config):
             return self._model.capture_ahead(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import runtime.prepare
 from runtime.clock import Clock
 from runtime.decoder_model import DecoderModel
 from runtime.engine import Engine
@@ -154,8 +155,58 @@ def test_what_steps_will_replay_is_captured_between_them_before_it_counts_as_pre
     at_steps = [at for at, _ in asked]
     assert len(at_steps) == 4 and all(later == one + 1 for one, later in pairwise(at_steps)), "beside serving"
     assert {names for _, names in asked} == {("auto", BLOCK_TOKENS, "int8", "auto")}
+    here.call("prepare", values=wanted)
+    assert len(asked) == 4
     assert "value" in here.call("reconfigure", patch={"weight_format": "int8", "kv_tokens": 2048})
     assert len(asked) == 4 and here.state() == EngineConfig.of(wanted)
+
+
+def test_who_asks_while_steps_are_captured_waits_for_them_too_and_a_defect_there_ends_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = Here(folder)
+    asked: list[int] = []
+
+    def capture_ahead(*names: Any) -> bool:
+        asked.append(len([frame for frame in here.frames if frame["op"] == "reply"]))
+        if len(asked) == 1:
+            here.engine.control({"op": "control", "call": -1, "name": "prepare", "args": {"values": wanted}})
+        if len(asked) == 6:
+            raise AssertionError("a defect")
+        return True
+
+    monkeypatch.setattr(here.executor._model, "capture_ahead", capture_ahead)
+    wanted = values(here, weight_format="int8")
+    first = here.call("prepare", values=wanted)["value"]
+    (second,) = (frame["value"] for frame in here.frames if frame["op"] == "reply" and frame["call"] == -1)
+    assert asked == [0] * 6 and first == second and "a defect" in caplog.text
+
+    monkeypatch.setattr(runtime.prepare, "MOST_CAPTURES", 3)
+    monkeypatch.setattr(here.executor._model, "capture_ahead", lambda *names: asked.append(0) or True)
+    here.call("prepare", values=values(here, kv_tokens=2048))
+    assert len(asked) == 6 + 3, "sizes that steps go on to meet are not waited for"
+    monkeypatch.setattr(here.executor.warm, "_free_bytes", lambda: here.executor.warm._bytes_for_steps - 1)
+    assert not here.executor.warm.capture_ahead(EngineConfig.of(wanted)) and len(asked) == 9
+
+
+def test_who_waits_is_answered_too_where_the_next_one_is_refused_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Here(folder)
+
+    def ask(call: int, **patch: Any) -> None:
+        args = {"values": values(here, **patch)}
+        here.engine.control({"op": "control", "call": call, "name": "prepare", "args": args})
+
+    ask(1, kv_tokens=2048)
+    thread = here.engine._preparer._thread
+    assert thread is not None
+    thread.join()
+    monkeypatch.setattr(here.executor.warm, "_free_bytes", lambda: 0)
+    ask(2, kv_tokens=4096)
+    here.engine.step()
+    replies = {frame["call"]: frame for frame in here.frames if frame["op"] == "reply"}
+    assert "value" in replies[1] and replies[2]["error"]["kind"] == "prepare_failed"
 
 
 def test_what_differs_in_live_knobs_only_needs_no_preparation(folder: Path) -> None:
