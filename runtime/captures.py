@@ -2,13 +2,14 @@
 
 import contextlib
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 Out = TypeVar("Out")
+Size = TypeVar("Size", bound=Hashable)
 
 STEPS_UNDER_WAY = 2  # at most: what was let go before them is done
 LET_GO_A_STEP = 4
@@ -30,6 +31,23 @@ class Captured(NamedTuple, Generic[Out]):
     out: Out
     memory: tuple[int, int]
     seconds: float
+
+
+class Met(Generic[Size]):
+    """The sizes of steps that were met last, so many of them. Iterates from the last one on."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._sizes: OrderedDict[Size, None] = OrderedDict()
+
+    def add(self, size: Size) -> None:
+        self._sizes[size] = None
+        self._sizes.move_to_end(size)
+        if len(self._sizes) > self._most:
+            self._sizes.popitem(last=False)
+
+    def __iter__(self) -> Iterator[Size]:
+        return reversed(self._sizes)
 
 
 class Captures:

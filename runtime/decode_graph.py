@@ -8,7 +8,6 @@ multiplies; whatever a replay must know lies in tensors that never move. Padding
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.batch import PackedBatch
-from runtime.captures import Captured, Captures, Pools, reason
+from runtime.captures import Captured, Captures, Met, Pools, reason
 from runtime.fused_pass import DecodeInputs
 from runtime.kernels.launch import compiled_ahead
 from runtime.kv_size import is_out_of_memory
@@ -75,7 +74,7 @@ class DecodeGraphs:
         self._failed_ahead: set[Key] = set()  # left to the step that meets them
         self._lacked_memory = False  # the last capture that failed
         self._woken: set[tuple[str, int]] = set()  # kv_dtype and tokens of a block
-        self._met: OrderedDict[int, None] = OrderedDict()  # sizes; the last one comes last
+        self._met: Met[int] = Met(MOST_AHEAD)
         self._launched: set[int] = set()  # numbers of rows; other weights are woken for those there are then
         self._run_with: tuple[Pools, str, str] | None = None  # of the last step
         self.backend = "auto"  # `linear_backend` of the next one
@@ -96,10 +95,7 @@ class DecodeGraphs:
         change of pools or weights; None where that failed. `drawn`: tokens of the last step."""
         num_rows = len(packed.token_ids)
         key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights, self.backend)
-        self._met[key.num_rows] = None
-        self._met.move_to_end(key.num_rows)
-        if len(self._met) > MOST_AHEAD:
-            self._met.popitem(last=False)
+        self._met.add(key.num_rows)
         if key[1:] != self._run_with:
             self._run_with, self._num_put_off = key[1:], 0
         captured = self._graphs.get(key)
@@ -138,9 +134,10 @@ class DecodeGraphs:
     def capture_ahead(self, pools: Pools, weights: str, run: Run) -> bool:
         """Captures one graph that steps over these pools and by these weights will replay, if they are of the sizes
         that were met last. False where none is left that can be captured without a run."""
-        for size in reversed(self._met):
+        left_out = self._graphs.keys() | self._refused | self._failed_ahead
+        for size in self._met:
             key = Key(size, pools, weights, self.backend)
-            if key in self._graphs or key in self._refused | self._failed_ahead or not self._is_known(key):
+            if key in left_out or not self._is_known(key):
                 continue
             try:
                 self._capture(key, run)

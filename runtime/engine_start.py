@@ -41,7 +41,8 @@ def load(
 ) -> "LoadedModel":
     """The model on its device. `stage_ended` is called when all libraries are there."""
     set_environment()
-    keep_compiled("torch")
+    if (folder := keep_compiled("torch")) is not None:
+        log.info("torch came without compiled Python modules: they are kept in %s", folder)
     gc.disable()  # or a quarter of the imports is walking over what they have made so far
     digest = WeightsDigest.begin(Path(options.model))  # in threads that work while torch is loaded
     import torch

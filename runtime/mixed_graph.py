@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from runtime.batch import PackedBatch
-from runtime.captures import Captured, Captures, Pools, reason
+from runtime.captures import Captured, Captures, Met, Pools, reason
 from runtime.decode_graph import MAX_DRAWN
 from runtime.fused_pass import DecodeInputs, MixedInputs
 from runtime.kernels.splits import LONG_CONTEXT, QUERY_TILE, tiles_of
@@ -105,7 +105,7 @@ class MixedGraphs:
         self._parts = parts
         self.captures = Captures(device)
         self._graphs: OrderedDict[Key, list[Captured[None]]] = OrderedDict()  # of the first parts, or of all
-        self._met: OrderedDict[tuple[int, int], None] = OrderedDict()  # sizes, as keys begin; the last one comes last
+        self._met: Met[tuple[int, int]] = Met(MOST_AHEAD)  # tokens, and rows alone
         self._failed: set[Key] = set()  # once
         self._failed_ahead: set[Key] = set()  # left to the step that meets them
         self._lacked_memory: dict[Key, int] = {}  # by step with prompts
@@ -138,10 +138,7 @@ class MixedGraphs:
         if key in self._refused:
             return None
         self._num_steps += 1
-        self._met[key[:2]] = None
-        self._met.move_to_end(key[:2])
-        if len(self._met) > MOST_AHEAD:
-            self._met.popitem(last=False)
+        self._met.add((key.num_tokens, key.num_apart))
         self._show(packed, num_apart, key)
         if packed.has_pending:
             self._drawn[: len(drawn)].copy_(drawn)
@@ -188,9 +185,10 @@ class MixedGraphs:
     def capture_ahead(self, pools: Pools, weights: str, run: Run) -> bool:
         """Captures one part more of what steps over these pools and by these weights will replay, if they are of the
         sizes that were met last. False where nothing of it is left to be captured."""
-        for size in reversed(self._met):
+        left_out = self._refused | self._failed_ahead
+        for size in self._met:
             key = Key(*size, pools, weights, self.backend)
-            if key in self._refused | self._failed_ahead:
+            if key in left_out:
                 continue
             captured = self._graphs_of(key)
             if len(captured) < len(self._parts):

@@ -1,7 +1,6 @@
 """Steps with pieces of prompts as graphs, beside the same steps kernel by kernel. Fixtures: `test_fused_pass`."""
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from itertools import count, pairwise
 from typing import Any
 
@@ -12,11 +11,10 @@ from torch import Tensor
 
 import runtime.mixed_graph
 from runtime.batch import PackedBatch
-from runtime.captures import Captured, Captures
+from runtime.captures import Captured, Captures, Met
 from runtime.decode_graph import DecodeGraphs
 from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import FusedPass
-from runtime.hf_model import HFModel
 from runtime.kernels import PLAIN
 from runtime.kernels.splits import LONG_CONTEXT
 from runtime.knobs import EngineConfig
@@ -42,8 +40,9 @@ from tests.runtime.test_fused_pass import (
     over_other_blocks,
     repeating_decoder,
     steps_ahead,
+    three_of,
 )
-from tests.runtime.tiny_models import VOCAB, tiny_model
+from tests.runtime.tiny_models import VOCAB
 
 MOST_TOKENS = 192
 NUM_BLOCKS = 400
@@ -305,7 +304,7 @@ def test_what_is_prepared_finds_the_sizes_captured_that_were_met_last(
     model = with_graphs(decoder("qwen3"))
     expected, replayed = serve(model, 0)
     graphs, first = graphs_of(model), model.pools
-    met, num_before = list(graphs._met), len(graphs._graphs)
+    met, num_before = list(graphs._met), len(graphs._graphs)  # the last one first
 
     def ahead(pools: KVPools, weights: str = "float64") -> int:
         count = 0
@@ -332,10 +331,10 @@ def test_what_is_prepared_finds_the_sizes_captured_that_were_met_last(
     graphs.forget(None, "int8")
     assert not graphs._failed_ahead
     model.weights_key, failing.fails = "float64", lambda key, number: False
-    monkeypatch.setattr(runtime.mixed_graph, "MOST_AHEAD", 2)
+    graphs._met = Met(2)
     assert serve(model, 0, first)[0] == expected
     assert ahead(others, "int8") == 2 * len(graphs._parts)
-    assert [key[:2] for key in graphs._graphs][-2:] == met[:-3:-1], "the last one first"
+    assert [key[:2] for key in graphs._graphs][-2:] == met[:2]
 
 
 def test_the_one_that_was_not_replayed_for_longest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,13 +435,8 @@ def steps_of(*models: DecoderModel, block_tokens: int) -> Iterator[tuple[list[Te
 def test_replayed_steps_with_prompts_are_as_close_to_exact_ones_as_the_decoders_own(
     family: str, block_tokens: int
 ) -> None:
-    reference = tiny_model(family, torch.bfloat16)
-    exact = DecoderModel(HFModel(deepcopy(reference).double()), max_model_len=200)
-    model, plain = (
-        DecoderModel(HFModel(deepcopy(reference).to("cuda")), max_model_len=200) for _ in range(2)
-    )
+    exact, model, plain = three_of(family)
     assert model._fused is not None
-    plain._fused = None
     model.most_mixed_tokens = MOST_TOKENS
     model.allocate(NUM_BLOCKS * block_tokens // BLOCK_TOKENS, block_tokens)
     assert model.prepare_steps(8, block_tokens)
