@@ -122,7 +122,7 @@ class DecodeGraphs:
         the others fit into its memory. False where one of them had no memory: the others are not tried then."""
         sizes = [size for at, size in enumerate(BUCKETS) if at == 0 or BUCKETS[at - 1] < num_rows]
         if not self._graphs and self._device.type == "cuda":
-            self._compile(sizes, run)
+            self._compile(run)
         for size in sizes[-1:] if only_largest else sizes[::-1]:
             key = Key(size, pools, weights, self.backend)
             if key not in self._graphs and self._try_to_capture(key, run) is None and self._lacked_memory:
@@ -171,15 +171,15 @@ class DecodeGraphs:
         self._run_with = None  # and others may come to be named so
 
     @torch.inference_mode()
-    def _compile(self, sizes: Sequence[int], run: Run) -> None:
-        """What steps of these sizes launch, several kernels at once. Beside prompts tables are of int64."""
+    def _compile(self, run: Run) -> None:
+        """What steps of all sizes launch, several kernels at once: 24 rows launch what 32 do, and `max_num_seqs` may
+        rise while steps are served. Beside prompts tables are of int64."""
         self._blank()
         with compiled_ahead():
-            for size in sizes:
-                if size in COMPILED_BUCKETS:
-                    inputs = self._inputs(size)
-                    run(inputs)
-                    run(inputs._replace(tables=inputs.tables.long()))
+            for size in COMPILED_BUCKETS:
+                inputs = self._inputs(size)
+                run(inputs)
+                run(inputs._replace(tables=inputs.tables.long()))
 
     def _try_to_capture(self, key: Key, run: Run) -> Captured[Decoded] | None:
         """None where it fails, now or before: such steps are launched kernel by kernel."""

@@ -391,7 +391,8 @@ from runtime.engine_start import engine_parts
 from runtime.request import Request, SamplingParams
 from runtime.scheduler import Scheduler
 
-executor, runner, _ = engine_parts(random_model("qwen3-0.6b", torch.device("cuda"), torch.bfloat16, 1024), None, {})
+model = random_model("qwen3-0.6b", torch.device("cuda"), torch.bfloat16, 1024)
+executor, runner, _ = engine_parts(model, None, STARTED_WITH)
 warm, pool, compiled, replayed = executor.warm, executor.pool, [], set()
 knobs.runtime.jit_post_compile_hook = lambda **told: compiled.append(told["repr"])
 SAMPLED = [
@@ -425,7 +426,7 @@ def serve(config):
 serve(runner.champion)
 for change in CHANGES:
     config = runner.champion.patched(change)
-    if "linear_backend" not in change:
+    if not {"linear_backend", "max_num_seqs"} & change.keys():
         assert not warm.is_ready(config, True)
         wanted = warm.make_room(warm.missing(config), [runner.champion], True)
         warm.add(wanted, *warm.build(wanted))
@@ -439,20 +440,23 @@ assert replayed >= {None, 1, 2, 4, 8, 16, 24, 48, 96}, replayed
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "changes",
+    ("started_with", "changes"),
     [
-        [],
-        [{"linear_backend": "triton"}, {"linear_backend": "cublas"}],
-        [{"kv_block": "16"}, {"kv_dtype": "fp8"}, {"weight_format": "int8"}],
+        ({}, []),
+        ({}, [{"linear_backend": "triton"}, {"linear_backend": "cublas"}]),
+        ({}, [{"kv_block": "16"}, {"kv_dtype": "fp8"}, {"weight_format": "int8"}]),
+        ({"max_num_seqs": 24}, [{"max_num_seqs": 256}]),
     ],
 )
-def test_an_engine_compiles_nothing_once_it_serves(changes: list[dict[str, str]]) -> None:
-    """In a process of its own, where nobody has compiled anything before: not at first, and not over other pools that
-    were prepared."""
+def test_an_engine_compiles_nothing_once_it_serves(
+    started_with: dict[str, int], changes: list[dict[str, Any]]
+) -> None:
+    """In a process of its own, where nobody has compiled anything before: not at first, not over other pools that were
+    prepared, and not where more are served at once than at the start."""
+    script = SERVE.replace("CHANGES", repr(changes)).replace("STARTED_WITH", repr(started_with))
     done = subprocess.run(
-        [sys.executable, "-c", SERVE.replace("CHANGES", repr(changes))], capture_output=True, text=True, timeout=400,
-        check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
