@@ -115,6 +115,10 @@ class DecodeGraphs:
             self._drawn_by, self.replayed_rows = drawn.data_ptr(), key.num_rows
         return Decoded(logits[:num_rows], drawn[:, :num_rows])
 
+    def end_step(self) -> None:
+        """One was launched, and the device computes it."""
+        self.captures.end_step()
+
     def prepare(
         self, num_rows: int, pools: Pools, weights: str, run: Run, only_largest: bool = False
     ) -> bool:

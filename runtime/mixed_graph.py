@@ -5,9 +5,10 @@
 Launching such a step kernel by kernel takes the host longer than the device takes to compute a small one: on an H200
 128 tokens of llama-8b take the device 5.3 ms and the host 12 to 40. A graph belongs to a number of tokens and to one
 of rows alone, to which a step is padded. Whose logits are wanted differs from step to step, so the head is no part of
-it. All sizes would take a start seconds, so that each is captured when it is met: some layers each time, as long as
-others wait for their next token meanwhile. Where that fails a size is run once more before it is tried again, for what
-it launches may be new. For weights or pools that are being prepared, the sizes that were met last are captured before.
+it. All sizes would take a start seconds, so that each is captured when it is met: at once where nobody else waits, or
+else some layers each time, behind the launch of the step, which the device is computing meanwhile. Where that fails a
+size is run once more before it is tried again, for what it launches may be new. For weights or pools that are being
+prepared, the sizes that were met last are captured before.
 """
 
 import logging
@@ -36,7 +37,6 @@ ROWS_APART = (0, 16, 64, 128, 256, 512)
 MOST_PIECES = 32
 TOKENS_A_PIECE = 16  # on average, at least: a piece takes a tile however small it is
 NUM_PARTS = 4  # of the layers, each a graph of its own
-PARTS_BESIDE_OTHERS = 1  # that one step captures, where rows wait for their next token
 MOST_SIZES = 256  # the one that was not replayed for longest goes
 MOST_AHEAD = 32  # sizes that are captured for what is being prepared
 RETRY_STEPS = 256  # behind one for which memory was lacking, before its size is tried again
@@ -114,6 +114,7 @@ class MixedGraphs:
         self._known: set[tuple[str, tuple[int, int] | None]] = set()
         self._refused: set[Key] = set()
         self.replayed_tokens: int | None = None  # of the graph that the last step replayed, if it did
+        self._unfinished: Callable[[], None] | None = None  # a capture that can wait for the launch of the step
         self.backend = "auto"  # `linear_backend` of the next one
 
     def takes(self, packed: PackedBatch, kv_dtype: str) -> bool:
@@ -145,19 +146,29 @@ class MixedGraphs:
         captured = self._graphs_of(key)
         # Rows with drafts decode too.
         has_others = num_apart > 0 or len(packed.last_tokens) > len(packed.contexts)
-        num_more = PARTS_BESIDE_OTHERS if has_others else len(self._parts)
-        is_whole = True
-        for at, part in enumerate(self._parts):
-            if at == len(captured) and num_more:
-                num_more -= 1
-                self._try_to_capture(key, part, run, captured)
-            if at < len(captured):
-                captured[at].graph.replay()
-            else:
-                is_whole = False
-                self._computed(run, key, part)
+        if not has_others:
+            for part in self._parts[len(captured) :]:
+                if not self._try_to_capture(key, part, run, captured):
+                    break
+        for one in captured:
+            one.graph.replay()
+        for part in self._parts[len(captured) :]:
+            self._computed(run, key, part)
+        is_whole = len(captured) == len(self._parts)
         self.replayed_tokens = key.num_tokens if is_whole else None
+        self._unfinished = None if is_whole or not has_others else partial(self._capture_next, key, run)
         return self._y[:num_tokens]
+
+    def end_step(self) -> None:
+        """One was launched, and the device computes it: a part more of its size is captured, if some are left."""
+        capture, self._unfinished = self._unfinished, None
+        if capture is not None:
+            capture()
+        self.captures.end_step()
+
+    def _capture_next(self, key: Key, run: Run) -> None:
+        captured = self._graphs_of(key)
+        self._try_to_capture(key, self._parts[len(captured)], run, captured)
 
     def prepare(self, pools: Pools, weights: str, run: Run) -> bool:
         """Captures the largest step, so that the others find its memory. False where there is none."""
@@ -223,9 +234,9 @@ class MixedGraphs:
             self.captures.let_go(self._graphs.popitem(last=False)[1])
         return found
 
-    def _try_to_capture(self, key: Key, part: range, run: Run, captured: list[Captured[None]]) -> None:
+    def _try_to_capture(self, key: Key, part: range, run: Run, captured: list[Captured[None]]) -> bool:
         if self._num_steps < self._lacked_memory.get(key, -RETRY_STEPS) + RETRY_STEPS:
-            return
+            return False
         try:
             self._hold_largest(key, run)
             self._capture(key, part, run, captured)
@@ -242,8 +253,9 @@ class MixedGraphs:
             log.log(
                 logging.WARNING if key in self._refused else logging.INFO, told, key.num_tokens, reason(error)
             )
-        else:
-            self._failed.discard(key)
+            return False
+        self._failed.discard(key)
+        return True
 
     def _hold_largest(self, key: Key, run: Run) -> None:
         """The first capture by other weights, or in new memory, is of the largest step: what smaller ones would take,

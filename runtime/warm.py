@@ -192,18 +192,25 @@ class WarmStates:
         pool_bytes = self._pool_bytes(wanted.pool) if wanted.pool else 0
         step_bytes = self._model.waking_bytes(*wanted.steps) if wanted.steps else 0
         needed = weight_bytes + pool_bytes + step_bytes
-        room = self._room_bytes()
-        if needed > room:
-            self.drop_unused(used)
-            self._give_back()
+
+        def in_room() -> Wanted | None:
             room = self._room_bytes()
-        if needed <= room:
-            return wanted
-        if may_move_in_turn and wanted.pool is not None:
-            more = max(0, pool_bytes - self._pool_bytes(self.pool))
-            per_layer = pool_bytes // len(self._model.kv_shapes)
-            if weight_bytes + more + max(per_layer, step_bytes) <= room:
-                return replace(wanted, in_turn=True)
+            if needed <= room:
+                return wanted
+            if may_move_in_turn and wanted.pool is not None:
+                more = max(0, pool_bytes - self._pool_bytes(self.pool))
+                per_layer = pool_bytes // len(self._model.kv_shapes)
+                if weight_bytes + more + max(per_layer, step_bytes) <= room:
+                    return replace(wanted, in_turn=True)
+            return None
+
+        was_dropped = needed > self._room_bytes() and self.drop_unused(used)
+        for gives_back in (was_dropped, True):
+            if gives_back:  # waits for the step under way, and the next one for this
+                self._give_back()
+            if (found := in_room()) is not None:
+                return found
+        room = self._room_bytes()
         raise PrepareFailed(
             f"The configuration needs {needed} bytes more ({weight_bytes} of weights, {pool_bytes} of KV pool, "
             f"{step_bytes} to try its steps), but {room} may be taken ({FREE_SHARE:.0%} of what is free). Free memory "
@@ -277,8 +284,9 @@ class WarmStates:
                 pools, config.kv_dtype, config.block_tokens, config.weight_format, config.linear_backend
             )
 
-    def drop_unused(self, used: Iterable[EngineConfig], num_kept: int = 0) -> None:
-        """But for what is in force or in `used`, and of the rest the `num_kept` last of each kind."""
+    def drop_unused(self, used: Iterable[EngineConfig], num_kept: int = 0) -> bool:
+        """But for what is in force or in `used`, and of the rest the `num_kept` last of each kind. False where there is
+        nothing else."""
         used = list(used)
         formats = {config.weight_format for config in used} | {self.loaded_format, self.weight_format}
         pools = {PoolKey.of(config) for config in used} | {self.pool}
@@ -293,6 +301,7 @@ class WarmStates:
             del self._weights[name]
         for key in spare_pools:
             self._model.forget(self._pools.pop(key))
+        return bool(spare_formats or spare_pools)
 
     def _give_back(self) -> None:
         if self._model.device.type == "cuda":

@@ -209,6 +209,16 @@ def test_who_waits_is_answered_too_where_the_next_one_is_refused_at_once(
     assert "value" in replies[1] and replies[2]["error"]["kind"] == "prepare_failed"
 
 
+def test_what_goes_anyway_makes_room_before_a_preparation_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Here(folder)
+    warm, free_bytes = here.executor.warm, [0]
+    monkeypatch.setattr(warm, "_free_bytes", lambda: free_bytes[0])
+    monkeypatch.setattr(warm, "_give_back", lambda: free_bytes.__setitem__(0, 10**12))
+    assert here.call("prepare", values=values(here, kv_tokens=4096))["value"]["extra_bytes"] > 0
+
+
 def test_what_differs_in_live_knobs_only_needs_no_preparation(folder: Path) -> None:
     here = Here(folder)
     told = here.call("prepare", values=values(here, max_num_seqs=3, prefix_cache="on"))["value"]
@@ -476,11 +486,15 @@ def test_a_shrink_without_room_for_both_pools_moves_layer_by_layer(
         one.engine.step()
     bytes_per_token = here.executor.identity()["kv_bytes_per_token"]
     monkeypatch.setattr(here.executor.warm, "_free_bytes", lambda: 2048 * bytes_per_token)
+    given_back: list[int] = []
+    monkeypatch.setattr(here.executor.warm, "_give_back", lambda: given_back.append(0))
     challenger = values(here, kv_tokens=2048)
     assert here.call("prepare", values=challenger)["error"]["kind"] == "prepare_failed", (
         "no room to swap to and fro"
     )
+    assert given_back == [0], "all is tried before it is refused"
     assert here.call("reconfigure", patch={"kv_tokens": 2048})["value"]["commit_us"] > 0
+    assert given_back == [0], "steps wait for that, so not where it is not needed"
     assert here.state().kv_tokens == 2048 == here.scheduler.pool.num_tokens
     assert under_way == [bool(depth)]
     for one in (quiet, here):
