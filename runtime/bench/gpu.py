@@ -249,6 +249,7 @@ def told(ceilings: Ceilings) -> dict[str, float]:
         "copy_tb_per_s": round(ceilings.copy_bytes_per_s / 1e12, 3),
         "read_tb_per_s": round(ceilings.read_bytes_per_s / 1e12, 3),
         "gemm_tflop_per_s": round(ceilings.gemm_flop_per_s / 1e12, 1),
+        "gemm_held_tflop_per_s": round(ceilings.gemm_held_flop_per_s / 1e12, 1),
     }
 
 

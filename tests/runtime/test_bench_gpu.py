@@ -85,7 +85,7 @@ def test_the_time_between_two_tokens_is_told_apart() -> None:
     steps = [logged(2, 0, 0.010, 0.011), logged(2, 0, 0.010, 0.011), logged(4, 0, 0.020, 0.021)]
     steps += [logged(3, 1, 0.050, 0.053), logged(0, 1, 0.300, 0.300)]
     weights = Weights(shared_bytes=200, routed_bytes=0, chosen_share=1.0, num_active=100)
-    ceilings = Ceilings(copy_bytes_per_s=1e5, read_bytes_per_s=1.0, gemm_flop_per_s=1.0)
+    ceilings = Ceilings(copy_bytes_per_s=1e5, read_bytes_per_s=1.0, gemm_flop_per_s=1.0, gemm_held_flop_per_s=1.0)
     parts = itl_parts(steps, [0.040, 0.050], weights, 4, ceilings)
     assert parts is not None and parts.itl_ms == pytest.approx(45.0)
     assert parts.decode_ms == pytest.approx((2 * 10 + 2 * 10 + 4 * 20 + 3 * 15) / 11), (
@@ -104,7 +104,9 @@ def test_the_time_between_two_tokens_is_told_apart() -> None:
 
 
 def test_the_floor_is_the_longer_one_of_bytes_and_arithmetic_step_by_step() -> None:
-    ceilings = Ceilings(copy_bytes_per_s=100.0, read_bytes_per_s=1.0, gemm_flop_per_s=1000.0)
+    ceilings = Ceilings(
+        copy_bytes_per_s=100.0, read_bytes_per_s=1.0, gemm_flop_per_s=1000.0, gemm_held_flop_per_s=1.0
+    )
     dense = Weights(shared_bytes=200, routed_bytes=0, chosen_share=1.0, num_active=100)
     reading = Step(0.0, 1, 1, False, context_tokens=10, attention_pairs=10)
     computing = Step(0.0, 50, 1, True, context_tokens=50, attention_pairs=1250)
