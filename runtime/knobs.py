@@ -404,7 +404,7 @@ def default_config(
     spare = max(1, num_cores - 1)
     values: dict[str, KnobValue] = {"threads_decode": spare, "threads_prefill": spare}
     if device == "cuda":
-        values = {"max_num_seqs": 256, "max_batched_tokens": 8192, "prefill_chunk": 2048,
+        values = {"max_num_seqs": 512, "max_batched_tokens": 8192, "prefill_chunk": 2048,
                   "weight_format": "bfloat16", "overlap_depth": 1, "kv_block": "64"}  # fmt: skip
     return EngineConfig.of({**values, **(fitted or {})})
 

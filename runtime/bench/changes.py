@@ -10,7 +10,7 @@ from runtime.knobs import KnobValue
 
 STEP_PERCENT = 99.9
 GAP_PERCENT = 99.0
-FEW_PART = 64  # of `max_num_seqs`, so many fewer: requests that are let in again are no more than usual
+FEW_PART = 64  # of the requests, so many fewer seats: those that are let in again are no more than usual
 MIN_SAMPLES = 10  # a percentile of less is none
 STEP_BAR, ITL_BAR = 1.2, 1.5  # times the percentile of quiet windows
 
@@ -74,16 +74,19 @@ class Row(NamedTuple):
     run_itl_ratio: float | None
 
 
-def other_value(report: Mapping[str, Any], current: KnobValue, turn: int = 0) -> KnobValue | None:
+def other_value(
+    report: Mapping[str, Any], current: KnobValue, turn: int = 0, num_requests: int | None = None
+) -> KnobValue | None:
     """Another value of a knob, as the engine reports it; None where it has no other. `turn`: another one again, where
-    a value that was prepared before would need nothing."""
+    a value that was prepared before would need nothing. `num_requests`: at once, of whom some lose their seats."""
     if report["choices"]:
         others = [one for one in report["choices"] if one != current and one not in report["promises"]]
         return others[turn % len(others)] if others else None
     assert isinstance(current, int | float), "a knob without choices is a number"
     low, high = report["low"], report["high"]
     if report["name"] == "max_num_seqs":
-        wanted = current - max(1, int(current) // FEW_PART)
+        taken = int(current if num_requests is None else min(current, num_requests))
+        wanted: float = taken - max(1, taken // FEW_PART)
     elif current > low:
         wanted = max(low, current / 2 - turn * _least(report))
     else:

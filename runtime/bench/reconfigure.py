@@ -127,7 +127,7 @@ class Changes:
         )
 
 
-def bench(changes: Changes, names: Sequence[str], num_rounds: int) -> list[Row]:
+def bench(changes: Changes, names: Sequence[str], num_rounds: int, num_requests: int) -> list[Row]:
     """A row for each knob in the order of their visits, then one for all of each kind."""
     serving = changes.serving
     visits: dict[str, list[Visit]] = {}
@@ -136,7 +136,7 @@ def bench(changes: Changes, names: Sequence[str], num_rounds: int) -> list[Row]:
     for turn in range(num_rounds):
         for report in reports_in_order(serving.reports, names):
             name = report["name"]
-            other = other_value(report, serving.config.values()[name], turn)
+            other = other_value(report, serving.config.values()[name], turn, num_requests)
             if other is None:
                 print(f"{name}: there is no other value here", file=sys.stderr)
                 continue
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         serving.keep_busy(ranged_wishes(prompt, output, serving.vocab_size, rng), options.requests)
         serve_for(serving, options.warm_up)
         changes = Changes(serving, options.window)
-        rows = bench(changes, options.only, options.rounds)
+        rows = bench(changes, options.only, options.rounds, options.requests)
         serving.drain()
     num_dropped = serving.num_failed + sum(not one.is_whole for one in serving.answers.values())
     print_rows(rows)

@@ -42,6 +42,11 @@ def test_the_other_value_is_half_or_next(name: str, current: Any, other: Any) ->
     assert other_value(REPORTS[name], current) == other
 
 
+def test_seats_are_taken_from_requests_that_have_them() -> None:
+    values = [other_value(REPORTS["max_num_seqs"], 512, num_requests=num) for num in (300, 512, 600)]
+    assert values == [296, 504, 504]
+
+
 def test_a_pool_that_was_prepared_before_is_not_asked_for_again() -> None:
     sizes = [other_value(REPORTS["kv_tokens"], 8192, turn) for turn in range(3)]
     assert sizes == [4096, 4080, 4064]

@@ -75,7 +75,7 @@ def test_config_id_depends_on_every_knob_and_on_nothing_else():
             ),
             "05d21cc88dd3",
         ),
-        (default_config("cuda", 8), "8d842a2d7fca"),
+        (default_config("cuda", 8).patched({"max_num_seqs": 256}), "8d842a2d7fca"),
     ],
 )
 def test_config_id_is_a_stable_name(config, config_id):
