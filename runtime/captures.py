@@ -63,6 +63,7 @@ class Captures:
         self._num_held: Counter[tuple[int, int]] = Counter()  # by memory, graphs that are not yet destroyed
         self._going: deque[tuple[int, Captured[Any]]] = deque()  # by the steps before them
         self._num_steps = 0
+        self.due: Callable[[], object] | None = None  # a capture that can wait for the launch of the step
         self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them about its streams
         # Of captures and of nothing else: others wait for theirs. Streams of a high priority are handed out apart, and
         # what is captured on one goes before what is prepared beside.
@@ -94,7 +95,11 @@ class Captures:
         self._going.extend((self._num_steps, one) for one in some)
 
     def end_step(self) -> None:
-        """One was launched that may have replayed what was captured."""
+        """One was launched that may have replayed what was captured, and the device computes it: what is `due` is
+        captured meanwhile, and some of those that nobody replays go."""
+        capture, self.due = self.due, None
+        if capture is not None:
+            capture()
         self._num_steps += 1
         for _ in range(LET_GO_A_STEP):
             if not self._going or self._going[0][0] + STEPS_UNDER_WAY >= self._num_steps:

@@ -91,15 +91,17 @@ class DecodeGraphs:
     def replay(
         self, packed: PackedBatch, pools: Pools, weights: str, run: Run, drawn: Tensor
     ) -> Decoded | None:
-        """Returns what the next replay may overwrite. `run` is captured where it was not yet, though not right behind a
-        change of pools or weights; None where that failed. `drawn`: tokens of the last step."""
+        """Returns what the next replay may overwrite. Where `run` was not captured yet it is, now or behind the launch
+        of this step; None where that failed. `drawn`: tokens of the last step."""
         num_rows = len(packed.token_ids)
         key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights, self.backend)
         self._met.add(key.num_rows)
         if key[1:] != self._run_with:
             self._run_with, self._num_put_off = key[1:], 0
         captured = self._graphs.get(key)
-        if captured is None and not self._is_put_off(key):
+        if captured is None and key not in self._refused and self._is_known(key):
+            self._run_first(key, run)
+        elif captured is None:
             captured = self._try_to_capture(key, run)
             if captured is None:
                 return None
@@ -114,10 +116,6 @@ class DecodeGraphs:
             logits, drawn = captured.out
             self._drawn_by, self.replayed_rows = drawn.data_ptr(), key.num_rows
         return Decoded(logits[:num_rows], drawn[:, :num_rows])
-
-    def end_step(self) -> None:
-        """One was launched, and the device computes it."""
-        self.captures.end_step()
 
     def prepare(
         self, num_rows: int, pools: Pools, weights: str, run: Run, only_largest: bool = False
@@ -171,6 +169,7 @@ class DecodeGraphs:
             {key for key in keys if key.pools.identity != pools and key.weights != weights}
             for keys in (self._refused, self._failed_ahead)
         )
+        self.captures.due = None
         self._drawn_by = None  # another graph may come to lie there
         self._run_with = None  # and others may come to be named so
 
@@ -217,13 +216,13 @@ class DecodeGraphs:
         """Whether all that the step launches has been launched before: it is captured without a run."""
         return self.is_awake(key.pools.kv_dtype, key.pools.block_tokens) and key.num_rows in self._launched
 
-    def _is_put_off(self, key: Key) -> bool:
-        """Whether the step is run as it would be captured: those who wait for it have just paid for the change of pools
-        or weights too."""
-        if self._num_put_off == PUT_OFF or key in self._refused or not self._is_known(key):
-            return False
-        self._num_put_off += 1
-        return True
+    def _run_first(self, key: Key, run: Run) -> None:
+        """This step is run as it would be captured, and that behind its launch, while the device computes it. Not right
+        behind a change of pools or weights: those who wait for the next step have just paid for that too."""
+        if self._num_put_off < PUT_OFF:
+            self._num_put_off += 1
+        else:
+            self.captures.due = partial(self._try_to_capture, key, run)
 
     def _warm_up(self, key: Key, run: Run) -> None:
         self._drawn_by = None  # written to here too

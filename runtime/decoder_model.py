@@ -130,7 +130,7 @@ class DecoderModel(PagedModel):
         if logits is None:
             logits = super().forward(packed, pools)
         for graphs in self._all_graphs:  # here, where the device has something to do
-            graphs.end_step()
+            graphs.captures.end_step()
         return logits
 
     def _replayed(self, packed: PackedBatch, graphs: DecodeGraphs) -> Tensor | None:

@@ -114,7 +114,6 @@ class MixedGraphs:
         self._known: set[tuple[str, tuple[int, int] | None]] = set()
         self._refused: set[Key] = set()
         self.replayed_tokens: int | None = None  # of the graph that the last step replayed, if it did
-        self._unfinished: Callable[[], None] | None = None  # a capture that can wait for the launch of the step
         self.backend = "auto"  # `linear_backend` of the next one
 
     def takes(self, packed: PackedBatch, kv_dtype: str) -> bool:
@@ -156,15 +155,9 @@ class MixedGraphs:
             self._computed(run, key, part)
         is_whole = len(captured) == len(self._parts)
         self.replayed_tokens = key.num_tokens if is_whole else None
-        self._unfinished = None if is_whole or not has_others else partial(self._capture_next, key, run)
+        if has_others and not is_whole:
+            self.captures.due = partial(self._capture_next, key, run)
         return self._y[:num_tokens]
-
-    def end_step(self) -> None:
-        """One was launched, and the device computes it: a part more of its size is captured, if some are left."""
-        capture, self._unfinished = self._unfinished, None
-        if capture is not None:
-            capture()
-        self.captures.end_step()
 
     def _capture_next(self, key: Key, run: Run) -> None:
         captured = self._graphs_of(key)
@@ -225,6 +218,7 @@ class MixedGraphs:
         for key in gone & set(self._lacked_memory):
             del self._lacked_memory[key]
         self._known = {one for one in self._known if one[0] != weights}
+        self.captures.due = None
 
     def _graphs_of(self, key: Key) -> list[Captured[None]]:
         """Those of its parts, in order, as far as they are captured."""

@@ -657,9 +657,10 @@ def test_steps_that_cannot_be_captured_are_launched_and_tried_once(
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_after_a_change_the_first_steps_are_run_before_any_is_captured(
+def test_sizes_are_captured_behind_the_launch_of_a_step_and_not_right_behind_a_change(
     repeating: None, monkeypatch: pytest.MonkeyPatch, depth: int
 ) -> None:
+    """Where all that they launch has been launched before."""
     expected, _ = serve(decoder("qwen3"), 0)
     model, num_graphs = with_graphs(decoder("qwen3")), []
     graphs, replay = model._graphs, DecodeGraphs.replay
@@ -668,18 +669,20 @@ def test_after_a_change_the_first_steps_are_run_before_any_is_captured(
     graphs._launched.update(BUCKETS)
 
     def counted(self: DecodeGraphs, *given: Any) -> Decoded | None:
+        sizes = {key.num_rows for key in self._graphs}
         decoded = replay(self, *given)
-        num_graphs.append(len(self._graphs))
-        num_rows = len(given[0].token_ids)
-        assert (self.replayed_rows or 0) >= (num_rows if self._graphs else 0), "rows of the graph"
-        assert self._graphs or self.replayed_rows is None
+        assert {key.num_rows for key in self._graphs} == sizes, "nobody waits for a capture"
+        size = next(size for size in BUCKETS if size >= len(given[0].token_ids))
+        assert self.replayed_rows == (size if size in sizes else None)
+        num_graphs.append(len(sizes))
         return decoded
 
     monkeypatch.setattr(DecodeGraphs, "replay", counted)
     for _ in range(2):  # of other pools each time
         num_graphs.clear()
         assert serve(model, depth)[0] == expected
-        assert not any(num_graphs[:PUT_OFF]) and num_graphs[PUT_OFF], "put off, and not for longer"
+        assert not any(num_graphs[: PUT_OFF + 1]) and num_graphs[PUT_OFF + 1], "put off, and not for longer"
+        assert num_graphs[-1] > 1, "the test must reach what it claims"
 
 
 def test_what_is_prepared_finds_the_steps_captured_that_were_met_last(

@@ -20,6 +20,7 @@ from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.link import Frame
 from runtime.loader import load_model
+from runtime.mixed_graph import padded_rows, padded_tokens
 from runtime.paged_model import KVPools
 from runtime.plan import PlannedSlice, PlanRunner, SlicePlan
 from runtime.weights import linear_layers, wanted_bytes
@@ -569,8 +570,13 @@ def test_steps_behind_a_commit_on_a_gpu_replay_what_was_captured_beside_those_be
     config_id = here.runner.champion.config_id
     after = [one for one in records(40) if one["config_id"] == config_id]
     launched = [one for one in after if one["graph_rows"] is None]
+    tokens = [one["num_decode"] + one["num_prefill_tokens"] for one in launched]
+    sizes = {
+        (padded_tokens(num), padded_rows(one["num_decode"], num))
+        for one, num in zip(launched, tokens, strict=True)
+    }
     assert len(after) > 30 and any(one["num_prefill_rows"] for one in after)
-    assert len(launched) <= 2, "of sizes that were not met before"
+    assert len(sizes) <= 2 and len(launched) <= 6, "of sizes that were not met before"
 
 
 @pytest.mark.gpu
