@@ -2,8 +2,8 @@
 
 `ms a step` is wall time divided by output tokens of a request, prefill included. The floor of a cell is what its
 weights and cached tokens take at the measured copy rate, or its arithmetic at the measured GEMM rate, whichever is
-longer, step by step; of routed experts what so many tokens choose on average is read. Greedy if not asked otherwise;
-nothing ends early; no prefix cache.
+longer, step by step; of routed experts what so many tokens choose on average is read. `of held` is by the GEMM rate
+that the device holds, where its power ends. Greedy if not asked otherwise; nothing ends early; no prefix cache.
 """
 
 import sys
@@ -52,6 +52,7 @@ class Cell(NamedTuple):
     total_tokens_per_s: float
     floor_ms_a_step: float
     share_of_floor: float
+    share_of_held_floor: float  # by what products reach when they are held
     ttft_p95_s: float
     generate_ms_a_step: float | None
 
@@ -148,6 +149,7 @@ def measure(
     prefill_s = sum(step.seconds for step in steps if step.has_prefill)
     decode_s = [step.seconds for step in steps if not step.has_prefill]
     least_s = bench.floor_s(steps, ceilings)
+    held_s = bench.floor_s(steps, ceilings._replace(gemm_flop_per_s=ceilings.gemm_held_flop_per_s))
     generate_s = None
     if with_generate:
         model: Any = bench.loaded.model
@@ -158,7 +160,7 @@ def measure(
     return Cell(
         bench.name, name, 1e3 * seconds / num_steps, 1e3 * prefill_s, 1e3 * median(decode_s or [0.0]),
         load.num_tokens / seconds, (load.num_tokens + sum(map(len, load.prompts))) / seconds,
-        1e3 * least_s / num_steps, least_s / seconds, float(np.percentile(ttft_s, 95)),
+        1e3 * least_s / num_steps, least_s / seconds, held_s / seconds, float(np.percentile(ttft_s, 95)),
         None if generate_s is None else 1e3 * generate_s / num_steps,
     )  # fmt: skip
 
@@ -166,12 +168,13 @@ def measure(
 def print_cells(cells: Sequence[Cell]) -> None:
     print(
         f"{'shape':<18}{'workload':<10}{'ms a step':>10}{'prefill ms':>12}{'decode ms':>11}{'out tok/s':>11}"
-        f"{'all tok/s':>11}{'floor ms':>10}{'of floor':>10}{'p95 TTFT s':>12}{'generate':>10}"
+        f"{'all tok/s':>11}{'floor ms':>10}{'of floor':>10}{'of held':>9}{'p95 TTFT s':>12}{'generate':>10}"
     )
     for cell in cells:
         generate = "" if cell.generate_ms_a_step is None else f"{cell.generate_ms_a_step:.2f}"
         print(
             f"{cell.shape:<18}{cell.workload:<10}{cell.ms_a_step:>10.2f}{cell.prefill_ms:>12.1f}"
             f"{cell.decode_ms_a_step:>11.2f}{cell.output_tokens_per_s:>11.0f}{cell.total_tokens_per_s:>11.0f}"
-            f"{cell.floor_ms_a_step:>10.2f}{cell.share_of_floor:>10.0%}{cell.ttft_p95_s:>12.3f}{generate:>10}"
+            f"{cell.floor_ms_a_step:>10.2f}{cell.share_of_floor:>10.0%}{cell.share_of_held_floor:>9.0%}"
+            f"{cell.ttft_p95_s:>12.3f}{generate:>10}"
         )
