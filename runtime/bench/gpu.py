@@ -29,7 +29,14 @@ from runtime.bench.loads import WORKLOADS
 from runtime.bench.serving import Serving
 from runtime.bench.shapes import SHAPES, save_random, source_of
 from runtime.bench.start import START_BAR_S, print_starts, read_once, start_once
-from runtime.bench.step_log import fitted_on, itl_parts, print_itl, print_longest, print_step_model
+from runtime.bench.step_log import (
+    fitted_on,
+    itl_parts,
+    longest_of,
+    print_itl,
+    print_longest,
+    print_step_model,
+)
 from runtime.bench.traffic import ROWS, TRAFFIC_MODEL_LEN, Row, Scale, print_rows, traffic
 from runtime.bench.waterfall import print_waterfalls, waterfall
 from runtime.bench.words import patches_of
@@ -207,7 +214,7 @@ def traffic_part(
             print_itl(row.row, parts)
         if (fit := fitted_on(serving.records, identity)) is not None:
             print_step_model(row.row, serving.records, fit)
-        print_longest(row.row, serving.records)
+        print_longest(row.row, longest_of(serving.records))  # also of traffic that is not counted
         logs.append({
             "row": row.row, "itl": None if parts is None else parts._asdict(),
             "step_model": None if fit is None else asdict(fit),

@@ -28,21 +28,18 @@ from runtime.bench.arrivals import ranged_wishes
 from runtime.bench.changes import ITL_BAR, STEP_BAR, Row, Visit, Window, other_value, row_of
 from runtime.bench.serving import Serving, quiet_collector
 from runtime.bench.shapes import SHAPES, source_of
-from runtime.bench.step_log import device_s_of
+from runtime.bench.step_log import longest_of, print_longest
 from runtime.bench.traffic import serve_for
 from runtime.bench.words import patches_of
 from runtime.errors import InvalidKnob
 from runtime.host import cpu_model
 from runtime.knobs import KnobValue, knob_named
 from runtime.loader import resolve_device, resolve_dtype
-from runtime.step_model import computed_by
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 NOT_HERE = ("replicas",)
 LENGTHS = {"cuda": ((64, 512), (128, 512)), "cpu": ((8, 32), (16, 64))}  # of prompts and outputs
 MAX_MODEL_LEN = 4096
-NUM_LONGEST = 8
-LONGEST = ("step ms", "device ms", "rows", "prompts", "tokens")
 
 
 class Changed(NamedTuple):
@@ -68,7 +65,7 @@ class Changes:
 
     def __init__(self, serving: Serving, window_s: float) -> None:
         self.serving, self.window_s = serving, window_s
-        self.longest: list[tuple[str, dict[str, Any]]] = []  # knobs, and steps behind their commits
+        self.behind: list[dict[str, Any]] = []  # steps behind commits, each with its `knob`
 
     def visit(self, knob: str, other: KnobValue) -> Visit:
         """There and back; what an earlier visit prepared is prepared anew."""
@@ -84,7 +81,7 @@ class Changes:
         num_lost = len(serving.answers) - len(ended) - len(scheduler.running) - len(scheduler.waiting)
         num_short = sum(not one.is_whole for one in ended)
         prepared = [one for one in done if one.is_prepared]
-        self._note_longest(knob, done)
+        self._note_behind(knob, done)
         return Visit(
             other, [one.prepare_s for one in done], [one.commit_us for one in done],
             [self._window(one.began_at, one.asked_at) for one in done],
@@ -112,12 +109,10 @@ class Changes:
             began_at, asked_at, replied_at, counted_from, clock.now(), done["prepare_s"], done["commit_us"]
         )
 
-    def _note_longest(self, knob: str, done: Sequence[Changed]) -> None:
+    def _note_behind(self, knob: str, done: Sequence[Changed]) -> None:
         for step, record in zip(self.serving.steps, self.serving.records, strict=True):
             if any(one.counted_from < step.at <= one.ended_at for one in done):
-                self.longest.append((knob, {**record, "step_s": step.seconds}))
-        self.longest.sort(key=lambda one: -float(one[1]["step_s"]))
-        del self.longest[NUM_LONGEST:]
+                self.behind.append({**record, "knob": knob, "step_s": step.seconds})
 
     def _window(self, since: float, until: float) -> Window:
         answers = self.serving.answers.values()
@@ -183,15 +178,6 @@ def print_rows(rows: Sequence[Row], file: Any = None) -> None:
         )
 
 
-def print_longest(longest: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    print(f"{'longest behind commits':<28}" + "".join(f"{name:>11}" for name in LONGEST) + "   computed by")
-    for knob, step in longest:
-        times = (1e3 * step["step_s"], 1e3 * device_s_of(step))
-        sizes = (step["num_decode"], step["num_prefill_rows"], step["num_prefill_tokens"])
-        cells = (*(f"{ms:.1f}" for ms in times), *map(str, sizes))
-        print(f"{knob:<28}" + "".join(f"{cell:>11}" for cell in cells) + f"   {computed_by(step)}")
-
-
 def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m runtime.bench reconfigure", description=str(__doc__).splitlines()[0]
@@ -241,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         serving.drain()
     num_dropped = serving.num_failed + sum(not one.is_whole for one in serving.answers.values())
     print_rows(rows)
-    print_longest(changes.longest)
+    longest = longest_of(changes.behind)
+    print_longest("those behind commits", longest)
     print(json.dumps({
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
@@ -250,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "window_s": options.window, "seconds": time.perf_counter() - began, "seed": options.seed,
         "config": serving.config.values(), "step_bar": STEP_BAR, "itl_bar": ITL_BAR, "dropped_at_end": num_dropped,
         "rows": [row._asdict() for row in rows],
-        "longest": [{"knob": knob, **step} for knob, step in changes.longest],
+        "longest": longest,
     }))  # fmt: skip
     return 0
 

@@ -115,14 +115,18 @@ def print_step_model(row: str, steps: StepLog, fit: StepModelFit) -> None:
     print(f"{'all':<16}{held_out:>10}{fit.relative_error:>9.1%}{fit.bias:>+9.1%}")
 
 
-def print_longest(row: str, steps: StepLog) -> None:
-    """Those of all traffic, also of that which is not counted."""
+def longest_of(steps: StepLog) -> StepLog:
+    return sorted(steps, key=lambda step: -float(step["step_s"]))[:NUM_LONGEST]
+
+
+def print_longest(row: str, longest: StepLog) -> None:
+    """Each behind the `knob` that was changed before it, where there is one."""
     print(
-        f"{'longest steps':<16}{'step ms':>10}{'device ms':>11}{'rows':>7}{'prompts':>9}{'tokens':>8}   what computed "
+        f"{'longest steps':<22}{'step ms':>10}{'device ms':>11}{'rows':>7}{'prompts':>9}{'tokens':>8}   what computed "
         f"them, of {row}"
     )
-    for step in sorted(steps, key=lambda step: -float(step["step_s"]))[:NUM_LONGEST]:
+    for step in longest:
         print(
-            f"{'':<16}{1e3 * step['step_s']:>10.1f}{1e3 * device_s_of(step):>11.1f}{step['num_decode']:>7}"
-            f"{step['num_prefill_rows']:>9}{step['num_prefill_tokens']:>8}   {computed_by(step)}"
+            f"{step.get('knob', ''):<22}{1e3 * step['step_s']:>10.1f}{1e3 * device_s_of(step):>11.1f}"
+            f"{step['num_decode']:>7}{step['num_prefill_rows']:>9}{step['num_prefill_tokens']:>8}   {computed_by(step)}"
         )

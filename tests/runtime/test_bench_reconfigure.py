@@ -106,6 +106,9 @@ def test_knobs_change_under_load_and_nobody_is_dropped(capsys: pytest.CaptureFix
     assert rows["all live"]["num_steps"] > 20 and rows["all live"]["step_ratio"] > 0
     assert rows["weight_format"]["prepare_s"] > 0 and rows["weight_format"]["itl_ratio"] > 0
     assert found["config"]["weight_format"] == "float32" and found["config"]["policy"] == "fcfs"
+    longest = [step["step_s"] for step in found["longest"]]
+    assert longest == sorted(longest, reverse=True) and {step["knob"] for step in found["longest"]} <= set(knobs)
+    assert 1e3 * longest[0] >= max(row["changed_step_ms"] for row in found["rows"] if row["changed_step_ms"])
 
 
 def test_each_visit_prepares_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,8 @@ def test_a_size_is_captured_part_by_part_where_others_wait_meanwhile_and_else_at
 
 def test_beside_others_a_part_is_captured_behind_the_launch_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is computing then, so that nobody waits for the capture."""
-    model, done = with_graphs(decoder("qwen3")), [""]
+    model = with_graphs(decoder("qwen3"))
+    done: list[str] = []
     capture, logits = Captures.capture, FusedPass.logits
 
     def noting_capture(captures: Captures, run: Callable[[], Any]) -> Captured[Any]:
