@@ -14,6 +14,7 @@ Size = TypeVar("Size", bound=Hashable)
 STEPS_UNDER_WAY = 2  # at most: what was let go before them is done
 LET_GO_A_STEP = 4
 LET_GO_A_REST = 16
+NUM_PARTS = 4  # of the layers of a step, where others wait while it is captured: each a graph of its own
 
 
 class Pools(NamedTuple):
@@ -94,13 +95,19 @@ class Captures:
         """Nobody replays them from now on."""
         self._going.extend((self._num_steps, one) for one in some)
 
-    def end_step(self) -> None:
-        """One was launched that may have replayed what was captured, and the device computes it: what is `due` is
-        captured meanwhile, and some of those that nobody replays go."""
+    def capture_due(self) -> bool:
+        """A step was launched and the device computes it: what is `due` is captured meanwhile. False for nothing."""
         capture, self.due = self.due, None
         if capture is not None:
             capture()
+        return capture is not None
+
+    def end_step(self, may_destroy: bool = True) -> None:
+        """One was launched that may have replayed what was captured: some of those that nobody replays may go, unless
+        the host has had enough to do."""
         self._num_steps += 1
+        if not may_destroy:
+            return
         for _ in range(LET_GO_A_STEP):
             if not self._going or self._going[0][0] + STEPS_UNDER_WAY >= self._num_steps:
                 return

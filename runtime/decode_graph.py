@@ -5,12 +5,14 @@ of all rows before it attends to any, so that each token finds those before it. 
 
 A graph belongs to a number of rows (a batch is padded to the next one), to the pools it reads and to the weights it
 multiplies; whatever a replay must know lies in tensors that never move. Padding rows write nothing and read nothing.
+One that is missing while steps are served is captured as several, some layers behind the launch of each step of its
+size: those who wait for the next token wait no longer for that than they must.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from runtime.batch import PackedBatch
 from runtime.captures import Captured, Captures, Met, Pools, reason
-from runtime.fused_pass import DecodeInputs
+from runtime.fused_pass import DecodeInputs, Midway
 from runtime.kernels.launch import compiled_ahead
 from runtime.kv_size import is_out_of_memory
 
@@ -49,13 +51,19 @@ class Decoded(NamedTuple):
     drawn: Tensor
 
 
-Run = Callable[[DecodeInputs], Decoded]
+class Run(Protocol):
+    """Computes a step, or some of its layers, from where those before have left it."""
+
+    def __call__(
+        self, inputs: DecodeInputs, part: range | None = None, midway: Midway | None = None
+    ) -> Midway | Decoded: ...
 
 
 class DecodeGraphs:
     """The graphs of one model, and the tensors from which they read their rows."""
 
-    def __init__(self, device: torch.device, max_blocks: int) -> None:
+    def __init__(self, device: torch.device, max_blocks: int, parts: Sequence[range]) -> None:
+        """`parts`: the layers that one step captures."""
         rows = BUCKETS[-1]
         self._device = device
         self._scalars = torch.zeros(4, rows, dtype=torch.int64, device=device)
@@ -69,7 +77,9 @@ class DecodeGraphs:
         self._turn = 0
         self._blank()
         self._shown = np.zeros((0, 0), np.int32)  # the tables that are on the device
-        self._graphs: dict[Key, Captured[Decoded]] = {}
+        self._parts = parts
+        self._graphs: dict[Key, list[Captured[Any]]] = {}  # replayed in turn; the last gives what was decoded
+        self._begun: dict[Key, list[Captured[Any]]] = {}  # those of their first layers
         self._refused: set[Key] = set()
         self._failed_ahead: set[Key] = set()  # left to the step that meets them
         self._lacked_memory = False  # the last capture that failed
@@ -109,11 +119,12 @@ class DecodeGraphs:
         if packed.has_pending and drawn.data_ptr() != self._drawn_by:
             self._drawn[: len(drawn)].copy_(drawn)
         if captured is None:
-            logits, drawn = self._decoded(run, self._inputs(key.num_rows))
+            logits, drawn = self._completed(key, run)
             self._drawn_by = self.replayed_rows = None  # others may come to lie where this is
         else:
-            captured.graph.replay()
-            logits, drawn = captured.out
+            for one in captured:
+                one.graph.replay()
+            logits, drawn = captured[-1].out
             self._drawn_by, self.replayed_rows = drawn.data_ptr(), key.num_rows
         return Decoded(logits[:num_rows], drawn[:, :num_rows])
 
@@ -163,8 +174,9 @@ class DecodeGraphs:
 
     def forget(self, pools: int | None, weights: str | None) -> None:
         """Drops the graphs that read pools or weights which are about to go."""
-        for key in [key for key in self._graphs if key.pools.identity == pools or key.weights == weights]:
-            self.captures.let_go([self._graphs.pop(key)])
+        for graphs in (self._graphs, self._begun):
+            for key in [key for key in graphs if key.pools.identity == pools or key.weights == weights]:
+                self.captures.let_go(graphs.pop(key))
         self._refused, self._failed_ahead = (
             {key for key in keys if key.pools.identity != pools and key.weights != weights}
             for keys in (self._refused, self._failed_ahead)
@@ -184,7 +196,7 @@ class DecodeGraphs:
                 run(inputs)
                 run(inputs._replace(tables=inputs.tables.long()))
 
-    def _try_to_capture(self, key: Key, run: Run) -> Captured[Decoded] | None:
+    def _try_to_capture(self, key: Key, run: Run) -> list[Captured[Any]] | None:
         """None where it fails, now or before: such steps are launched kernel by kernel."""
         if key in self._refused:
             return None
@@ -217,12 +229,20 @@ class DecodeGraphs:
         return self.is_awake(key.pools.kv_dtype, key.pools.block_tokens) and key.num_rows in self._launched
 
     def _run_first(self, key: Key, run: Run) -> None:
-        """This step is run as it would be captured, and that behind its launch, while the device computes it. Not right
-        behind a change of pools or weights: those who wait for the next step have just paid for that too."""
+        """This step is run as it would be captured, and some of that behind its launch, while the device computes it.
+        Not right behind a change of pools or weights: those who wait for the next step have just paid for that too."""
         if self._num_put_off < PUT_OFF:
             self._num_put_off += 1
         else:
-            self.captures.due = partial(self._try_to_capture, key, run)
+            self.captures.due = partial(self._capture_next, key, run)
+
+    def _completed(self, key: Key, run: Run) -> Midway | Decoded:
+        """A step of which no or some parts are captured."""
+        begun = self._begun.get(key, ())
+        for one in begun:
+            one.graph.replay()
+        rest = range(self._parts[len(begun)].start, self._parts[-1].stop)
+        return self._decoded(run, self._inputs(key.num_rows), rest, begun[-1].out if begun else None)
 
     def _warm_up(self, key: Key, run: Run) -> None:
         self._drawn_by = None  # written to here too
@@ -231,16 +251,39 @@ class DecodeGraphs:
         self.captures.run_apart(partial(self._decoded, run, self._inputs(key.num_rows)), WARM_UPS)
         self._launched.add(key.num_rows)
 
-    def _capture(self, key: Key, run: Run) -> Captured[Decoded]:
-        captured = self.captures.capture(partial(self._decoded, run, self._inputs(key.num_rows)))
+    def _capture(self, key: Key, run: Run) -> list[Captured[Any]]:
+        """All of it as one."""
+        self.captures.let_go(self._begun.pop(key, ()))
+        return self._hold(key, [self.captures.capture(partial(self._decoded, run, self._inputs(key.num_rows)))])
+
+    def _capture_next(self, key: Key, run: Run) -> None:
+        """The next part of it, which goes on from the tensors that the one before leaves in their common memory."""
+        begun = self._begun.setdefault(key, [])
+        midway = begun[-1].out if begun else None
+        step = partial(self._decoded, run, self._inputs(key.num_rows), self._parts[len(begun)], midway)
+        try:
+            begun.append(self.captures.capture(step))
+        except RuntimeError as error:
+            log.info("decode steps of %d rows are not captured by parts: %s", key.num_rows, reason(error))
+            self._try_to_capture(key, run)
+            return
+        if len(begun) == len(self._parts):
+            # What lies between two parts may be room for others from now on: one graph runs at a time.
+            self._hold(key, [*(one._replace(out=None) for one in self._begun.pop(key)[:-1]), begun[-1]])
+
+    def _hold(self, key: Key, captured: list[Captured[Any]]) -> list[Captured[Any]]:
         self._graphs[key] = captured
-        log.info("captured decode steps of %d rows in %.3f s", key.num_rows, captured.seconds)
+        seconds = sum(one.seconds for one in captured)
+        log.info("captured decode steps of %d rows in %.3f s, as %d", key.num_rows, seconds, len(captured))
         return captured
 
-    def _decoded(self, run: Run, inputs: DecodeInputs) -> Decoded:
+    def _decoded(
+        self, run: Run, inputs: DecodeInputs, part: range | None = None, midway: Midway | None = None
+    ) -> Midway | Decoded:
         """What a graph does. What it draws, the next step finds without the host."""
-        out = run(inputs)
-        self._drawn[: len(inputs.token_ids)].copy_(out.drawn[0])
+        out = run(inputs) if part is None else run(inputs, part, midway)
+        if isinstance(out, Decoded):
+            self._drawn[: len(inputs.token_ids)].copy_(out.drawn[0])
         return out
 
     def _inputs(self, num_rows: int) -> DecodeInputs:

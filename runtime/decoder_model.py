@@ -9,14 +9,14 @@ from torch import Tensor
 
 from runtime.bare_model import BareModel
 from runtime.batch import PackedBatch
-from runtime.captures import Pools
+from runtime.captures import NUM_PARTS, Pools
 from runtime.decode_graph import COMPILED_BUCKETS, Decoded, DecodeGraphs, padding
 from runtime.decoder import Attention, Decoder
-from runtime.fused_pass import DecodeInputs, MixedInputs, fused_pass
+from runtime.fused_pass import DecodeInputs, Midway, MixedInputs, fused_pass
 from runtime.kernels.launch import compiled_ahead
 from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
-from runtime.mixed_graph import NUM_PARTS, MixedGraphs
+from runtime.mixed_graph import MixedGraphs
 from runtime.paged_model import (
     PROBE_TOKENS,
     KVPools,
@@ -129,8 +129,10 @@ class DecoderModel(PagedModel):
             logits = self._replayed(packed, self._graphs)
         if logits is None:
             logits = super().forward(packed, pools)
-        for graphs in self._all_graphs:  # here, where the device has something to do
-            graphs.captures.end_step()
+        # Here, where the device has something to do.
+        have_captured = [graphs.captures.capture_due() for graphs in self._all_graphs]
+        for graphs in self._all_graphs:
+            graphs.captures.end_step(may_destroy=not any(have_captured))
         return logits
 
     def _replayed(self, packed: PackedBatch, graphs: DecodeGraphs) -> Tensor | None:
@@ -175,9 +177,10 @@ class DecoderModel(PagedModel):
             return True
         self._fused.use_blocks(block_tokens)
         if self._graphs is None:
-            self._graphs = DecodeGraphs(self.device, self._max_blocks)
+            parts = self._fused.parts(NUM_PARTS)
+            self._graphs = DecodeGraphs(self.device, self._max_blocks, parts)
             if self._fused.may_capture_pieces and self.most_mixed_tokens and self._is_half:
-                table, parts = self.decoder.embedding, self._fused.parts(NUM_PARTS)
+                table = self.decoder.embedding
                 self._mixed_graphs = MixedGraphs(
                     self.device, self.most_mixed_tokens, self._max_blocks, table.shape[1], table.dtype, parts
                 )
@@ -291,9 +294,16 @@ class DecoderModel(PagedModel):
     def _all_graphs(self) -> "list[DecodeGraphs | MixedGraphs]":
         return [graphs for graphs in (self._graphs, self._mixed_graphs) if graphs is not None]
 
-    def _decode(self, inputs: DecodeInputs) -> Decoded:
+    def _decode(
+        self, inputs: DecodeInputs, part: range | None = None, midway: Midway | None = None
+    ) -> Midway | Decoded:
         assert self._fused is not None
-        logits = self._fused.decode(inputs, self._caches_of(self.pools))
+        num_layers = len(self.decoder.layers)
+        part = part or range(num_layers)
+        midway = self._fused.decode(inputs, self._caches_of(self.pools), part, midway)
+        if part.stop < num_layers:
+            return midway
+        logits = self._fused.logits(midway.y)
         return Decoded(logits, self._fused.greedy(logits))
 
     def _mixed(self, inputs: MixedInputs, x: Tensor, y: Tensor, part: range) -> None:

@@ -58,6 +58,13 @@ class Attending(NamedTuple):
     step: StepTensors | None = None
 
 
+class Midway(NamedTuple):
+    """Between two layers, or behind the last one: the residual, and what is normed of it, [B, hidden] each."""
+
+    x: Tensor
+    y: Tensor
+
+
 class MixedInputs(NamedTuple):
     """Rows of one token each and behind them pieces of prompts, in tensors that are as large whatever the step.
 
@@ -128,13 +135,16 @@ class FusedPass:
         """Any rows. Returns logits [last_tokens, vocab]."""
         return self.logits(self._hidden(self._mixed(step, caches[0]), caches))
 
-    def decode(self, inputs: DecodeInputs, caches: Sequence[Any]) -> Tensor:
-        """Rows of one token. Depends on nothing but the inputs' shapes, so that it can be captured.
-
-        Returns logits [B, vocab].
-        """
+    def decode(
+        self, inputs: DecodeInputs, caches: Sequence[Any], part: range, midway: Midway | None = None
+    ) -> Midway:
+        """Some layers for rows of one token, from what `midway` says of the layers before, which it adds to. Depends on
+        nothing but the inputs' shapes, so that it can be captured."""
         attend = self._single(inputs)
-        return self.logits(self._hidden(Attending(inputs, attend, attend), caches))
+        if midway is None:
+            x = self._embedded(inputs)
+            midway = Midway(x, self._normed_for(x, None, 0))
+        return midway._replace(y=self._through(*midway, part, Attending(inputs, attend, attend), caches))
 
     @property
     def may_capture_pieces(self) -> bool:

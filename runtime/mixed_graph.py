@@ -36,7 +36,6 @@ COARSE = 512
 ROWS_APART = (0, 16, 64, 128, 256, 512)
 MOST_PIECES = 32
 TOKENS_A_PIECE = 16  # on average, at least: a piece takes a tile however small it is
-NUM_PARTS = 4  # of the layers, each a graph of its own
 MOST_SIZES = 256  # the one that was not replayed for longest goes
 MOST_AHEAD = 32  # sizes that are captured for what is being prepared
 RETRY_STEPS = 256  # behind one for which memory was lacking, before its size is tried again

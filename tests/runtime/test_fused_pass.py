@@ -3,9 +3,9 @@
 import contextlib
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from functools import partial
 from itertools import count, pairwise
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,10 +19,10 @@ import runtime.fused_latent
 import runtime.fused_pass
 from runtime.attention import attend_plain
 from runtime.batch import Batch, PackedBatch
-from runtime.captures import STEPS_UNDER_WAY, Captured
+from runtime.captures import NUM_PARTS, STEPS_UNDER_WAY, Captured, Captures
 from runtime.decode_graph import BUCKETS, PUT_OFF, WARM_UPS, Decoded, DecodeGraphs, Key, Run
 from runtime.decoder_model import DecoderModel
-from runtime.fused_pass import DecodeInputs, FusedPass
+from runtime.fused_pass import DecodeInputs, FusedPass, Midway
 from runtime.hf_model import HFModel
 from runtime.kernels import PLAIN
 from runtime.kernels.linear_table import TIMED_ROWS, Choice, LinearShape
@@ -224,7 +224,8 @@ def test_padding_rows_change_nothing(family: str) -> None:
         if batch.num_prefill_rows == 0:
             caches = model._caches_of(model.pools)
             before = [cache.rows.clone() for cache in caches]
-            padded = fused.decode(inputs_of(packed, 10, 13), caches)
+            every = range(len(model.decoder.layers))
+            padded = fused.logits(fused.decode(inputs_of(packed, 10, 13), caches, every).y)
             after = [cache.rows.clone() for cache in caches]
             for cache, rows in zip(caches, before, strict=True):
                 cache.rows.copy_(rows)
@@ -276,6 +277,29 @@ def test_replayed_steps_are_as_close_to_exact_ones_as_the_decoders_own(
     for share in (50, 75 if family in MIXED else 90):  # there a tenth of the rows goes to another expert
         own_error, plain_error = (float(np.percentile(part, share)) for part in zip(*errors, strict=True))
         assert own_error < 1.5 * plain_error + 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "qwen3", "deepseek_v2"])
+def test_a_step_of_several_graphs_gives_the_logits_of_one(family: str) -> None:
+    """Several are captured while steps are served over pools for which none was prepared."""
+    model = decoder(family, torch.bfloat16, "cuda")
+    model.allocate(40)
+    assert model.prepare_steps(8) and model._graphs is not None
+    graphs, runs = model._graphs, []
+    for _ in range(2):
+        scheduler, _ = mixed_steps(40, output_tokens=40)
+        logits: list[Tensor] = []
+        while (batch := scheduler.schedule(0.0)) is not None:
+            found = model.forward(scheduler.pack(batch)).clone()
+            tokens = (runs[0][len(logits)] if runs else found).argmax(-1).tolist()
+            logits.append(found)
+            scheduler.finish_step(batch, tokens, 0.0)
+        runs.append(logits)
+        model.pools = model.new_pools(40)
+    num_graphs = Counter(len(captured) for captured in graphs._graphs.values())
+    assert num_graphs[1] == 4 and num_graphs[len(graphs._parts)] > 1 and len(graphs._parts) > 1
+    assert max(relative_error(one, several) for one, several in zip(*runs, strict=True)) < 0.05
 
 
 @pytest.mark.gpu
@@ -488,12 +512,12 @@ def test_a_capture_that_fails_is_made_again_after_a_run_and_spoils_no_other() ->
     assert model._graphs is not None
     whole, captures = model._decode, []
 
-    def waits_once(inputs: DecodeInputs) -> Decoded:
+    def waits_once(inputs: DecodeInputs, *midway: Any) -> Decoded | Midway:
         if torch.cuda.is_current_stream_capturing():
             captures.append(len(inputs.contexts))
             if len(captures) == 1:
                 torch.cuda.synchronize()  # which ends a capture
-        return whole(inputs)
+        return whole(inputs, *midway)
 
     model._graphs.forget(id(model.pools), None)
     assert model._graphs.prepare(2, model._pools_in(BLOCK_TOKENS), model.weights_key, waits_once)
@@ -528,7 +552,7 @@ def test_blocks_that_follow_one_another_are_gathered_as_they_are_copied(heads: i
 
 
 class Repeated:
-    def __init__(self, run: Callable[[], Decoded]) -> None:
+    def __init__(self, run: Callable[[], Decoded | Midway]) -> None:
         self.run, self.out = run, run()
 
     def replay(self) -> None:
@@ -538,21 +562,21 @@ class Repeated:
 
 @pytest.fixture
 def repeating(monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(self: DecodeGraphs, key: Key, run: Run) -> Captured[Decoded]:
-        self._drawn_by = None
-        self._blank()
-        graph = Repeated(partial(self._decoded, run, self._inputs(key.num_rows)))
-        self._graphs[key] = Captured(graph, graph.out, (0, 1), 0.0)  # type: ignore[arg-type]
-        return self._graphs[key]
+    def capture(self: Captures, run: Callable[[], Decoded | Midway]) -> Captured[Any]:
+        graphs = run.func.__self__  # type: ignore[attr-defined]
+        graphs._drawn_by = None  # unlike CUDA's this one computes
+        graphs._blank()
+        graph = Repeated(run)
+        return Captured(graph, graph.out, (0, 1), 0.0)  # type: ignore[arg-type]
 
     monkeypatch.setattr(DecodeGraphs, "_warm_up", lambda *_: None)
-    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    monkeypatch.setattr(Captures, "capture", capture)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
 
 
 def with_graphs(model: DecoderModel) -> DecoderModel:
     model._fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
-    model._graphs = DecodeGraphs(model.device, 13)
+    model._graphs = DecodeGraphs(model.device, 13, model._fused.parts(NUM_PARTS))
     return model
 
 
@@ -657,32 +681,65 @@ def test_steps_that_cannot_be_captured_are_launched_and_tried_once(
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_sizes_are_captured_behind_the_launch_of_a_step_and_not_right_behind_a_change(
-    repeating: None, monkeypatch: pytest.MonkeyPatch, depth: int
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v2"])
+def test_sizes_are_captured_by_parts_behind_launches_and_not_right_behind_a_change(
+    repeating: None, monkeypatch: pytest.MonkeyPatch, family: str, depth: int
 ) -> None:
     """Where all that they launch has been launched before."""
-    expected, _ = serve(decoder("qwen3"), 0)
-    model, num_graphs = with_graphs(decoder("qwen3")), []
+    expected, _ = serve(decoder(family), 0)
+    model, captured = with_graphs(decoder(family)), []
     graphs, replay = model._graphs, DecodeGraphs.replay
-    assert graphs is not None
+    assert graphs is not None and len(graphs._parts) > 1
     graphs.take_as_awake("auto", BLOCK_TOKENS)
     graphs._launched.update(BUCKETS)
 
+    def parts_of(self: DecodeGraphs) -> dict[int, int]:
+        return {key.num_rows: len(parts) for key, parts in (self._begun | self._graphs).items()}
+
     def counted(self: DecodeGraphs, *given: Any) -> Decoded | None:
-        sizes = {key.num_rows for key in self._graphs}
+        parts = parts_of(self)
         decoded = replay(self, *given)
-        assert {key.num_rows for key in self._graphs} == sizes, "nobody waits for a capture"
+        assert parts_of(self) == parts, "nobody waits for a capture"
         size = next(size for size in BUCKETS if size >= len(given[0].token_ids))
-        assert self.replayed_rows == (size if size in sizes else None)
-        num_graphs.append(len(sizes))
+        assert self.replayed_rows == (size if parts.get(size) == len(self._parts) else None)
+        captured.append(sum(parts.values()))
         return decoded
 
     monkeypatch.setattr(DecodeGraphs, "replay", counted)
     for _ in range(2):  # of other pools each time
-        num_graphs.clear()
+        captured.clear()
         assert serve(model, depth)[0] == expected
-        assert not any(num_graphs[: PUT_OFF + 1]) and num_graphs[PUT_OFF + 1], "put off, and not for longer"
-        assert num_graphs[-1] > 1, "the test must reach what it claims"
+        assert not any(captured[: PUT_OFF + 1]) and captured[PUT_OFF + 1], "put off, and not for longer"
+        assert {after - before for before, after in pairwise(captured)} == {0, 1}, "a part behind each"
+        assert len(graphs._graphs) > 1, "the test must reach what it claims"
+        assert all(parts[0].out is None for parts in graphs._graphs.values()), "room for others"
+
+
+def test_where_a_part_cannot_be_captured_the_whole_step_is(
+    repeating: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    expected, _ = serve(decoder("qwen3"), 0)
+    model, capture, let_go = with_graphs(decoder("qwen3")), Captures.capture, []
+    graphs = model._graphs
+    assert graphs is not None
+    graphs.take_as_awake("auto", BLOCK_TOKENS)
+    graphs._launched.update(BUCKETS)
+
+    def fails(self: Captures, run: Any) -> Captured[Any]:
+        if run.args[2:] and run.args[2].start:
+            raise RuntimeError("the capture was invalidated")
+        return capture(self, run)
+
+    monkeypatch.setattr(Captures, "capture", fails)
+    monkeypatch.setattr(Captures, "let_go", lambda self, some: let_go.extend(some))
+    assert serve(model, 1)[0] == expected
+    assert graphs._graphs and all(len(parts) == 1 for parts in graphs._graphs.values())
+    assert len(let_go) == len(graphs._graphs) and "not captured by parts" in caplog.text
+    others = [one for parts in (*graphs._graphs.values(), *graphs._begun.values()) for one in parts]
+    let_go.clear()
+    model.forget(model.pools)
+    assert {id(one) for one in let_go} == {id(one) for one in others} and not graphs._graphs and not graphs._begun
 
 
 def test_what_is_prepared_finds_the_steps_captured_that_were_met_last(
@@ -704,6 +761,10 @@ def test_what_is_prepared_finds_the_steps_captured_that_were_met_last(
             raise RuntimeError("the capture was invalidated")
         return capture(self, key, run)
 
+    def served_by_parts() -> set[int]:
+        keys = graphs._begun.keys() | {key for key, parts in graphs._graphs.items() if len(parts) > 1}
+        return {key.num_rows for key in keys}
+
     monkeypatch.setattr(DecodeGraphs, "_capture", counted)
     scheduler, _ = mixed_steps(40)
     for _ in steps_ahead(model, scheduler, 0):  # which go on to meet what fails
@@ -723,7 +784,7 @@ def test_what_is_prepared_finds_the_steps_captured_that_were_met_last(
     for _ in steps_ahead(model, scheduler, 0):
         pass
     assert [one.output_ids.tolist() for one in requests] == expected
-    assert captured == [last], "one that failed is left to the steps"
+    assert not captured and served_by_parts() == {last}, "one that failed is left to the steps"
 
 
 def over_other_blocks(
@@ -793,9 +854,9 @@ def test_a_step_is_run_before_it_is_captured_only_where_it_may_be_new_or_a_captu
     graphs.captures.stream = SimpleNamespace(wait_stream=lambda other: None)  # type: ignore[assignment]
     runs: list[int] = []
 
-    def run(inputs: DecodeInputs) -> Decoded:
+    def run(inputs: DecodeInputs, *midway: Any) -> Decoded | Midway:
         runs.append(len(inputs.contexts))
-        return model._decode(inputs)
+        return model._decode(inputs, *midway)
 
     model.allocate(40)
     assert graphs.prepare(4, model._pools_in(16), "float64", run)

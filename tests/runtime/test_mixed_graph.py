@@ -11,7 +11,7 @@ from torch import Tensor
 
 import runtime.mixed_graph
 from runtime.batch import PackedBatch
-from runtime.captures import Captured, Captures, Met
+from runtime.captures import NUM_PARTS, Captured, Captures, Met
 from runtime.decode_graph import DecodeGraphs
 from runtime.decoder_model import DecoderModel
 from runtime.fused_pass import FusedPass
@@ -21,7 +21,6 @@ from runtime.knobs import EngineConfig
 from runtime.kv_cache import BLOCK_TOKENS, BlockPool
 from runtime.mixed_graph import (
     MOST_PIECES,
-    NUM_PARTS,
     ROWS_APART,
     Key,
     MixedGraphs,
@@ -69,9 +68,10 @@ def repeating(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 def with_graphs(model: DecoderModel, most_tokens: int = MOST_TOKENS) -> DecoderModel:
     """Of prompts alone: rows that decode are launched one by one, so that what is compared is theirs."""
     model._fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
-    model._graphs = DecodeGraphs(model.device, 13)
+    parts = model._fused.parts(NUM_PARTS)
+    model._graphs = DecodeGraphs(model.device, 13, parts)
     model._graphs.takes = lambda packed: False  # type: ignore[method-assign]
-    table, parts = model.decoder.embedding, model._fused.parts(NUM_PARTS)
+    table = model.decoder.embedding
     model._mixed_graphs = MixedGraphs(model.device, most_tokens, 13, table.shape[1], table.dtype, parts)
     return model
 
