@@ -65,6 +65,7 @@ class Captures:
         self._going: deque[tuple[int, Captured[Any]]] = deque()  # by the steps before them
         self._num_steps = 0
         self.due: Callable[[], object] | None = None  # a capture that can wait for the launch of the step
+        self.has_captured = False  # since the last step ended
         self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them about its streams
         # Of captures and of nothing else: others wait for theirs. Streams of a high priority are handed out apart, and
         # what is captured on one goes before what is prepared beside.
@@ -73,7 +74,7 @@ class Captures:
     def capture(self, run: Callable[[], Out]) -> Captured[Out]:
         """Beside what the device does: nothing is waited for, and nothing given back that the allocator holds, as
         `torch.cuda.graph` would have it. Raises RuntimeError where it fails."""
-        started = time.perf_counter()
+        started, self.has_captured = time.perf_counter(), True
         self.memory = memory = self.memory or torch.cuda.graph_pool_handle()
         graph, out = self._recorded(run, memory)
         self._num_held[memory] += 1
@@ -95,17 +96,17 @@ class Captures:
         """Nobody replays them from now on."""
         self._going.extend((self._num_steps, one) for one in some)
 
-    def capture_due(self) -> bool:
-        """A step was launched and the device computes it: what is `due` is captured meanwhile. False for nothing."""
+    def capture_due(self) -> None:
+        """A step was launched and the device computes it: what is `due` is captured meanwhile."""
         capture, self.due = self.due, None
         if capture is not None:
             capture()
-        return capture is not None
 
     def end_step(self, may_destroy: bool = True) -> None:
         """One was launched that may have replayed what was captured: some of those that nobody replays may go, unless
         the host has had enough to do."""
         self._num_steps += 1
+        self.has_captured = False
         if not may_destroy:
             return
         for _ in range(LET_GO_A_STEP):

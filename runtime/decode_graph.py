@@ -5,12 +5,13 @@ of all rows before it attends to any, so that each token finds those before it. 
 
 A graph belongs to a number of rows (a batch is padded to the next one), to the pools it reads and to the weights it
 multiplies; whatever a replay must know lies in tensors that never move. Padding rows write nothing and read nothing.
+Where one context is much longer than the others there is another graph, which shares contexts out among more programs.
 One that is missing while steps are served is captured as several, some layers behind the launch of each step of its
 size: those who wait for the next token wait no longer for that than they must.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.batch import PackedBatch
+from runtime.batch import IntArray, PackedBatch
 from runtime.captures import Captured, Captures, Met, Pools, reason
 from runtime.fused_pass import DecodeInputs, Midway
 from runtime.kernels.launch import compiled_ahead
@@ -42,6 +43,7 @@ class Key(NamedTuple):
     pools: Pools
     weights: str
     backend: str = "auto"
+    are_uneven: bool = False  # contexts, as `kernels.splits` says
 
 
 class Decoded(NamedTuple):
@@ -62,8 +64,14 @@ class Run(Protocol):
 class DecodeGraphs:
     """The graphs of one model, and the tensors from which they read their rows."""
 
-    def __init__(self, device: torch.device, max_blocks: int, parts: Sequence[range]) -> None:
-        """`parts`: the layers that one step captures."""
+    def __init__(
+        self,
+        device: torch.device,
+        max_blocks: int,
+        parts: Sequence[range],
+        are_uneven: Callable[[IntArray, int], bool],
+    ) -> None:
+        """`parts`: the layers that one step captures; `are_uneven`: contexts of so many rows, padding among them."""
         rows = BUCKETS[-1]
         self._device = device
         self._scalars = torch.zeros(4, rows, dtype=torch.int64, device=device)
@@ -77,7 +85,7 @@ class DecodeGraphs:
         self._turn = 0
         self._blank()
         self._shown = np.zeros((0, 0), np.int32)  # the tables that are on the device
-        self._parts = parts
+        self._parts, self._are_uneven = parts, are_uneven
         self._graphs: dict[Key, list[Captured[Any]]] = {}  # replayed in turn; the last gives what was decoded
         self._begun: dict[Key, list[Captured[Any]]] = {}  # those of their first layers
         self._refused: set[Key] = set()
@@ -104,10 +112,12 @@ class DecodeGraphs:
         """Returns what the next replay may overwrite. Where `run` was not captured yet it is, now or behind the launch
         of this step; None where that failed. `drawn`: tokens of the last step."""
         num_rows = len(packed.token_ids)
-        key = Key(next(size for size in BUCKETS if size >= num_rows), pools, weights, self.backend)
-        self._met.add(key.num_rows)
-        if key[1:] != self._run_with:
-            self._run_with, self._num_put_off = key[1:], 0
+        size = next(size for size in BUCKETS if size >= num_rows)
+        in_use = pools, weights, self.backend
+        key = Key(size, *in_use, self._are_uneven(packed.positions + 1, size))
+        self._met.add(size)
+        if in_use != self._run_with:
+            self._run_with, self._num_put_off = in_use, 0
         captured = self._graphs.get(key)
         if captured is None and key not in self._refused and self._is_known(key):
             self._run_first(key, run)
@@ -135,7 +145,7 @@ class DecodeGraphs:
         the others fit into its memory. False where one of them had no memory: the others are not tried then."""
         sizes = [size for at, size in enumerate(BUCKETS) if at == 0 or BUCKETS[at - 1] < num_rows]
         if not self._graphs and self._device.type == "cuda":
-            self._compile(run)
+            self._compile(pools, weights, run)
         for size in sizes[-1:] if only_largest else sizes[::-1]:
             key = Key(size, pools, weights, self.backend)
             if key not in self._graphs and self._try_to_capture(key, run) is None and self._lacked_memory:
@@ -186,13 +196,13 @@ class DecodeGraphs:
         self._run_with = None  # and others may come to be named so
 
     @torch.inference_mode()
-    def _compile(self, run: Run) -> None:
+    def _compile(self, pools: Pools, weights: str, run: Run) -> None:
         """What steps of all sizes launch, several kernels at once: 24 rows launch what 32 do, and `max_num_seqs` may
         rise while steps are served. Beside prompts tables are of int64."""
         self._blank()
         with compiled_ahead():
             for size in COMPILED_BUCKETS:
-                inputs = self._inputs(size)
+                inputs = self._inputs(Key(size, pools, weights))
                 run(inputs)
                 run(inputs._replace(tables=inputs.tables.long()))
 
@@ -242,25 +252,25 @@ class DecodeGraphs:
         for one in begun:
             one.graph.replay()
         rest = range(self._parts[len(begun)].start, self._parts[-1].stop)
-        return self._decoded(run, self._inputs(key.num_rows), rest, begun[-1].out if begun else None)
+        return self._decoded(run, self._inputs(key), rest, begun[-1].out if begun else None)
 
     def _warm_up(self, key: Key, run: Run) -> None:
         self._drawn_by = None  # written to here too
         torch.cuda.synchronize(self._device)
         self._blank()
-        self.captures.run_apart(partial(self._decoded, run, self._inputs(key.num_rows)), WARM_UPS)
+        self.captures.run_apart(partial(self._decoded, run, self._inputs(key)), WARM_UPS)
         self._launched.add(key.num_rows)
 
     def _capture(self, key: Key, run: Run) -> list[Captured[Any]]:
         """All of it as one."""
         self.captures.let_go(self._begun.pop(key, ()))
-        return self._hold(key, [self.captures.capture(partial(self._decoded, run, self._inputs(key.num_rows)))])
+        return self._hold(key, [self.captures.capture(partial(self._decoded, run, self._inputs(key)))])
 
     def _capture_next(self, key: Key, run: Run) -> None:
         """The next part of it, which goes on from the tensors that the one before leaves in their common memory."""
         begun = self._begun.setdefault(key, [])
         midway = begun[-1].out if begun else None
-        step = partial(self._decoded, run, self._inputs(key.num_rows), self._parts[len(begun)], midway)
+        step = partial(self._decoded, run, self._inputs(key), self._parts[len(begun)], midway)
         try:
             begun.append(self.captures.capture(step))
         except RuntimeError as error:
@@ -286,9 +296,10 @@ class DecodeGraphs:
             self._drawn[: len(inputs.token_ids)].copy_(out.drawn[0])
         return out
 
-    def _inputs(self, num_rows: int) -> DecodeInputs:
-        token_ids, positions, slots, contexts = (scalars[:num_rows] for scalars in self._scalars)
-        return DecodeInputs(token_ids, positions, slots, contexts, self._tables[:num_rows], self._drawn)
+    def _inputs(self, key: Key) -> DecodeInputs:
+        token_ids, positions, slots, contexts = self._scalars[:, : key.num_rows]
+        tables = self._tables[: key.num_rows]
+        return DecodeInputs(token_ids, positions, slots, contexts, tables, self._drawn, key.are_uneven)
 
     def _blank(self) -> None:
         """All rows are padding."""

@@ -129,10 +129,12 @@ class DecoderModel(PagedModel):
             logits = self._replayed(packed, self._graphs)
         if logits is None:
             logits = super().forward(packed, pools)
-        # Here, where the device has something to do.
-        have_captured = [graphs.captures.capture_due() for graphs in self._all_graphs]
-        for graphs in self._all_graphs:
-            graphs.captures.end_step(may_destroy=not any(have_captured))
+        captures = [graphs.captures for graphs in self._all_graphs]
+        for one in captures:  # here, where the device has something to do
+            one.capture_due()
+        has_captured = any(one.has_captured for one in captures)
+        for one in captures:
+            one.end_step(may_destroy=not has_captured)
         return logits
 
     def _replayed(self, packed: PackedBatch, graphs: DecodeGraphs) -> Tensor | None:
@@ -160,7 +162,10 @@ class DecoderModel(PagedModel):
 
     def step_of(self, packed: PackedBatch) -> StepTensors:
         has_kernel = self._fused is not None
-        return StepTensors.of(packed, self.device, has_kernel, has_kernel and self._is_half, self._pads_like)
+        step = StepTensors.of(packed, self.device, has_kernel, has_kernel and self._is_half, self._pads_like)
+        if self._fused is not None:
+            step.are_uneven = self._fused.are_uneven(packed.contexts[: step.num_apart], step.num_apart)
+        return step
 
     def compute(self, step: StepTensors, pools: KVPools) -> Tensor:
         caches = self._caches_of(pools)
@@ -178,11 +183,12 @@ class DecoderModel(PagedModel):
         self._fused.use_blocks(block_tokens)
         if self._graphs is None:
             parts = self._fused.parts(NUM_PARTS)
-            self._graphs = DecodeGraphs(self.device, self._max_blocks, parts)
+            self._graphs = DecodeGraphs(self.device, self._max_blocks, parts, self._fused.are_uneven)
             if self._fused.may_capture_pieces and self.most_mixed_tokens and self._is_half:
                 table = self.decoder.embedding
                 self._mixed_graphs = MixedGraphs(
-                    self.device, self.most_mixed_tokens, self._max_blocks, table.shape[1], table.dtype, parts
+                    self.device, self.most_mixed_tokens, self._max_blocks, table.shape[1], table.dtype, parts,
+                    self._fused.are_uneven,
                 )
             self.use_backend(self._fused.linears.backend)
             self._wake_draws()

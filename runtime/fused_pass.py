@@ -11,6 +11,7 @@ from copy import copy
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,15 @@ from runtime.kernels import TRITON, Kernels, Shape, checked
 from runtime.kernels.expert_trials import ExpertShape
 from runtime.kernels.launch import has_early_start, num_sms_of
 from runtime.kernels.linear_table import LinearTable
-from runtime.kernels.splits import QUERY_TILE, choose_splits, choose_tile_splits, tiles_of
+from runtime.kernels.splits import (
+    QUERY_TILE,
+    IntArray,
+    are_uneven,
+    choose_splits,
+    choose_tile_splits,
+    tiles_of,
+    uneven_splits,
+)
 from runtime.kv_cache import BLOCK_TOKENS
 from runtime.latent_attention import LatentAttention
 from runtime.layer_parts import Mlp
@@ -37,7 +46,7 @@ class DecodeInputs(NamedTuple):
     """Rows of one token each, on the device. Padding rows have slot -1 and context 0.
 
     `token_ids`, `positions`, `slots`, `contexts`: int64 [B]; `tables`: int32 [B, blocks]; `drawn`: int64, the tokens
-    that token ids below 0 stand for.
+    that token ids below 0 stand for; `are_uneven`: the contexts, as `kernels.splits` says.
     """
 
     token_ids: Tensor
@@ -46,6 +55,7 @@ class DecodeInputs(NamedTuple):
     contexts: Tensor
     tables: Tensor
     drawn: Tensor
+    are_uneven: bool = False
 
 
 class Attending(NamedTuple):
@@ -111,6 +121,10 @@ class FusedPass:
     ) -> None:
         self._decoder, self.kernels = decoder, kernels
         self._num_sms = num_sms
+        # Latents choose their own splits.
+        own = [layer.attention for layer in decoder.layers if isinstance(layer.attention, Attention)]
+        self._kv_heads = own[0].kv_heads if own else 1
+        self._most_seen = max((one.window or max_model_len for one in own), default=0)  # tokens of a context
         self.replaced_kernels: tuple[str, ...] = ()  # those that failed their check, by their plain twins
         self.reads_pieces_in_place = True
         self.linears = LinearTable(kernels)
@@ -167,7 +181,7 @@ class FusedPass:
         one leaves them: y is at last the normed output of the last layer.
         """
         tokens, num_apart = inputs.tokens, len(inputs.tokens.contexts)
-        splits = self._splits(num_apart)
+        splits = self._splits(num_apart, tokens.are_uneven)
         is_apart = (tokens.contexts > 0)[:, None]
 
         def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
@@ -204,7 +218,7 @@ class FusedPass:
             attend(qkv, cache, layer)
 
     def _single(self, inputs: DecodeInputs) -> Attend:
-        splits = self._splits(len(inputs.contexts))
+        splits = self._splits(len(inputs.contexts), inputs.are_uneven)
 
         def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
             return self._decode(qkv, cache, layer, inputs, splits)
@@ -224,8 +238,9 @@ class FusedPass:
             step.contexts[:num_single],
             tables[:num_single],
             drawn=step.token_ids[0],  # all are known
+            are_uneven=step.are_uneven,
         )
-        splits = self._splits(num_single)
+        splits = self._splits(num_single, step.are_uneven)
         pieces = self._pieces_in_place(step, tables, cache)
 
         def attend(qkv: Tensor, cache: KVCache, layer: Attention) -> Tensor:
@@ -305,10 +320,15 @@ class FusedPass:
             key, value = cached.unflatten(1, (2, kv_heads, dim)).unbind(1)
         return attend_pieces(query, key, value, pieces, layer.scaling, layer.window).flatten(1)
 
-    def _splits(self, num_rows: int) -> int:
-        attention = self._decoder.layers[0].attention
-        kv_heads = attention.kv_heads if isinstance(attention, Attention) else 1  # latents choose their own
-        return choose_splits(num_rows, kv_heads, self._num_sms)
+    def are_uneven(self, contexts: IntArray, num_rows: int) -> bool:
+        """Of so many rows of one token, padding among them."""
+        if not len(contexts) or not self._most_seen:
+            return False
+        return are_uneven(np.minimum(contexts, self._most_seen), num_rows, self._kv_heads, self._num_sms)
+
+    def _splits(self, num_rows: int, are_uneven: bool) -> int:
+        choose = uneven_splits if are_uneven else choose_splits
+        return choose(num_rows, self._kv_heads, self._num_sms)
 
     def _turn(self, qkv: Tensor, cache: KVCache, layer: Attention, inputs: DecodeInputs) -> None:
         """Queries and keys where they are, and keys and values to the cache."""

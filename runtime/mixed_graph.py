@@ -6,9 +6,9 @@ Launching such a step kernel by kernel takes the host longer than the device tak
 128 tokens of llama-8b take the device 5.3 ms and the host 12 to 40. A graph belongs to a number of tokens and to one
 of rows alone, to which a step is padded. Whose logits are wanted differs from step to step, so the head is no part of
 it. All sizes would take a start seconds, so that each is captured when it is met: at once where nobody else waits, or
-else some layers each time, behind the launch of the step, which the device is computing meanwhile. Where that fails a
-size is run once more before it is tried again, for what it launches may be new. For weights or pools that are being
-prepared, the sizes that were met last are captured before.
+else some layers each time, the last ones first, while the device computes those before them. Where that fails a size is
+run once more before it is tried again, for what it launches may be new. For weights or pools that are being prepared,
+the sizes that were met last are captured before.
 """
 
 import logging
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.batch import PackedBatch
+from runtime.batch import IntArray, PackedBatch
 from runtime.captures import Captured, Captures, Met, Pools, reason
 from runtime.decode_graph import MAX_DRAWN
 from runtime.fused_pass import DecodeInputs, MixedInputs
@@ -52,6 +52,7 @@ class Key(NamedTuple):
     pools: Pools
     weights: str
     backend: str
+    are_uneven: bool = False  # contexts of rows alone, as `kernels.splits` says
 
 
 class Given(NamedTuple):
@@ -86,9 +87,10 @@ class MixedGraphs:
         width: int,
         dtype: torch.dtype,
         parts: Sequence[range],
+        are_uneven: Callable[[IntArray, int], bool],
     ) -> None:
         """`most_tokens`: of a step that is captured; larger ones keep the device busy while they are launched. `width`,
-        `dtype`: of hidden states; `parts`: the layers of each graph."""
+        `dtype`: of hidden states; `parts`: the layers of each graph; `are_uneven`: contexts of so many rows alone."""
         self.most_tokens = most_tokens = padded_tokens(most_tokens)
         self._wide = torch.zeros(wide_size(most_tokens), dtype=torch.int64, device=device)
         self._narrow = torch.zeros(narrow_size(most_tokens), dtype=torch.int32, device=device)
@@ -101,9 +103,10 @@ class MixedGraphs:
             [_pinned_like(one) for one in (self._wide, self._narrow, self._tables.flatten())] for _ in range(2)
         ]
         self._turn = 0
-        self._parts = parts
+        self._parts, self._are_uneven = parts, are_uneven
         self.captures = Captures(device)
-        self._graphs: OrderedDict[Key, list[Captured[None]]] = OrderedDict()  # of the first parts, or of all
+        # Of the last parts or of all, the last one first.
+        self._graphs: OrderedDict[Key, list[Captured[None]]] = OrderedDict()
         self._met: Met[tuple[int, int]] = Met(MOST_AHEAD)  # tokens, and rows alone
         self._failed: set[Key] = set()  # once
         self._failed_ahead: set[Key] = set()  # left to the step that meets them
@@ -111,6 +114,7 @@ class MixedGraphs:
         self._num_steps = 0
         # Weights, and the memory that holds their largest step.
         self._known: set[tuple[str, tuple[int, int] | None]] = set()
+        self._held: list[Captured[None]] = []  # until the next one
         self._refused: set[Key] = set()
         self.replayed_tokens: int | None = None  # of the graph that the last step replayed, if it did
         self.backend = "auto"  # `linear_backend` of the next one
@@ -133,7 +137,9 @@ class MixedGraphs:
         """Returns hidden states, [tokens, width], which the next replay overwrites; None where the step cannot be
         captured. `drawn`: tokens of the last step."""
         num_tokens, num_apart = len(packed.token_ids), num_single_rows(packed)
-        key = Key(padded_tokens(num_tokens), padded_rows(num_apart, num_tokens), pools, weights, self.backend)
+        size, rows = padded_tokens(num_tokens), padded_rows(num_apart, num_tokens)
+        are_uneven = self._are_uneven(packed.contexts[:num_apart], rows)
+        key = Key(size, rows, pools, weights, self.backend, are_uneven)
         if key in self._refused:
             return None
         self._num_steps += 1
@@ -144,23 +150,19 @@ class MixedGraphs:
         captured = self._graphs_of(key)
         # Rows with drafts decode too.
         has_others = num_apart > 0 or len(packed.last_tokens) > len(packed.contexts)
-        if not has_others:
-            for part in self._parts[len(captured) :]:
-                if not self._try_to_capture(key, part, run, captured):
-                    break
-        for one in captured:
-            one.graph.replay()
-        for part in self._parts[len(captured) :]:
+        missing = self._parts[: len(self._parts) - len(captured)]
+        if has_others:
+            for part in missing[:-1]:
+                self._computed(run, key, part)
+            missing = missing[-1:]
+        while missing and self._try_to_capture(key, missing[-1], run, captured, has_others):
+            missing = missing[:-1]
+        for part in missing:
             self._computed(run, key, part)
-        is_whole = len(captured) == len(self._parts)
-        self.replayed_tokens = key.num_tokens if is_whole else None
-        if has_others and not is_whole:
-            self.captures.due = partial(self._capture_next, key, run)
+        for one in reversed(captured):
+            one.graph.replay()
+        self.replayed_tokens = key.num_tokens if len(captured) == len(self._parts) else None
         return self._y[:num_tokens]
-
-    def _capture_next(self, key: Key, run: Run) -> None:
-        captured = self._graphs_of(key)
-        self._try_to_capture(key, self._parts[len(captured)], run, captured)
 
     def prepare(self, pools: Pools, weights: str, run: Run) -> bool:
         """Captures the largest step, so that the others find its memory. False where there is none."""
@@ -175,7 +177,7 @@ class MixedGraphs:
         try:
             for part in self._parts if weights not in {name for name, _ in self._known} else ():
                 self.captures.run_apart(partial(self._computed, run, key, part), 1)
-            for part in self._parts:
+            for part in reversed(self._parts):
                 self._capture(key, part, run, captured)
         except RuntimeError as error:
             log.warning("steps with prompts cannot be captured: %s", reason(error))
@@ -197,7 +199,7 @@ class MixedGraphs:
             if len(captured) < len(self._parts):
                 try:
                     self._hold_largest(key, run)
-                    self._capture(key, self._parts[len(captured)], run, captured)
+                    self._capture(key, self._parts[-1 - len(captured)], run, captured)
                 except RuntimeError as error:
                     told = "steps of %d tokens with prompts are captured when they are met: %s"
                     log.info(told, key.num_tokens, reason(error))
@@ -217,21 +219,25 @@ class MixedGraphs:
         for key in gone & set(self._lacked_memory):
             del self._lacked_memory[key]
         self._known = {one for one in self._known if one[0] != weights}
-        self.captures.due = None
+        self._let_go_held()
 
     def _graphs_of(self, key: Key) -> list[Captured[None]]:
-        """Those of its parts, in order, as far as they are captured."""
+        """Those of its parts, as far as they are captured, the last one first."""
         found = self._graphs.setdefault(key, [])
         self._graphs.move_to_end(key)
         if len(self._graphs) > MOST_SIZES:
             self.captures.let_go(self._graphs.popitem(last=False)[1])
         return found
 
-    def _try_to_capture(self, key: Key, part: range, run: Run, captured: list[Captured[None]]) -> bool:
+    def _try_to_capture(
+        self, key: Key, part: range, run: Run, captured: list[Captured[None]], has_others: bool
+    ) -> bool:
+        """`has_others`: who wait meanwhile, so that no two captures are made."""
         if self._num_steps < self._lacked_memory.get(key, -RETRY_STEPS) + RETRY_STEPS:
             return False
         try:
-            self._hold_largest(key, run)
+            if self._hold_largest(key, run) and has_others:
+                return False
             self._capture(key, part, run, captured)
         except RuntimeError as error:
             told = "steps of %d tokens with prompts are run before they are captured: %s"
@@ -250,14 +256,20 @@ class MixedGraphs:
         self._failed.discard(key)
         return True
 
-    def _hold_largest(self, key: Key, run: Run) -> None:
+    def _hold_largest(self, key: Key, run: Run) -> bool:
         """The first capture by other weights, or in new memory, is of the largest step: what smaller ones would take,
-        one after the other, is no room for a larger one. It computes nothing and is not kept."""
+        one after the other, is no room for a larger one. It computes nothing and is kept until the next one, as memory
+        goes with the last graph in it. False where there was one."""
         if (key.weights, self.captures.memory) in self._known:
-            return
+            return False
         largest = self._largest(key.pools, key.weights)
-        self.captures.let_go([self.captures.capture(partial(self._computed, run, largest, self._parts[0]))])
+        self._held.append(self.captures.capture(partial(self._computed, run, largest, self._parts[0])))
         self._known.add((key.weights, self.captures.memory))
+        return True
+
+    def _let_go_held(self) -> None:
+        self.captures.let_go(self._held)
+        self._held = []
 
     def _largest(self, pools: Pools, weights: str) -> Key:
         size = self.most_tokens
@@ -266,6 +278,7 @@ class MixedGraphs:
     def _capture(self, key: Key, part: range, run: Run, captured: list[Captured[None]]) -> None:
         """The next part of its graphs."""
         captured.append(self.captures.capture(partial(self._computed, run, key, part)))
+        self._let_go_held()
         log.info(
             "captured layers %d to %d of steps of %d tokens, %d rows alone, in %.3f s",
             part.start, part.stop - 1, key.num_tokens, key.num_apart, captured[-1].seconds,
@@ -280,7 +293,7 @@ class MixedGraphs:
         token_ids, positions, slots = given.tokens
         alone = given.contexts[: key.num_apart], self._tables[: key.num_apart]
         return MixedInputs(
-            DecodeInputs(token_ids, positions, slots, *alone, self._drawn),
+            DecodeInputs(token_ids, positions, slots, *alone, self._drawn, key.are_uneven),
             given.contexts[rows:],
             self._tables[rows:],
             given.edges[: MOST_PIECES + 2],

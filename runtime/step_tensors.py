@@ -104,6 +104,7 @@ class StepTensors:
     tables: Tensor  # [all rows, blocks]
     num_apart: int  # leading rows of one token that a kernel attends to
     pieces: "Pieces | None"  # the other rows, where they are attended to in one call
+    are_uneven: bool = False  # the contexts of those apart, as `kernels.splits` says
 
     @classmethod
     def of(

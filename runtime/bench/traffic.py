@@ -3,6 +3,7 @@
     poisson: arrivals at a rate, with the lengths of mix300
     shared: so many requests at once, all with one beginning, each followed by another; prefix cache on
     long: one very long prompt beside requests that decode
+    beside: requests that decode beside one with a very long prompt, which decodes too
 
 TTFT counts from the instant of the arrival, so waiting for the step under way is part of it. ITL is the gap between
 two tellings of one request; its percentile is over the gaps of all requests.
@@ -29,8 +30,9 @@ from runtime.knobs import KnobValue
 
 TRAFFIC_MODEL_LEN = LONG_PROMPT_TOKENS + 1024
 WARM_UP_S = 4.0  # of the same traffic with other tokens, not counted
-DECODING_TOKENS = (128, 1024)  # prompt, and output that outlasts the long prompt
+DECODING_TOKENS = (128, 1024)  # prompt, and output that outlasts the long prompt; a fourth of what outlasts its answer
 NUM_LONG = 3
+LONG_ANSWER_TOKENS = 256
 
 # What llama-8b shall keep to on one H200, ms or requests a second.
 BARS: dict[str, dict[str, float]] = {
@@ -42,7 +44,7 @@ AT_LEAST = ("requests_per_s",)  # of these more is better
 
 
 class Scale(NamedTuple):
-    """`lengths`: of all prompts and outputs. `num_at_once`: in the rows `shared` and `long`."""
+    """`lengths`: of all prompts and outputs. `num_at_once`: in all rows but `poisson`."""
 
     rate_per_s: float = 24.0
     seconds: float = 30.0
@@ -51,8 +53,9 @@ class Scale(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What one kind of traffic came to. `ttft_p95_ms` of `long`: the median of the long prompts' TTFT; its ITL is that
-    of the others while it is read. `hit_ratio`: of the prompts' tokens, those found cached, where the cache is on."""
+    """What one kind of traffic came to. `ttft_p95_ms` of `long` and `beside`: the median of the long prompts' TTFT;
+    their ITL is that of the others while it is read, or while its answer is written. `hit_ratio`: of the prompts'
+    tokens, those found cached, where the cache is on."""
 
     row: str
     variant: dict[str, KnobValue]
@@ -72,7 +75,7 @@ class Row(NamedTuple):
 
     def missed(self) -> list[str]:
         """The bars that it does not keep to."""
-        return [name for name, bar in BARS[self.row].items() if not self._keeps(name, bar)]
+        return [name for name, bar in BARS.get(self.row, {}).items() if not self._keeps(name, bar)]
 
     def _keeps(self, name: str, bar: float) -> bool:
         value = getattr(self, name)
@@ -138,7 +141,21 @@ def shared_row(serving: Serving, scale: Scale, rng: np.random.Generator) -> Row:
 
 def long_row(serving: Serving, scale: Scale, rng: np.random.Generator) -> Row:
     """Long prompts one after the other, each beside new requests that decode until its first token is there."""
+    return _beside_long("long", serving, scale, rng)
+
+
+def beside_row(serving: Serving, scale: Scale, rng: np.random.Generator) -> Row:
+    """The same until the answer is there."""
+    return _beside_long("beside", serving, scale, rng, scaled(LONG_ANSWER_TOKENS, scale.lengths))
+
+
+def _beside_long(
+    row: str, serving: Serving, scale: Scale, rng: np.random.Generator, num_answered: int = 0
+) -> Row:
+    """`num_answered`: tokens of the long prompt's answer beside which gaps are counted; of those before the first one
+    where 0."""
     prompt, output = (scaled(tokens, scale.lengths) for tokens in DECODING_TOKENS)
+    output *= 4 if num_answered else 1
     draw = ranged_wishes((prompt, prompt), (output, output), serving.vocab_size, rng)
     gaps_s: list[float] = []
     long: list[Answer] = []
@@ -147,24 +164,26 @@ def long_row(serving: Serving, scale: Scale, rng: np.random.Generator) -> Row:
         others = [serving.submit(draw()) for _ in range(scale.num_at_once)]
         while any(serving.answers[id].num_tokens < 2 for id in others) and serving.step():
             pass
-        wish = Wish(random_tokens(scaled(LONG_PROMPT_TOKENS, scale.lengths), serving.vocab_size, rng), 2)
-        answer = serving.answers[serving.submit(wish)]
-        while not answer.told_at and serving.step():
+        tokens = random_tokens(scaled(LONG_PROMPT_TOKENS, scale.lengths), serving.vocab_size, rng)
+        answer = serving.answers[serving.submit(Wish(tokens, max(2, num_answered)))]
+        while answer.num_tokens < max(1, num_answered) and serving.step():
             pass
         long.append(answer)
         for id in others if answer.told_at else ():
-            gaps_s += serving.answers[id].gaps_s(answer.arrived_at, answer.told_at[0])
+            first, last = answer.told_at[0], answer.told_at[-1]
+            gaps_s += serving.answers[id].gaps_s(*((first, last) if num_answered else (answer.arrived_at, first)))
         serving.cancel(others)
         serving.drain()
     ttft_s = [median(one.ttft_s for one in long)] if all(one.told_at for one in long) else []
-    row = row_of("long", serving, long, serving.clock.now() - began, gaps_s, ttft_s)
-    return row._replace(num_dropped=sum(not one.is_whole for one in long))
+    found = row_of(row, serving, long, serving.clock.now() - began, gaps_s, ttft_s)
+    return found._replace(num_dropped=sum(not one.is_whole for one in long))
 
 
 ROWS: dict[str, Callable[[Serving, Scale, np.random.Generator], Row]] = {
     "poisson": poisson_row,
     "shared": shared_row,
     "long": long_row,
+    "beside": beside_row,
 }
 
 

@@ -23,12 +23,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.kernels import PLAIN, TRITON, WHY_NO_TRITON, Kernels, Shape, paged_decode, self_check
 from runtime.kernels.linear_table import LinearTable, Use, graphed_us
-from runtime.kernels.splits import choose_splits
+from runtime.kernels.splits import are_uneven, choose_splits, uneven_splits
 from tests.runtime.kernel_cases import CASES, told
 
 HALF = torch.bfloat16
 STREAMED_BYTES = 300 * 2**20
 BATCHES, CONTEXTS = (1, 8, 32, 256), (256, 2048)
+UNEVEN = ((32, 4_096), (32, 16_384), (96, 4_096), (96, 32_768), (256, 16_384))  # rows, and the longest context
 SPLITS = (1, 2, 4, 8, 16, 32, 64)
 USES: dict[str, Use] = {"qkv": "whole", "out": "parts", "gate_up": "gated", "down": "parts", "head": "whole"}
 CHECKED = (torch.bfloat16, torch.float16, torch.float32)
@@ -133,6 +134,11 @@ def attentions(device: torch.device) -> Iterator[tuple[str, int, int, int, Atten
         for num_rows in BATCHES[1:]:
             ragged = Attention(num_rows, CONTEXTS[-1], *given, is_ragged=True)
             yield f"{model.name} ragged", num_rows, int(ragged.contexts.sum()) // num_rows, kv_heads, ragged
+        for num_rows, longest in UNEVEN:
+            uneven = Attention(num_rows, longest, *given)
+            uneven.contexts[1:] = CONTEXTS[0]
+            uneven.bytes = int(uneven.contexts.sum()) * given[0] * HALF.itemsize
+            yield f"{model.name} uneven", num_rows, int(uneven.contexts.sum()) // num_rows, kv_heads, uneven
     for num_rows, context in cases:
         query = (LATENT_HEADS, LATENT_DIM)
         yield "latent", num_rows, context, 1, Attention(num_rows, context, LATENT_DIM, query, device)
@@ -156,7 +162,8 @@ def time_attention(device: torch.device, copy_bytes_per_s: float, late: Callable
         if late():
             return
         calls = case.latent if name == "latent" else case.paged
-        chosen = choose_splits(num_rows, kv_heads, num_sms)
+        uneven = name != "latent" and are_uneven(case.contexts.cpu().numpy(), num_rows, kv_heads, num_sms)
+        chosen = (uneven_splits if uneven else choose_splits)(num_rows, kv_heads, num_sms)
         tried = {*splits_tried(num_rows, kv_heads, context, num_sms), chosen}
         took_us = {splits: graphed_us(calls(splits)) for splits in sorted(tried)}
         best = min(took_us, key=took_us.__getitem__)

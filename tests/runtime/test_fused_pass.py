@@ -17,6 +17,7 @@ from torch import Tensor
 
 import runtime.fused_latent
 import runtime.fused_pass
+import runtime.kernels.splits
 from runtime.attention import attend_plain
 from runtime.batch import Batch, PackedBatch
 from runtime.captures import NUM_PARTS, STEPS_UNDER_WAY, Captured, Captures
@@ -303,6 +304,29 @@ def test_a_step_of_several_graphs_gives_the_logits_of_one(family: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", DENSE)
+def test_uneven_contexts_give_the_logits_of_plain_ones(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.kernels.splits, "LONG_CONTEXT", 60)
+    monkeypatch.setattr(runtime.kernels.splits, "IDLE_TOKENS", 0)
+    model, plain = decoder(family, torch.bfloat16, "cuda"), decoder(family, torch.bfloat16, "cuda")
+    assert model._fused is not None
+    model._fused._num_sms, plain._fused = 4, None
+    model.allocate(40)
+    plain.allocate(40)
+    assert model.prepare_steps(8) and model._graphs is not None
+    scheduler, _ = mixed_steps(40, output_tokens=40)
+    errors: list[float] = []
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        expected, actual = plain.forward(packed), model.forward(packed)
+        errors += [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+        scheduler.finish_step(batch, expected.argmax(-1).tolist(), 0.0)
+    assert any(key.are_uneven for key in model._graphs._graphs) or family == "qwen2_window"
+    assert not model._graphs._refused
+    assert max(errors) < 0.1 and float(np.median(errors)) < 0.02
+
+
+@pytest.mark.gpu
 def test_a_deepseek_of_its_kernels_sizes_uses_all_of_them(caplog: pytest.LogCaptureFixture) -> None:
     changes = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
     model = DecoderModel(HFModel(deepseek("deepseek_v2_lite", torch.bfloat16, **changes).to("cuda")), 200)
@@ -576,7 +600,8 @@ def repeating(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_graphs(model: DecoderModel) -> DecoderModel:
     model._fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
-    model._graphs = DecodeGraphs(model.device, 13, model._fused.parts(NUM_PARTS))
+    fused = model._fused
+    model._graphs = DecodeGraphs(model.device, 13, fused.parts(NUM_PARTS), fused.are_uneven)
     return model
 
 
@@ -713,6 +738,26 @@ def test_sizes_are_captured_by_parts_behind_launches_and_not_right_behind_a_chan
         assert {after - before for before, after in pairwise(captured)} == {0, 1}, "a part behind each"
         assert len(graphs._graphs) > 1, "the test must reach what it claims"
         assert all(parts[0].out is None for parts in graphs._graphs.values()), "room for others"
+
+
+def test_uneven_contexts_have_graphs_of_their_own_and_share_them_out_among_more_programs(
+    repeating: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime.kernels.splits, "LONG_CONTEXT", 60)
+    monkeypatch.setattr(runtime.kernels.splits, "IDLE_TOKENS", 0)
+    expected, _ = serve(decoder("qwen3"), 0)
+    model, used = with_graphs(decoder("qwen3")), set()
+    assert model._fused is not None and model._graphs is not None
+    decode = PLAIN.paged_decode
+
+    def noting(query: Tensor, *given: Any) -> Tensor:
+        used.add((len(query), given[-1]))
+        return decode(query, *given)
+
+    model._fused.kernels = PLAIN._replace(paged_decode=noting)
+    assert serve(model, 1)[0] == expected
+    assert {key.are_uneven for key in model._graphs._graphs} == {False, True}
+    assert (8, 4) in used and {splits for rows, splits in used if rows > 2} == {1, 4}
 
 
 def test_where_a_part_cannot_be_captured_the_whole_step_is(

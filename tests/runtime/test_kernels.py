@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from runtime.attention import attend_plain
-from runtime.decode_graph import COMPILED_BUCKETS
+from runtime.decode_graph import BUCKETS, COMPILED_BUCKETS
 from runtime.decoder import Norm
 from runtime.expert_choice import Rule
 from runtime.kernels import PLAIN, WHY_NO_TRITON, Kernels, Shape, checked, linear_table, self_check
@@ -31,9 +31,11 @@ from runtime.kernels.splits import (
     MAX_SPLITS,
     MAX_TILE_SPLITS,
     QUERY_TILE,
+    are_uneven,
     choose_splits,
     choose_tile_splits,
     tiles_of,
+    uneven_splits,
 )
 from tests.runtime.kernel_cases import CASES, interpreted_cases, kernels
 
@@ -509,6 +511,29 @@ def test_splits_keep_all_sms_busy_and_no_more(num_rows: int, kv_heads: int) -> N
 )
 def test_splits_of_an_h200_are_those_that_were_fastest(num_rows: int, kv_heads: int, splits: int) -> None:
     assert choose_splits(num_rows, kv_heads, 132) == splits
+
+
+@pytest.mark.parametrize("num_sms", [48, 108, 132, 148])
+def test_uneven_contexts_have_as_many_splits_as_few_rows_for_which_kernels_are_compiled(num_sms: int) -> None:
+    for kv_heads in (1, 2, 3, 4, 5, 7, 8, 10, 16, 32, 40, 64, 128, 512):
+        compiled = {choose_splits(rows, kv_heads, num_sms) for rows in COMPILED_BUCKETS}
+        for num_rows in BUCKETS:
+            splits = uneven_splits(num_rows, kv_heads, num_sms)
+            assert splits in compiled and splits >= choose_splits(num_rows, kv_heads, num_sms)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "num_rows", "expected"),
+    [
+        ([32_768] + [300] * 64, 96, True), ([32_768] * 65, 96, False), ([8_192] + [300] * 31, 32, True),
+        ([4_000] + [300] * 64, 96, False), ([32_768], 1, False), ([32_768] + [300] * 511, 512, True),
+        ([6_000] + [300] * 511, 512, False), ([6_000] + [2_000] * 299, 320, False),
+    ],
+)  # fmt: skip
+def test_contexts_are_uneven_where_more_splits_are_faster(
+    contexts: list[int], num_rows: int, expected: bool
+) -> None:
+    assert are_uneven(np.array(contexts), num_rows, 8, 132) == expected
 
 
 def test_tiles_hold_each_new_token_once_and_what_sees_most_comes_first() -> None:

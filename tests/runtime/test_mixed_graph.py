@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import runtime.kernels.splits
 import runtime.mixed_graph
 from runtime.batch import PackedBatch
 from runtime.captures import NUM_PARTS, Captured, Captures, Met
@@ -69,10 +70,12 @@ def with_graphs(model: DecoderModel, most_tokens: int = MOST_TOKENS) -> DecoderM
     """Of prompts alone: rows that decode are launched one by one, so that what is compared is theirs."""
     model._fused = FusedPass(model.decoder, PLAIN, BLOCK_TOKENS, 200, num_sms=4)
     parts = model._fused.parts(NUM_PARTS)
-    model._graphs = DecodeGraphs(model.device, 13, parts)
+    model._graphs = DecodeGraphs(model.device, 13, parts, model._fused.are_uneven)
     model._graphs.takes = lambda packed: False  # type: ignore[method-assign]
     table = model.decoder.embedding
-    model._mixed_graphs = MixedGraphs(model.device, most_tokens, 13, table.shape[1], table.dtype, parts)
+    model._mixed_graphs = MixedGraphs(
+        model.device, most_tokens, 13, table.shape[1], table.dtype, parts, model._fused.are_uneven
+    )
     return model
 
 
@@ -183,33 +186,82 @@ def test_a_size_is_captured_part_by_part_where_others_wait_meanwhile_and_else_at
     assert all(len(graphs._graphs[key]) == num_parts for key in keys if not key.num_apart)
 
 
-def test_beside_others_a_part_is_captured_behind_the_launch_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device is computing then, so that nobody waits for the capture."""
+def test_beside_others_one_part_is_captured_while_the_device_computes_those_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last one first, so that the device has what to do meanwhile, and what follows is replayed."""
     model = with_graphs(decoder("qwen3"))
+    num_parts = len(graphs_of(model)._parts)
     done: list[str] = []
-    capture, logits = Captures.capture, FusedPass.logits
+    capture, computed = Captures.capture, MixedGraphs._computed
 
     def noting_capture(captures: Captures, run: Callable[[], Any]) -> Captured[Any]:
         done.append("capture")
         return capture(captures, run)
 
-    def noting_logits(self: FusedPass, x: Tensor) -> Tensor:
-        done.append("logits")
-        return logits(self, x)
+    def noting_computed(self: MixedGraphs, run: Any, key: Key, part: range) -> None:
+        done.append(str(self._parts.index(part)))
+        computed(self, run, key, part)
 
     monkeypatch.setattr(Captures, "capture", noting_capture)
-    monkeypatch.setattr(FusedPass, "logits", noting_logits)
-    orders: dict[bool, set[tuple[str, ...]]] = {True: set(), False: set()}
+    monkeypatch.setattr(MixedGraphs, "_computed", noting_computed)
+    orders: dict[bool, set[str]] = {True: set(), False: set()}
     model.allocate(NUM_BLOCKS)
     scheduler, _ = steps()
     while (batch := scheduler.schedule(0.0)) is not None:
         done.clear()
         drawn = model.forward(scheduler.pack(batch)).argmax(-1)
         if batch.num_prefill_rows:
-            orders[batch.num_decode > 0].add(tuple(done))
+            orders[batch.num_decode > 0].add(" ".join(done))
         scheduler.finish_step(batch, drawn.tolist(), 0.0)
-    assert orders[True] == {("logits", "capture"), ("logits",)}
-    assert all(order[-1] == "logits" for order in orders[False]) and len(orders[False]) > 1
+    assert num_parts == 2
+    assert orders[True] == {"0 capture 1", "capture 0 1", "0 1"}
+    assert orders[False] == {"capture capture capture 0 1", "0 1"}, "at once, and first of all the largest one"
+
+
+def test_beside_others_the_memory_of_the_largest_step_is_held_by_a_step_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And does not go before the first one is captured in it, however long its size is not met."""
+    model = with_graphs(decoder("qwen3"))
+    graphs, sizes = graphs_of(model), []
+    capture = Captures.capture
+
+    def noting(captures: Captures, run: Callable[[], Any]) -> Captured[Any]:
+        sizes.append(run.args[1].num_tokens)  # type: ignore[attr-defined]
+        return capture(captures, run)
+
+    model.allocate(NUM_BLOCKS)
+    scheduler, _ = steps()
+    keys: set[tuple[int, int]] = set()
+    while (batch := scheduler.schedule(0.0)) is not None:
+        packed = scheduler.pack(batch)
+        if batch.num_decode and not keys:
+            monkeypatch.setattr(Captures, "capture", noting)
+            model.forget(weights_key=model.weights_key)  # as other weights would come
+        size = (padded_tokens(batch.num_tokens), padded_rows(batch.num_decode, batch.num_tokens))
+        before, drawn = len(sizes), model.forward(packed).argmax(-1)
+        if batch.num_decode and batch.num_prefill_rows:
+            assert len(sizes) - before <= 1, "others wait meanwhile"
+            if not keys:
+                assert sizes == [MOST_TOKENS] and not graphs._graphs[next(reversed(graphs._graphs))]
+                for _ in range(5):
+                    graphs.captures.end_step()
+                assert graphs.captures.memory is not None and len(graphs._held) == 1
+            keys.add(size)
+        scheduler.finish_step(batch, drawn.tolist(), 0.0)
+    assert sizes.count(MOST_TOKENS) >= 1 and len(sizes) > 2 and not graphs._held
+
+
+def test_uneven_contexts_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.kernels.splits, "LONG_CONTEXT", 100)
+    monkeypatch.setattr(runtime.kernels.splits, "IDLE_TOKENS", 0)
+    monkeypatch.setattr(runtime.mixed_graph, "LONG_CONTEXT", 200)  # so that pieces are still captured
+    expected, _ = serve(decoder("qwen3"), 0)
+    model = with_graphs(decoder("qwen3"))
+    tokens, replayed = serve(model, 1)
+    assert tokens == expected and any(replayed)
+    assert {key.are_uneven for key in graphs_of(model)._graphs} == {False, True}
 
 
 class Failing:
@@ -415,7 +467,7 @@ def packed_of(new_tokens: list[int], contexts: list[int]) -> PackedBatch:
 def test_steps_that_a_graph_can_compute(
     new_tokens: list[int], contexts: list[int], kv_dtype: str, is_taken: bool
 ) -> None:
-    graphs = MixedGraphs(torch.device("cpu"), MOST_TOKENS, 8, 16, torch.float32, [range(2)])
+    graphs = MixedGraphs(torch.device("cpu"), MOST_TOKENS, 8, 16, torch.float32, [range(2)], lambda *_: False)
     assert graphs.takes(packed_of(new_tokens, contexts), kv_dtype) == is_taken
 
 
