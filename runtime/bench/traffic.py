@@ -30,9 +30,10 @@ from runtime.knobs import KnobValue
 
 TRAFFIC_MODEL_LEN = LONG_PROMPT_TOKENS + 1024
 WARM_UP_S = 4.0  # of the same traffic with other tokens, not counted
-DECODING_TOKENS = (128, 1024)  # prompt, and output that outlasts the long prompt; a fourth of what outlasts its answer
+DECODING_TOKENS = (128, 1024)  # prompt, and output that outlasts the long prompt
 NUM_LONG = 3
 LONG_ANSWER_TOKENS = 256
+OUTLASTING_TOKENS = 4096  # of an output that outlasts its answer too
 
 # What llama-8b shall keep to on one H200, ms or requests a second.
 BARS: dict[str, dict[str, float]] = {
@@ -154,8 +155,9 @@ def _beside_long(
 ) -> Row:
     """`num_answered`: tokens of the long prompt's answer beside which gaps are counted; of those before the first one
     where 0."""
-    prompt, output = (scaled(tokens, scale.lengths) for tokens in DECODING_TOKENS)
-    output *= 4 if num_answered else 1
+    prompt, output = DECODING_TOKENS
+    output = OUTLASTING_TOKENS if num_answered else output
+    prompt, output = scaled(prompt, scale.lengths), scaled(output, scale.lengths)
     draw = ranged_wishes((prompt, prompt), (output, output), serving.vocab_size, rng)
     gaps_s: list[float] = []
     long: list[Answer] = []

@@ -221,7 +221,8 @@ def test_traffic_is_served_under_each_variant(capsys: pytest.CaptureFixture[str]
     assert [row["row"] for row in rows] == [kind for kind in kinds for _ in range(2)]
     assert [row["variant"]["prefill_chunk"] for row in rows] == [64, 32] * 4
     assert all(row["num_dropped"] == 0 and row["ttft_p95_ms"] > 0 for row in rows)
-    assert rows[2]["hit_ratio"] > 0.5 and rows[0]["hit_ratio"] is None and min(row["itl_p99_ms"] for row in rows[4:]) > 0
+    assert rows[2]["hit_ratio"] > 0.5 and rows[0]["hit_ratio"] is None
+    assert all(row["itl_p99_ms"] > 0 for row in rows[4:])
     logs = found["step_logs"]
     assert isinstance(logs, list) and [log["row"] for log in logs] == [row["row"] for row in rows]
     fitted = [log["step_model"] for log in logs if log["step_model"] is not None]
