@@ -14,6 +14,8 @@ Size = TypeVar("Size", bound=Hashable)
 STEPS_UNDER_WAY = 2  # at most: what was let go before them is done
 LET_GO_A_STEP = 4
 LET_GO_A_REST = 16
+MOST_GOING = 256  # beyond, some go behind a capture too
+SPARE_BYTES = 2 * 2**30  # that stay free of graphs which nobody counted on when the pool was sized
 NUM_PARTS = 4  # of the layers of a step, where others wait while it is captured: each a graph of its own
 
 
@@ -96,6 +98,9 @@ class Captures:
         """Nobody replays them from now on."""
         self._going.extend((self._num_steps, one) for one in some)
 
+    def has_spare_room(self) -> bool:
+        return self._device.type != "cuda" or torch.cuda.mem_get_info(self._device)[0] >= SPARE_BYTES
+
     def capture_due(self) -> None:
         """A step was launched and the device computes it: what is `due` is captured meanwhile."""
         capture, self.due = self.due, None
@@ -107,7 +112,7 @@ class Captures:
         the host has had enough to do."""
         self._num_steps += 1
         self.has_captured = False
-        if not may_destroy:
+        if not may_destroy and len(self._going) <= MOST_GOING:
             return
         for _ in range(LET_GO_A_STEP):
             if not self._going or self._going[0][0] + STEPS_UNDER_WAY >= self._num_steps:

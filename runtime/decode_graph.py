@@ -5,7 +5,8 @@ of all rows before it attends to any, so that each token finds those before it. 
 
 A graph belongs to a number of rows (a batch is padded to the next one), to the pools it reads and to the weights it
 multiplies; whatever a replay must know lies in tensors that never move. Padding rows write nothing and read nothing.
-Where one context is much longer than the others there is another graph, which shares contexts out among more programs.
+Where one context is much longer than the others there is another graph, which shares contexts out among more programs,
+as soon as it is captured and if there is room for it.
 One that is missing while steps are served is captured as several, some layers behind the launch of each step of its
 size: those who wait for the next token wait no longer for that than they must.
 """
@@ -118,9 +119,14 @@ class DecodeGraphs:
         self._met.add(size)
         if in_use != self._run_with:
             self._run_with, self._num_put_off = in_use, 0
+        even = key._replace(are_uneven=False)
+        if key not in self._graphs and key != even and (even in self._graphs or key in self._refused):
+            if key not in self._refused and self._is_known(key):
+                self._capture_soon(key, run)
+            key = even  # which gives the same and takes longer
         captured = self._graphs.get(key)
         if captured is None and key not in self._refused and self._is_known(key):
-            self._run_first(key, run)
+            self._capture_soon(key, run)
         elif captured is None:
             captured = self._try_to_capture(key, run)
             if captured is None:
@@ -238,9 +244,9 @@ class DecodeGraphs:
         """Whether all that the step launches has been launched before: it is captured without a run."""
         return self.is_awake(key.pools.kv_dtype, key.pools.block_tokens) and key.num_rows in self._launched
 
-    def _run_first(self, key: Key, run: Run) -> None:
-        """This step is run as it would be captured, and some of that behind its launch, while the device computes it.
-        Not right behind a change of pools or weights: those who wait for the next step have just paid for that too."""
+    def _capture_soon(self, key: Key, run: Run) -> None:
+        """Some of it behind the launch of this step, which is computed otherwise: while the device does that. Not right
+        behind a change of pools or weights: those who wait for the next step have just paid for that too."""
         if self._num_put_off < PUT_OFF:
             self._num_put_off += 1
         else:
@@ -268,18 +274,30 @@ class DecodeGraphs:
 
     def _capture_next(self, key: Key, run: Run) -> None:
         """The next part of it, which goes on from the tensors that the one before leaves in their common memory."""
+        if key.are_uneven and not self.captures.has_spare_room():
+            self._do_without(key, "there is no room")
+            return
         begun = self._begun.setdefault(key, [])
         midway = begun[-1].out if begun else None
         step = partial(self._decoded, run, self._inputs(key), self._parts[len(begun)], midway)
         try:
             begun.append(self.captures.capture(step))
         except RuntimeError as error:
+            if key.are_uneven:
+                self._do_without(key, reason(error))
+                return
             log.info("decode steps of %d rows are not captured by parts: %s", key.num_rows, reason(error))
             self._try_to_capture(key, run)
             return
         if len(begun) == len(self._parts):
             # What lies between two parts may be room for others from now on: one graph runs at a time.
             self._hold(key, [*(one._replace(out=None) for one in self._begun.pop(key)[:-1]), begun[-1]])
+
+    def _do_without(self, key: Key, why: str) -> None:
+        """The graph for even contexts computes the step."""
+        log.info("decode steps of %d rows of uneven contexts have no graph of their own: %s", key.num_rows, why)
+        self.captures.let_go(self._begun.pop(key, ()))
+        self._refused.add(key)
 
     def _hold(self, key: Key, captured: list[Captured[Any]]) -> list[Captured[Any]]:
         self._graphs[key] = captured

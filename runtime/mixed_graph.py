@@ -140,6 +140,12 @@ class MixedGraphs:
         size, rows = padded_tokens(num_tokens), padded_rows(num_apart, num_tokens)
         are_uneven = self._are_uneven(packed.contexts[:num_apart], rows)
         key = Key(size, rows, pools, weights, self.backend, are_uneven)
+        even = key._replace(are_uneven=False)
+        do_without = key in self._refused or key in self._lacked_memory
+        if are_uneven and not self._is_whole(key) and (self._is_whole(even) or do_without):
+            if key not in self._refused:
+                self.captures.due = partial(self._capture_uneven, key, run)
+            key = even  # which gives the same and takes longer
         if key in self._refused:
             return None
         self._num_steps += 1
@@ -164,6 +170,14 @@ class MixedGraphs:
         self.replayed_tokens = key.num_tokens if len(captured) == len(self._parts) else None
         return self._y[:num_tokens]
 
+    def _is_whole(self, key: Key) -> bool:
+        return len(self._graphs.get(key, ())) == len(self._parts)
+
+    def _capture_uneven(self, key: Key, run: Run) -> None:
+        """Behind the launch of a step that is computed by the graphs for even contexts."""
+        captured = self._graphs_of(key)
+        self._try_to_capture(key, self._parts[-1 - len(captured)], run, captured, True)
+
     def prepare(self, pools: Pools, weights: str, run: Run) -> bool:
         """Captures the largest step, so that the others find its memory. False where there is none."""
         key = self._largest(pools, weights)
@@ -182,6 +196,7 @@ class MixedGraphs:
         except RuntimeError as error:
             log.warning("steps with prompts cannot be captured: %s", reason(error))
             self.captures.let_go(self._graphs.pop(key))
+            self._let_go_held()
             self.captures.give_back()
             return not is_out_of_memory(error)
         self._known.add((weights, self.captures.memory))
@@ -220,6 +235,7 @@ class MixedGraphs:
             del self._lacked_memory[key]
         self._known = {one for one in self._known if one[0] != weights}
         self._let_go_held()
+        self.captures.due = None
 
     def _graphs_of(self, key: Key) -> list[Captured[None]]:
         """Those of its parts, as far as they are captured, the last one first."""
@@ -234,6 +250,9 @@ class MixedGraphs:
     ) -> bool:
         """`has_others`: who wait meanwhile, so that no two captures are made."""
         if self._num_steps < self._lacked_memory.get(key, -RETRY_STEPS) + RETRY_STEPS:
+            return False
+        if key.are_uneven and not self.captures.has_spare_room():
+            self._lacked_memory[key] = self._num_steps
             return False
         try:
             if self._hold_largest(key, run) and has_others:
@@ -263,7 +282,9 @@ class MixedGraphs:
         if (key.weights, self.captures.memory) in self._known:
             return False
         largest = self._largest(key.pools, key.weights)
-        self._held.append(self.captures.capture(partial(self._computed, run, largest, self._parts[0])))
+        held = self.captures.capture(partial(self._computed, run, largest, self._parts[0]))
+        self._let_go_held()
+        self._held = [held]
         self._known.add((key.weights, self.captures.memory))
         return True
 

@@ -308,6 +308,7 @@ def test_a_step_of_several_graphs_gives_the_logits_of_one(family: str) -> None:
 def test_uneven_contexts_give_the_logits_of_plain_ones(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.kernels.splits, "LONG_CONTEXT", 60)
     monkeypatch.setattr(runtime.kernels.splits, "IDLE_TOKENS", 0)
+    monkeypatch.setattr(Captures, "has_spare_room", lambda self: True)
     model, plain = decoder(family, torch.bfloat16, "cuda"), decoder(family, torch.bfloat16, "cuda")
     assert model._fused is not None
     model._fused._num_sms, plain._fused = 4, None
@@ -321,7 +322,7 @@ def test_uneven_contexts_give_the_logits_of_plain_ones(family: str, monkeypatch:
         expected, actual = plain.forward(packed), model.forward(packed)
         errors += [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
         scheduler.finish_step(batch, expected.argmax(-1).tolist(), 0.0)
-    assert any(key.are_uneven for key in model._graphs._graphs) or family == "qwen2_window"
+    assert any(key.are_uneven for key in model._graphs._graphs) == (family != "mistral"), "of 20 tokens at most"
     assert not model._graphs._refused
     assert max(errors) < 0.1 and float(np.median(errors)) < 0.02
 
@@ -758,6 +759,42 @@ def test_uneven_contexts_have_graphs_of_their_own_and_share_them_out_among_more_
     assert serve(model, 1)[0] == expected
     assert {key.are_uneven for key in model._graphs._graphs} == {False, True}
     assert (8, 4) in used and {splits for rows, splits in used if rows > 2} == {1, 4}
+
+
+@pytest.mark.parametrize("has_room", [False, True])
+def test_steps_of_uneven_contexts_replay_the_graph_for_even_ones_until_theirs_is_captured(
+    repeating: None, monkeypatch: pytest.MonkeyPatch, has_room: bool
+) -> None:
+    """Or for good, where there is no room for it or the capture fails."""
+    monkeypatch.setattr(runtime.kernels.splits, "LONG_CONTEXT", 60)
+    monkeypatch.setattr(runtime.kernels.splits, "IDLE_TOKENS", 0)
+    monkeypatch.setattr(Captures, "has_spare_room", lambda self: has_room)
+    expected, _ = serve(decoder("qwen3"), 0)
+    model = with_graphs(decoder("qwen3"))
+    graphs = model._graphs
+    assert graphs is not None
+    graphs._launched.update(BUCKETS)
+    model.allocate(40)
+    assert graphs.prepare(8, model._pools_in(BLOCK_TOKENS), model.weights_key, model._decode)
+    capture, fails = Captures.capture, False
+
+    def may_fail(self: Captures, run: Any) -> Captured[Any]:
+        if fails:
+            raise RuntimeError("the capture was invalidated")
+        return capture(self, run)
+
+    monkeypatch.setattr(Captures, "capture", may_fail)
+    for fails in (False, True):
+        scheduler, requests = mixed_steps(40)
+        for batch, packed in steps_ahead(model, scheduler, 1):
+            assert model.graph_rows is not None or not graphs.takes(packed)
+            assert batch.num_tokens
+        assert [request.output_ids.tolist() for request in requests] == expected
+        uneven = [len(parts) for key, parts in graphs._graphs.items() if key.are_uneven]
+        assert set(uneven) == ({len(graphs._parts)} if has_room and not fails else set())
+        assert bool(graphs._refused) == (fails or not has_room) and all(key.are_uneven for key in graphs._refused)
+        for key in [key for key in graphs._graphs if key.are_uneven]:
+            del graphs._graphs[key]
 
 
 def test_where_a_part_cannot_be_captured_the_whole_step_is(

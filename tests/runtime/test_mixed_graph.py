@@ -253,15 +253,29 @@ def test_beside_others_the_memory_of_the_largest_step_is_held_by_a_step_of_its_o
     assert sizes.count(MOST_TOKENS) >= 1 and len(sizes) > 2 and not graphs._held
 
 
-def test_uneven_contexts_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_room", [False, True])
+def test_uneven_contexts_have_graphs_of_their_own_if_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, has_room: bool
+) -> None:
     monkeypatch.setattr(runtime.kernels.splits, "LONG_CONTEXT", 100)
     monkeypatch.setattr(runtime.kernels.splits, "IDLE_TOKENS", 0)
     monkeypatch.setattr(runtime.mixed_graph, "LONG_CONTEXT", 200)  # so that pieces are still captured
+    monkeypatch.setattr(Captures, "has_spare_room", lambda self: has_room)
     expected, _ = serve(decoder("qwen3"), 0)
     model = with_graphs(decoder("qwen3"))
     tokens, replayed = serve(model, 1)
+    graphs = graphs_of(model)
     assert tokens == expected and any(replayed)
-    assert {key.are_uneven for key in graphs_of(model)._graphs} == {False, True}
+    whole = {key for key, parts in graphs._graphs.items() if len(parts) == len(graphs._parts)}
+    assert {key.are_uneven for key in whole} == ({False, True} if has_room else {False})
+    assert bool(graphs._lacked_memory) == (not has_room)
+    model.forget()
+    scheduler, requests = steps()
+    again: list[int | None] = []
+    for batch, _ in steps_ahead(model, scheduler, 1):  # the same sizes, which are captured
+        if batch.num_prefill_rows and batch.num_decode:
+            again.append(model.graph_rows)
+    assert [request.output_ids.tolist() for request in requests] == expected and None not in again[20:]
 
 
 class Failing:
