@@ -115,15 +115,12 @@ class DecodeGraphs:
         num_rows = len(packed.token_ids)
         size = next(size for size in BUCKETS if size >= num_rows)
         in_use = pools, weights, self.backend
-        key = Key(size, *in_use, self._are_uneven(packed.positions + 1, size))
         self._met.add(size)
         if in_use != self._run_with:
             self._run_with, self._num_put_off = in_use, 0
-        even = key._replace(are_uneven=False)
-        if key not in self._graphs and key != even and (even in self._graphs or key in self._refused):
-            if key not in self._refused and self._is_known(key):
-                self._capture_soon(key, run)
-            key = even  # which gives the same and takes longer
+        key = Key(size, *in_use)
+        if self._are_uneven(packed.positions + 1, size):
+            key = self._for_uneven(key, run)
         captured = self._graphs.get(key)
         if captured is None and key not in self._refused and self._is_known(key):
             self._capture_soon(key, run)
@@ -243,6 +240,16 @@ class DecodeGraphs:
     def _is_known(self, key: Key) -> bool:
         """Whether all that the step launches has been launched before: it is captured without a run."""
         return self.is_awake(key.pools.kv_dtype, key.pools.block_tokens) and key.num_rows in self._launched
+
+    def _for_uneven(self, even: Key, run: Run) -> Key:
+        """The graph that computes the step: the one for even contexts gives the same and takes longer, but does until
+        the other is captured, and for good where it cannot be."""
+        key = even._replace(are_uneven=True)
+        if key in self._graphs or (even not in self._graphs and key not in self._refused):
+            return key
+        if key not in self._refused and self._is_known(key):
+            self._capture_soon(key, run)
+        return even
 
     def _capture_soon(self, key: Key, run: Run) -> None:
         """Some of it behind the launch of this step, which is computed otherwise: while the device does that. Not right

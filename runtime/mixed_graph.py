@@ -138,14 +138,9 @@ class MixedGraphs:
         captured. `drawn`: tokens of the last step."""
         num_tokens, num_apart = len(packed.token_ids), num_single_rows(packed)
         size, rows = padded_tokens(num_tokens), padded_rows(num_apart, num_tokens)
-        are_uneven = self._are_uneven(packed.contexts[:num_apart], rows)
-        key = Key(size, rows, pools, weights, self.backend, are_uneven)
-        even = key._replace(are_uneven=False)
-        do_without = key in self._refused or key in self._lacked_memory
-        if are_uneven and not self._is_whole(key) and (self._is_whole(even) or do_without):
-            if key not in self._refused:
-                self.captures.due = partial(self._capture_uneven, key, run)
-            key = even  # which gives the same and takes longer
+        key = Key(size, rows, pools, weights, self.backend)
+        if self._are_uneven(packed.contexts[:num_apart], rows):
+            key = self._for_uneven(key, run)
         if key in self._refused:
             return None
         self._num_steps += 1
@@ -170,13 +165,23 @@ class MixedGraphs:
         self.replayed_tokens = key.num_tokens if len(captured) == len(self._parts) else None
         return self._y[:num_tokens]
 
+    def _for_uneven(self, even: Key, run: Run) -> Key:
+        """The graphs that compute the step: those for even contexts give the same and take longer, but do until the
+        others are captured, behind the launches of such steps, and for good where they cannot be."""
+        key = even._replace(are_uneven=True)
+        do_without = key in self._refused or key in self._lacked_memory
+        if self._is_whole(key) or not (self._is_whole(even) or do_without):
+            return key
+        if key not in self._refused:
+            self.captures.due = partial(self._capture_next, key, run)
+        return even
+
+    def _capture_next(self, key: Key, run: Run) -> None:
+        captured = self._graphs_of(key)
+        self._try_to_capture(key, self._parts[-1 - len(captured)], run, captured, has_others=True)
+
     def _is_whole(self, key: Key) -> bool:
         return len(self._graphs.get(key, ())) == len(self._parts)
-
-    def _capture_uneven(self, key: Key, run: Run) -> None:
-        """Behind the launch of a step that is computed by the graphs for even contexts."""
-        captured = self._graphs_of(key)
-        self._try_to_capture(key, self._parts[-1 - len(captured)], run, captured, True)
 
     def prepare(self, pools: Pools, weights: str, run: Run) -> bool:
         """Captures the largest step, so that the others find its memory. False where there is none."""
