@@ -218,8 +218,8 @@ class MixedGraphs:
             captured = self._graphs_of(key)
             if len(captured) < len(self._parts):
                 try:
-                    self._hold_largest(key, run)
-                    self._capture(key, self._parts[-1 - len(captured)], run, captured)
+                    if not self._hold_largest(key, run):
+                        self._capture(key, self._parts[-1 - len(captured)], run, captured)
                 except RuntimeError as error:
                     told = "steps of %d tokens with prompts are captured when they are met: %s"
                     log.info(told, key.num_tokens, reason(error))

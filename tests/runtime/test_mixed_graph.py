@@ -418,7 +418,7 @@ def test_what_is_prepared_finds_the_sizes_captured_that_were_met_last(
 
     model.pools = first
     failing = Failing(monkeypatch, graphs)
-    assert ahead(others, "int8") == len(failing.tries) == len(met)
+    assert ahead(others, "int8") - 1 == len(failing.tries) == len(met), "and the largest first of all"
     failing.fails = lambda key, number: number == 2
     model.weights_key = "int8"
     assert serve(model, 0, others)[0] == expected
@@ -428,7 +428,7 @@ def test_what_is_prepared_finds_the_sizes_captured_that_were_met_last(
     model.weights_key, failing.fails = "float64", lambda key, number: False
     graphs._met = Met(2)
     assert serve(model, 0, first)[0] == expected
-    assert ahead(others, "int8") == 2 * len(graphs._parts)
+    assert ahead(others, "int8") == 1 + 2 * len(graphs._parts)
     assert [key[:2] for key in graphs._graphs][-2:] == met[:2]
 
 
