@@ -38,6 +38,9 @@ MOST_PIECES = 32
 TOKENS_A_PIECE = 16  # on average, at least: a piece takes a tile however small it is
 MOST_SIZES = 256  # the one that was not replayed for longest goes
 MOST_AHEAD = 32  # sizes that are captured for what is being prepared
+# Tokens of a context that may be shared out among more programs than others have: a step with prompts takes longer
+# anyway, and graphs of their own for all its sizes would cost more than they save.
+UNEVEN_FROM = LONG_CONTEXT
 RETRY_STEPS = 256  # behind one for which memory was lacking, before its size is tried again
 # What lies behind these begins where 16 bytes do.
 CONTEXTS = ROWS_APART[-1] + MOST_PIECES + 2  # one more is used
@@ -139,7 +142,8 @@ class MixedGraphs:
         num_tokens, num_apart = len(packed.token_ids), num_single_rows(packed)
         size, rows = padded_tokens(num_tokens), padded_rows(num_apart, num_tokens)
         key = Key(size, rows, pools, weights, self.backend)
-        if self._are_uneven(packed.contexts[:num_apart], rows):
+        alone = packed.contexts[:num_apart]
+        if num_apart and alone.max() >= UNEVEN_FROM and self._are_uneven(alone, rows):
             key = self._for_uneven(key, run)
         if key in self._refused:
             return None

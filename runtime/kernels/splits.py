@@ -11,7 +11,8 @@ FEW_ROWS = 64
 QUERY_TILE = 64  # new tokens of one program, where there are several
 LONG_CONTEXT = 4096  # tokens of a tile below which its parts would take longer to merge than they save
 PROGRAMS_AN_SM = 2  # of attention, at once
-IDLE_TOKENS = 32  # that a program reads in the time that one takes which has nothing to read
+UNEVEN_FROM = 1024  # tokens of a context that may be shared out among more programs than others have
+IDLE_TOKENS = 64  # that a program reads in the time that one takes which has nothing to read
 GOOD_SHARE = 0.85  # of the device that is busy on average
 MAX_TILE_SPLITS = 8
 
@@ -50,7 +51,7 @@ def are_uneven(contexts: IntArray, num_rows: int, kv_heads: int, num_sms: int) -
     contexts: of each row; `num_rows`: with padding.
     """
     longest = int(contexts.max())
-    if longest < LONG_CONTEXT:
+    if longest < UNEVEN_FROM:
         return False
     few, more = choose_splits(num_rows, kv_heads, num_sms), uneven_splits(num_rows, kv_heads, num_sms)
     num_places = PROGRAMS_AN_SM * num_sms

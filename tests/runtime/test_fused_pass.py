@@ -306,7 +306,7 @@ def test_a_step_of_several_graphs_gives_the_logits_of_one(family: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", DENSE)
 def test_uneven_contexts_give_the_logits_of_plain_ones(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.kernels.splits, "LONG_CONTEXT", 60)
+    monkeypatch.setattr(runtime.kernels.splits, "UNEVEN_FROM", 60)
     monkeypatch.setattr(runtime.kernels.splits, "IDLE_TOKENS", 0)
     monkeypatch.setattr(Captures, "has_spare_room", lambda self: True)
     model, plain = decoder(family, torch.bfloat16, "cuda"), decoder(family, torch.bfloat16, "cuda")
@@ -744,7 +744,7 @@ def test_sizes_are_captured_by_parts_behind_launches_and_not_right_behind_a_chan
 def test_uneven_contexts_have_graphs_of_their_own_and_share_them_out_among_more_programs(
     repeating: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.kernels.splits, "LONG_CONTEXT", 60)
+    monkeypatch.setattr(runtime.kernels.splits, "UNEVEN_FROM", 60)
     monkeypatch.setattr(runtime.kernels.splits, "IDLE_TOKENS", 0)
     expected, _ = serve(decoder("qwen3"), 0)
     model, used = with_graphs(decoder("qwen3")), set()
@@ -766,7 +766,7 @@ def test_steps_of_uneven_contexts_replay_the_graph_for_even_ones_until_theirs_is
     repeating: None, monkeypatch: pytest.MonkeyPatch, has_room: bool
 ) -> None:
     """Or for good, where there is no room for it or the capture fails."""
-    monkeypatch.setattr(runtime.kernels.splits, "LONG_CONTEXT", 60)
+    monkeypatch.setattr(runtime.kernels.splits, "UNEVEN_FROM", 60)
     monkeypatch.setattr(runtime.kernels.splits, "IDLE_TOKENS", 0)
     monkeypatch.setattr(Captures, "has_spare_room", lambda self: has_room)
     expected, _ = serve(decoder("qwen3"), 0)

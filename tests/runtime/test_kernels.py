@@ -526,7 +526,8 @@ def test_uneven_contexts_have_as_many_splits_as_few_rows_for_which_kernels_are_c
     ("contexts", "num_rows", "expected"),
     [
         ([32_768] + [300] * 64, 96, True), ([32_768] * 65, 96, False), ([8_192] + [300] * 31, 32, True),
-        ([4_000] + [300] * 64, 96, False), ([32_768], 1, False), ([32_768] + [300] * 511, 512, True),
+        ([1_000] + [300] * 64, 96, False), ([4_000] + [300] * 64, 96, True),
+        ([32_768], 1, False), ([32_768] + [300] * 511, 512, True),
         ([6_000] + [300] * 511, 512, False), ([6_000] + [2_000] * 299, 320, False),
     ],
 )  # fmt: skip

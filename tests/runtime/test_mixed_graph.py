@@ -257,9 +257,9 @@ def test_beside_others_the_memory_of_the_largest_step_is_held_by_a_step_of_its_o
 def test_uneven_contexts_have_graphs_of_their_own_if_there_is_room(
     monkeypatch: pytest.MonkeyPatch, has_room: bool
 ) -> None:
-    monkeypatch.setattr(runtime.kernels.splits, "LONG_CONTEXT", 100)
+    monkeypatch.setattr(runtime.kernels.splits, "UNEVEN_FROM", 100)
+    monkeypatch.setattr(runtime.mixed_graph, "UNEVEN_FROM", 100)
     monkeypatch.setattr(runtime.kernels.splits, "IDLE_TOKENS", 0)
-    monkeypatch.setattr(runtime.mixed_graph, "LONG_CONTEXT", 200)  # so that pieces are still captured
     monkeypatch.setattr(Captures, "has_spare_room", lambda self: has_room)
     expected, _ = serve(decoder("qwen3"), 0)
     model = with_graphs(decoder("qwen3"))
