@@ -104,6 +104,9 @@ async def serving(fake: FakeServer) -> AsyncIterator[FakeServer]:
         yield fake
     finally:
         server.close()
-        for task in asyncio.all_tasks() - connections:
-            if task is not asyncio.current_task():
+        # One that was accepted just now becomes a task of its own; the loop ends behind the last of them.
+        while left := asyncio.all_tasks() - connections - {asyncio.current_task()}:
+            for task in left:
                 task.cancel()
+            await asyncio.wait(left, timeout=5.0)
+        await asyncio.sleep(0.01)  # in which connections that were closed are lost
