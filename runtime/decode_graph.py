@@ -277,7 +277,7 @@ class DecodeGraphs:
     def _capture(self, key: Key, run: Run) -> list[Captured[Any]]:
         """All of it as one."""
         self.captures.let_go(self._begun.pop(key, ()))
-        return self._hold(key, [self.captures.capture(partial(self._decoded, run, self._inputs(key)))])
+        return self._keep(key, [self.captures.capture(partial(self._decoded, run, self._inputs(key)))])
 
     def _capture_next(self, key: Key, run: Run) -> None:
         """The next part of it, which goes on from the tensors that the one before leaves in their common memory."""
@@ -297,8 +297,9 @@ class DecodeGraphs:
             self._try_to_capture(key, run)
             return
         if len(begun) == len(self._parts):
+            del self._begun[key]
             # What lies between two parts may be room for others from now on: one graph runs at a time.
-            self._hold(key, [*(one._replace(out=None) for one in self._begun.pop(key)[:-1]), begun[-1]])
+            self._keep(key, [one._replace(out=None) for one in begun[:-1]] + begun[-1:])
 
     def _do_without(self, key: Key, why: str) -> None:
         """The graph for even contexts computes the step."""
@@ -306,7 +307,7 @@ class DecodeGraphs:
         self.captures.let_go(self._begun.pop(key, ()))
         self._refused.add(key)
 
-    def _hold(self, key: Key, captured: list[Captured[Any]]) -> list[Captured[Any]]:
+    def _keep(self, key: Key, captured: list[Captured[Any]]) -> list[Captured[Any]]:
         self._graphs[key] = captured
         seconds = sum(one.seconds for one in captured)
         log.info("captured decode steps of %d rows in %.3f s, as %d", key.num_rows, seconds, len(captured))
@@ -316,7 +317,7 @@ class DecodeGraphs:
         self, run: Run, inputs: DecodeInputs, part: range | None = None, midway: Midway | None = None
     ) -> Midway | Decoded:
         """What a graph does. What it draws, the next step finds without the host."""
-        out = run(inputs) if part is None else run(inputs, part, midway)
+        out = run(inputs, part, midway)
         if isinstance(out, Decoded):
             self._drawn[: len(inputs.token_ids)].copy_(out.drawn[0])
         return out

@@ -40,7 +40,7 @@ MOST_SIZES = 256  # the one that was not replayed for longest goes
 MOST_AHEAD = 32  # sizes that are captured for what is being prepared
 # Tokens of a context that may be shared out among more programs than others have: a step with prompts takes longer
 # anyway, and graphs of their own for all its sizes would cost more than they save.
-UNEVEN_FROM = LONG_CONTEXT
+UNEVEN_BESIDE_PROMPTS = LONG_CONTEXT
 RETRY_STEPS = 256  # behind one for which memory was lacking, before its size is tried again
 # What lies behind these begins where 16 bytes do.
 CONTEXTS = ROWS_APART[-1] + MOST_PIECES + 2  # one more is used
@@ -143,7 +143,7 @@ class MixedGraphs:
         size, rows = padded_tokens(num_tokens), padded_rows(num_apart, num_tokens)
         key = Key(size, rows, pools, weights, self.backend)
         alone = packed.contexts[:num_apart]
-        if num_apart and alone.max() >= UNEVEN_FROM and self._are_uneven(alone, rows):
+        if num_apart and alone.max() >= UNEVEN_BESIDE_PROMPTS and self._are_uneven(alone, rows):
             key = self._for_uneven(key, run)
         if key in self._refused:
             return None

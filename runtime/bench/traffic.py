@@ -173,7 +173,8 @@ def _beside_long(
         long.append(answer)
         for id in others if answer.told_at else ():
             first, last = answer.told_at[0], answer.told_at[-1]
-            gaps_s += serving.answers[id].gaps_s(*((first, last) if num_answered else (answer.arrived_at, first)))
+            since, until = (first, last) if num_answered else (answer.arrived_at, first)
+            gaps_s += serving.answers[id].gaps_s(since, until)
         serving.cancel(others)
         serving.drain()
     ttft_s = [median(one.ttft_s for one in long)] if all(one.told_at for one in long) else []

@@ -12,7 +12,7 @@ QUERY_TILE = 64  # new tokens of one program, where there are several
 LONG_CONTEXT = 4096  # tokens of a tile below which its parts would take longer to merge than they save
 PROGRAMS_AN_SM = 2  # of attention, at once
 UNEVEN_FROM = 1024  # tokens of a context that may be shared out among more programs than others have
-IDLE_TOKENS = 64  # that a program reads in the time that one takes which has nothing to read
+IDLE_TOKENS = 64  # that a program reads in the time of one that has nothing to read: an estimate, not measured yet
 GOOD_SHARE = 0.85  # of the device that is busy on average
 MAX_TILE_SPLITS = 8
 

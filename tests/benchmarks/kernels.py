@@ -71,18 +71,24 @@ def kernels() -> Kernels:
 
 class Attention:
     """Calls of decode attention on rows of one context, each call over memory of its own. `is_ragged`: on rows of an
-    eighth of it to all of it, the longest first, as a step has them."""
+    eighth of it to all of it, the longest first, as a step has them. `longest`: context of the first row."""
 
     def __init__(
         self, num_rows: int, context: int, row: int, query: tuple[int, ...], device: torch.device,
-        is_ragged: bool = False,
+        is_ragged: bool = False, longest: int = 0,
     ) -> None:  # fmt: skip
-        each = num_rows * context * row * HALF.itemsize
+        num_more = max(0, longest - context)
+        each = (num_rows * context + num_more) * row * HALF.itemsize
         self.copies = min(64, math.ceil(STREAMED_BYTES / each))
-        self.rows = torch.randn(self.copies * num_rows * context, row, device=device, dtype=HALF)
-        blocks = torch.randperm(len(self.rows) // BLOCK_TOKENS, device=device).int()
-        self.tables = blocks.view(self.copies, num_rows, -1)
+        self.rows = torch.randn(self.copies * (num_rows * context + num_more), row, device=device, dtype=HALF)
+        blocks = torch.randperm(len(self.rows) // BLOCK_TOKENS, device=device).int().view(self.copies, -1)
+        more, blocks = blocks.split([num_more // BLOCK_TOKENS, num_rows * context // BLOCK_TOKENS], dim=1)
+        self.tables = blocks.reshape(self.copies, num_rows, -1)
         self.contexts = torch.full((num_rows,), context, device=device)
+        if num_more:
+            self.tables = torch.nn.functional.pad(self.tables, (0, more.shape[1]))
+            self.tables[:, 0, context // BLOCK_TOKENS :] = more
+            self.contexts[0] = longest
         if is_ragged:
             shortest = torch.Generator(device).manual_seed(0)
             found = torch.randint(context // 8, context + 1, (num_rows,), generator=shortest, device=device)
@@ -135,9 +141,7 @@ def attentions(device: torch.device) -> Iterator[tuple[str, int, int, int, Atten
             ragged = Attention(num_rows, CONTEXTS[-1], *given, is_ragged=True)
             yield f"{model.name} ragged", num_rows, int(ragged.contexts.sum()) // num_rows, kv_heads, ragged
         for num_rows, longest in UNEVEN:
-            uneven = Attention(num_rows, longest, *given)
-            uneven.contexts[1:] = CONTEXTS[0]
-            uneven.bytes = int(uneven.contexts.sum()) * given[0] * HALF.itemsize
+            uneven = Attention(num_rows, CONTEXTS[0], *given, longest=longest)
             yield f"{model.name} uneven", num_rows, int(uneven.contexts.sum()) // num_rows, kv_heads, uneven
     for num_rows, context in cases:
         query = (LATENT_HEADS, LATENT_DIM)
