@@ -34,7 +34,7 @@ from runtime.bench.vocabulary import save_tokenizer
 from runtime.client import RuntimeClient
 from runtime.engine_process import CHILD_ENVIRONMENT
 from runtime.executor import cpu_model, num_cores
-from runtime.knobs import default_config
+from runtime.knobs import EngineConfig
 from runtime.loader import load_model, resolve_device, resolve_dtype
 from runtime.model_folder import ModelFolder
 from runtime.run_dir import read_runtime_file
@@ -182,7 +182,8 @@ def serve_alone(job: Mapping[str, Any]) -> list[Alone]:
     device = resolve_device(job["device"])
     dtype = resolve_dtype(job["dtype"], device)
     torch.set_num_interop_threads(1)
-    config = default_config("cuda" if device.type == "cuda" else "cpu", num_cores()).patched(job["patch"])
+    # All knobs as the server told them: what its engine fitted to the device is no default.
+    config = EngineConfig(**job["config"])
     engine = Ours(load_model(Path(job["folder"]), device, dtype, job["max_model_len"]), config)
     served = []
     for load in (Load(*load) for load in job["loads"]):
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with server(folder, options.device, options.dtype, max_model_len, patch) as live:
             runs = [live.serve(load) for load in loads][1:]
             config = live.config()
-        job = {"folder": str(folder), "device": options.device, "dtype": options.dtype, "patch": patch,
+        job = {"folder": str(folder), "device": options.device, "dtype": options.dtype, "config": config,
                "max_model_len": max_model_len, "loads": loads}  # fmt: skip
         alone = sorted(_alone_in_a_child(job)[1:])[options.runs // 2]
     http = sorted(runs)[options.runs // 2]
