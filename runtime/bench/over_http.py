@@ -25,16 +25,14 @@ import numpy as np
 import psutil
 import torch
 
-from runtime.bench.gpu import MAX_MODEL_LEN
+from runtime.bench.cells import MAX_MODEL_LEN, Bench
 from runtime.bench.loads import WORKLOADS, Load, workload
-from runtime.bench.peers import Ours
 from runtime.bench.shapes import SHAPES, random_model
 from runtime.bench.streams import Heard
 from runtime.bench.vocabulary import save_tokenizer
 from runtime.client import RuntimeClient
 from runtime.engine_process import CHILD_ENVIRONMENT
 from runtime.executor import cpu_model, num_cores
-from runtime.knobs import EngineConfig
 from runtime.loader import load_model, resolve_device, resolve_dtype
 from runtime.model_folder import ModelFolder
 from runtime.run_dir import read_runtime_file
@@ -178,17 +176,16 @@ class Alone(NamedTuple):
 
 
 def serve_alone(job: Mapping[str, Any]) -> list[Alone]:
-    """One a load. The engine is the one that `runtime.bench engine` times."""
+    """One a load, of the engine that the cells of `runtime.bench gpu` time. It is made as the server makes its own,
+    with the knobs that are fitted to the device and weights in the format asked for."""
     device = resolve_device(job["device"])
     dtype = resolve_dtype(job["dtype"], device)
     torch.set_num_interop_threads(1)
-    # All knobs as the server told them: what its engine fitted to the device is no default.
-    config = EngineConfig(**job["config"])
-    engine = Ours(load_model(Path(job["folder"]), device, dtype, job["max_model_len"]), config)
+    bench = Bench(lambda: load_model(Path(job["folder"]), device, dtype, job["max_model_len"]), job["patch"])
     served = []
     for load in (Load(*load) for load in job["loads"]):
         cpu_s = time.process_time()
-        seconds = engine.serve(load).seconds
+        seconds, _, _ = bench.run(load)
         cpu_s = time.process_time() - cpu_s
         served.append(Alone(seconds, load.num_tokens / seconds, 1000 * cpu_s / load.num_tokens))
     return served
@@ -212,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with server(folder, options.device, options.dtype, max_model_len, patch) as live:
             runs = [live.serve(load) for load in loads][1:]
             config = live.config()
-        job = {"folder": str(folder), "device": options.device, "dtype": options.dtype, "config": config,
+        job = {"folder": str(folder), "device": options.device, "dtype": options.dtype, "patch": patch,
                "max_model_len": max_model_len, "loads": loads}  # fmt: skip
         alone = sorted(_alone_in_a_child(job)[1:])[options.runs // 2]
     http = sorted(runs)[options.runs // 2]

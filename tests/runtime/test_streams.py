@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from runtime.bench import over_http
+from runtime.bench.cells import Bench, Step
 from runtime.bench.loads import Load
-from runtime.bench.peers import Ours
 from runtime.bench.streams import Stream, body, drive
 from runtime.bench.vocabulary import save_tokenizer
 from runtime.detokenize import BytewiseDecode
-from runtime.knobs import EngineConfig, default_config
-from runtime.loader import LoadedModel
+from runtime.executor import Executor
+from runtime.knobs import EngineConfig
 from runtime.model_folder import ModelFolder
 from runtime.prompts import Prompts
 from tests.servers import live_server
@@ -87,21 +87,23 @@ def test_the_server_is_measured_against_its_engine(capfd: pytest.CaptureFixture[
     assert told["http"]["num_steps"] >= 8 and told["config"]["stream_interval"] == 2
 
 
-def test_the_engine_alone_has_all_knobs_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = []
+def test_the_engine_alone_has_the_knobs_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are fitted to the device, and weights in the format asked for."""
+    served: list[tuple[EngineConfig, str]] = []
+    run = Bench.run
 
-    class Seen(Ours):
-        def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
-            configs.append(config)
-            super().__init__(loaded, config)
+    def noting(self: Bench, load: Load) -> tuple[float, list[Step], list[float]]:
+        found = run(self, load)
+        served.append((self.config, self.executor.warm.weight_format))
+        return found
 
-    monkeypatch.setattr(over_http, "Ours", Seen)
-    device, dtype = torch.device("cpu"), torch.float32
-    # As where an engine fits it to its device, and so tells another one than the default.
-    served = default_config("cpu", 1).patched({"max_num_seqs": 2, "mixed_step_tokens": 128})
-    load = Load("two", 2, [list(range(8))] * 2, [3, 3])
-    with over_http.served_folder(Path(), "tiny", None, device, dtype) as folder:
-        job = {"folder": str(folder), "device": "cpu", "dtype": "float32", "config": served.values(),
-               "max_model_len": 64, "loads": [load]}  # fmt: skip
+    monkeypatch.setattr(Bench, "run", noting)
+    monkeypatch.setattr(Executor, "_measured_step_tokens", lambda self: 128)
+    with over_http.served_folder(Path(), "tiny", None, torch.device("cpu"), torch.float32) as folder:
+        job = {"folder": str(folder), "device": "cpu", "dtype": "float32", "max_model_len": 64,
+               "patch": {"max_num_seqs": 2, "weight_format": "int8"},
+               "loads": [Load("two", 2, [list(range(8))] * 2, [3, 3])]}  # fmt: skip
         (alone,) = over_http.serve_alone(job)
-    assert configs == [served] and alone.tokens_per_s == pytest.approx(6 / alone.seconds)
+    ((config, weight_format),) = served
+    assert (config.mixed_step_tokens, config.max_num_seqs) == (128, 2) and weight_format == "int8"
+    assert alone.tokens_per_s == pytest.approx(6 / alone.seconds)
